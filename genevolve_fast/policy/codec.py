@@ -1,0 +1,66 @@
+"""A transformers tokenizer and image processor behind the Codec protocol."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genevolve_fast.trajectory import image_hash
+
+_CACHED_IMAGES = 4096
+
+
+class TransformersCodec:
+    """Text and images to tokens for a Qwen-VL style policy.
+
+    `tokenizer` is a fast transformers tokenizer; `image_processor` is callable as
+    `image_processor(images=[PIL], return_tensors="pt")` and returns `pixel_values` and `image_grid_thw`.
+    """
+
+    def __init__(self, tokenizer, image_processor) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.merge_size = image_processor.merge_size
+        self._patches: OrderedDict[str, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> TransformersCodec:
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return cls(AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        self.tokenizer.save_pretrained(path)
+        self.image_processor.save_pretrained(path)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def image_patches(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """(pixel_values [patches, channels·temporal·patch²], grid) of a uint8 [h, w, 3] image, cached by pixel hash."""
+        key = image_hash(pixels)
+        if key not in self._patches:
+            from PIL import Image
+
+            out = self.image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+            self._patches[key] = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+            if len(self._patches) > _CACHED_IMAGES:
+                self._patches.popitem(last=False)
+        self._patches.move_to_end(key)
+        return self._patches[key]
+
+    def image_grid(self, pixels: np.ndarray) -> tuple[int, int, int]:
+        return self.image_patches(pixels)[1]
+
+    def image_tokens(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2] // self.merge_size**2

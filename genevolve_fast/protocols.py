@@ -1,0 +1,226 @@
+"""What the rooms know of each other. No implementation lives here, and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from genevolve_fast.trajectory import Diagnostic, Program, Request, Trajectory
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class Codec(Protocol):
+    """Text to ids and back, and how an image becomes placeholder ids. One per policy."""
+
+    image_pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; the special tokens written in it become their single ids, nothing is added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included."""
+        ...
+
+    def image_grid(self, pixels: np.ndarray) -> tuple[int, int, int]:
+        """Patch grid (t, h, w) of a uint8 [height, width, 3] image before spatial merging."""
+        ...
+
+    def image_tokens(self, grid: tuple[int, int, int]) -> int:
+        """Number of placeholder ids for a grid."""
+        ...
+
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+
+class EngineError(RuntimeError):
+    """The engine could not answer; the rollout ends as Failed(stage="engine")."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a turn is sampled. temperature 0 is greedy; log-probs are reported after temperature and top-p."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_tokens: int = 4096
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampled ids (a stop id, when one ended the turn, is the last of them) and their log-probs in nats."""
+
+    ids: list[int]
+    logps: list[float]
+    finish_reason: str = "stop"  # "stop" | "length"
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Token ids (and images) in, token ids and log-probs out.
+
+    A session is one rollout: `open` before its first turn, `close` after its last. `ids` are all ids so far, so an
+    engine may keep what it computed for the session's earlier turns. `images` are the pixels behind every
+    placeholder run in `ids`, in order. The seed belongs to the request: equal (ids, seed) sample equal ids.
+    """
+
+    def open(self, session_id: str) -> None: ...
+
+    def close(self, session_id: str) -> None: ...
+
+    async def generate(
+        self, session_id: str, ids: Sequence[int], images: Sequence[np.ndarray], sampling: Sampling, seed: int
+    ) -> Generation:
+        """Raises EngineError."""
+        ...
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+class ToolError(RuntimeError):
+    """A tool could not answer. `retryable` tells whether the same call may work later."""
+
+    def __init__(self, message: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """One image search result; the session gives it its IMG_### id."""
+
+    title: str
+    pixels: np.ndarray | None = None  # uint8 [height, width, 3]
+    url: str = ""
+    local_path: str = ""
+    page_url: str = ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tool answers: text, or images (image_search) that the session formats with their ids."""
+
+    text: str = ""
+    images: tuple[FoundImage, ...] = ()
+
+
+class Tool(Protocol):
+    name: str
+    parameters: Mapping[str, Any]  # JSON schema of the arguments
+    description: str
+
+    async def __call__(self, arguments: Mapping[str, Any]) -> Observation:
+        """Raises ToolError."""
+        ...
+
+
+# --- from program to score --------------------------------------------------------------------------------------------
+
+
+class RenderError(RuntimeError):
+    """The renderer failed (its fault, not the program's)."""
+
+
+class JudgeError(RuntimeError):
+    """The judge failed to give a verdict."""
+
+
+class Renderer(Protocol):
+    name: str
+    min_references: int
+    max_references: int
+
+    async def render(self, program: Program, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """uint8 [height, width, 3]; `references` are the pixels of program.reference_images. Raises RenderError."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageVerdict:
+    faithfulness: float
+    visual_correctness: float
+    text_accuracy: float  # 0.5 when no text is required
+    aesthetics: float
+    text_required: bool
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProgramVerdict:
+    score: float
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+
+class ImageJudge(Protocol):
+    async def judge(self, request: Request, image: np.ndarray, truth: np.ndarray) -> ImageVerdict:
+        """Sees picture, ground truth and request, never the program. Raises JudgeError."""
+        ...
+
+
+class ProgramJudge(Protocol):
+    async def judge(self, request: Request, program: Program) -> ProgramVerdict:
+        """Sees request and program, never the picture. Raises JudgeError."""
+        ...
+
+
+# --- experience -------------------------------------------------------------------------------------------------------
+
+EXPERIENCE_SLOTS = (
+    "search_strategy",
+    "knowledge_activation",
+    "reference_selection",
+    "prompt_construction",
+    "failure_avoidance",
+)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A best-worst bundle: what made the better rollout better, slot by slot. An empty slot has nothing to say."""
+
+    search_strategy: str = ""
+    knowledge_activation: str = ""
+    reference_selection: str = ""
+    prompt_construction: str = ""
+    failure_avoidance: str = ""
+
+    def slots(self) -> dict[str, str]:
+        return {name: text for name in EXPERIENCE_SLOTS if (text := getattr(self, name))}
+
+
+class Summarizer(Protocol):
+    async def compare(self, request: Request, best: Trajectory, worst: Trajectory) -> Experience | None:
+        """Name the decisions that made the difference, never quoting the ground truth; None when there are none."""
+        ...
+
+
+class Embedder(Protocol):
+    dimension: int
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), dimension], unit length."""
+        ...
+
+
+# --- a world to act in ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything outside the policy, bundled so that train, evaluate and data are given one thing."""
+
+    tools: Mapping[str, Tool]
+    renderer: Renderer
+    image_judge: ImageJudge
+    program_judge: ProgramJudge
+    summarizer: Summarizer
+    embedder: Embedder
+    system_prompt: str
+    truth: Callable[[Request], np.ndarray]  # ground-truth pixels, uint8 [height, width, 3]

@@ -1,0 +1,99 @@
+"""From requests to judged trajectories: agent, engine, tools, renderer and judges meet here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from genevolve_fast.agent.session import SessionSettings, run_session
+from genevolve_fast.protocols import Codec, Engine, World
+from genevolve_fast.reward.scoring import score
+from genevolve_fast.trajectory import Request, Trajectory
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Trajectories in a fixed order, pixels of the images they saw by hash, rendered pictures by trajectory id."""
+
+    trajectories: tuple[Trajectory, ...]
+    images: Mapping[str, np.ndarray]
+    pictures: Mapping[str, np.ndarray]
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on `parts` only, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sample_rollouts(
+    requests: Sequence[Request],
+    num_generations: int,
+    *,
+    world: World,
+    engine: Engine,
+    codec: Codec,
+    settings: SessionSettings,
+    seed: int,
+    step: int = 0,
+    on_done: Callable[[], None] | None = None,
+) -> Rollouts:
+    """Run `num_generations` sessions of every request concurrently; seeds depend on (seed, step, request, k)."""
+    plan = [
+        (request, f"{step:06d}/{i:04d}-{request.id}", k) for i, request in enumerate(requests) for k in range(num_generations)
+    ]
+    ids = [f"{group}/{k}" for _, group, k in plan]
+    for rollout_id in ids:
+        engine.open(rollout_id)  # all of them first: a deterministic engine waits for every open session
+
+    async def one(request: Request, group: str, k: int, rollout_id: str):
+        result = await run_session(
+            request,
+            engine=engine,
+            codec=codec,
+            tools=world.tools,
+            system_prompt=world.system_prompt,
+            settings=settings,
+            rollout_id=rollout_id,
+            group_id=group,
+            seed=stable_seed(seed, step, request.id, k),
+            policy_step=step,
+        )
+        if on_done:
+            on_done()
+        return result
+
+    async def main():
+        return await asyncio.gather(*(one(*task, rid) for task, rid in zip(plan, ids, strict=True)))
+
+    results = asyncio.run(main())
+    images = {sha: pixels for r in results for sha, pixels in r.images.items()}
+    return Rollouts(tuple(r.trajectory.validate() for r in results), images, {})
+
+
+def judge_rollouts(rollouts: Rollouts, requests: Mapping[str, Request], world: World, render_seed: int = 0) -> Rollouts:
+    """Render and judge every trajectory; failures become typed outcomes, never zeros."""
+
+    async def main():
+        return await asyncio.gather(
+            *(
+                score(
+                    requests[t.request_id],
+                    t,
+                    renderer=world.renderer,
+                    image_judge=world.image_judge,
+                    program_judge=world.program_judge,
+                    truth=world.truth(requests[t.request_id]),
+                    images=rollouts.images,
+                    seed=render_seed,
+                )
+                for t in rollouts.trajectories
+            )
+        )
+
+    scored = asyncio.run(main())
+    pictures = {t.id: picture for t, picture in scored if picture is not None}
+    return Rollouts(tuple(t for t, _ in scored), rollouts.images, pictures)

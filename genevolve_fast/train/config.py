@@ -1,0 +1,211 @@
+"""Typed YAML configuration: every field documented, wrong or ineffective combinations refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from genevolve_fast.ops.objective import Objective
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work; the message names the field and says why."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class PolicyConfig(_Section):
+    path: str = Field("sandbox:start", description="Folder or hub name; `sandbox:start` ships, `sandbox:new` is random")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights and activations")
+    freeze_vision: bool = Field(True, description="Vision tower and projector get no gradient")
+    gradient_checkpointing: bool = Field(False, description="Recompute layers in backward to save activation memory")
+
+
+class WorldConfig(_Section):
+    kind: Literal["sandbox"] = Field("sandbox", description="Where the agent acts: the embedded offline world")
+    seed: int = Field(0, description="Seed of entities, facts and requests")
+
+
+class RolloutConfig(_Section):
+    prompts_per_step: int = Field(8, ge=1, description="Requests sampled in one step")
+    num_generations: int = Field(6, ge=1, description="Rollouts of each request: the group of GRPO")
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature; the trainer's log-probs use it too")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus kept when sampling")
+    max_tokens_per_turn: int = Field(4096, ge=1, description="Tokens of one reply before it counts as too long")
+    max_prompt_length: int = Field(6144, ge=1, description="Tokens of system prompt and request")
+    max_response_length: int = Field(30000, ge=1, description="Tokens after the request, observations included")
+    max_tool_calls: int = Field(10, ge=0, description="Tool calls of one rollout")
+    max_rounds: int = Field(11, ge=1, description="Model calls of one rollout; the last one must answer")
+    observe_images: Literal["tokens", "text"] = Field("tokens", description="How retrieved images are shown")
+    tool_timeout_s: float = Field(60.0, gt=0, description="Seconds one tool call may take")
+    max_batch: int = Field(64, ge=1, description="Turns the embedded engine samples together")
+    deterministic: bool = Field(True, description="Compose batches by request id, whatever order tools answer in")
+
+
+class ExperienceConfig(_Section):
+    enabled: bool = Field(True, description="Compare best and worst and show the difference to the teacher")
+    source: Literal["own", "shuffled"] = Field("own", description="`shuffled` gives each request another's experience")
+    min_gap: float = Field(0.2, ge=0, description="Reward gap between best and worst worth a comparison")
+    capacity: int = Field(500, ge=1, description="Bundles kept in memory")
+    similarity: float = Field(0.84, ge=-1, le=1, description="Cosine a remembered bundle needs to be retrieved")
+    max_comparisons: int = Field(8, ge=1, description="Comparisons per step")
+
+
+class OptimConfig(_Section):
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW")
+    weight_decay: float = Field(1e-6, ge=0, description="Decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps spent warming up linearly")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="After the warm-up")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(10, ge=1, description="Steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept")
+
+
+class EvaluateConfig(_Section):
+    requests: int = Field(200, ge=0, description="Held-out requests judged before and after; 0 skips the bench")
+    temperature: float = Field(0.6, ge=0, description="Sampling temperature of the bench")
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the bench")
+
+
+class EvolveConfig(_Section):
+    """`genevolve-fast evolve`."""
+
+    name: str = Field("evolve", description="Run folder under `runs/`")
+    seed: int = Field(0, description="Seed of data order and sampling")
+    steps: int = Field(40, ge=1, description="Optimizer steps")
+    minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
+    adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="Advantage of a rollout in its group")
+    max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
+    max_failed_share: float = Field(0.5, ge=0, le=1, description="Refuse to train on a step with more failed rollouts")
+    threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    world: WorldConfig = Field(default_factory=WorldConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    objective: Objective = Field(default_factory=Objective)
+    experience: ExperienceConfig = Field(default_factory=ExperienceConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("objective"), dict):
+            data = data | {"objective": Objective(**data["objective"])}
+        return data
+
+    @model_validator(mode="after")
+    def _refuse(self) -> EvolveConfig:
+        o, r, e = self.objective, self.rollout, self.experience
+        if r.num_generations < 2:
+            raise ValueError("rollout.num_generations must be at least 2: one rollout has no group to compare with")
+        if r.temperature == 0:
+            raise ValueError("rollout.temperature is 0: greedy rollouts are equal, every advantage would be zero")
+        if o.sdl_coef and not e.enabled:
+            raise ValueError("objective.sdl_coef > 0 needs experience.enabled: the teacher would see nothing new")
+        if e.enabled and not o.sdl_coef:
+            raise ValueError("experience.enabled with objective.sdl_coef 0 compares rollouts for nothing; disable one")
+        if o.rollout_is == "sequence":
+            raise ValueError("objective.rollout_is 'sequence' needs old log-probs, and one update a batch makes none")
+        if o.sdl_select == "batch":
+            raise ValueError("objective.sdl_select 'batch' selects within one call, but gradients are accumulated here")
+        if r.max_rounds < 1 + min(r.max_tool_calls, 1):
+            raise ValueError("rollout.max_rounds 1 leaves no turn for rollout.max_tool_calls > 0")
+        if self.policy.path == "sandbox:new":
+            raise ValueError("policy.path 'sandbox:new' is random: run `genevolve-fast sft` first")
+        if self.checkpoint.every > self.steps and self.minutes is None:
+            raise ValueError(f"checkpoint.every {self.checkpoint.every} exceeds steps {self.steps}: nothing to resume")
+        return self
+
+
+class SftDataConfig(_Section):
+    path: str = Field("sandbox:demonstrations", description="JSONL of {messages, images}, or the sandbox demonstrator")
+    demonstrations: int = Field(12000, ge=1, description="Trajectories the demonstrator writes")
+    experience_share: float = Field(0.3, ge=0, le=1, description="Share of them that carry an experience and obey it")
+    cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
+
+
+class SftConfig(_Section):
+    """`genevolve-fast sft`."""
+
+    name: str = Field("sft", description="Run folder under `runs/`")
+    seed: int = Field(0, description="Seed of data order and, for `sandbox:new`, of the weights")
+    epochs: int = Field(2, ge=1, description="Passes over the data")
+    minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
+    batch_size: int = Field(32, ge=1, description="Samples of one optimizer step")
+    max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
+    threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    world: WorldConfig = Field(default_factory=WorldConfig)
+    data: SftDataConfig = Field(default_factory=SftDataConfig)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_ratio=0.02, schedule="cosine"))
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=200))
+
+    @model_validator(mode="after")
+    def _refuse(self) -> SftConfig:
+        if self.policy.path == "sandbox:new" and self.policy.freeze_vision:
+            raise ValueError("policy.freeze_vision with 'sandbox:new' would freeze a random vision tower")
+        if self.data.path != "sandbox:demonstrations" and self.policy.path == "sandbox:new":
+            raise ValueError("policy.path 'sandbox:new' takes its tokenizer from data.path 'sandbox:demonstrations'")
+        return self
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"{dotted}: {name} is not a section")
+    data[last] = value
+
+
+def load_config(cls: type[C], path: str | Path | None, overrides: list[str] | None = None) -> C:
+    """Read YAML at `path`, apply `section.field=value` overrides (values in YAML). Raises ConfigError."""
+    data: Any = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a mapping of fields")
+    for override in overrides or []:
+        name, sep, value = override.partition("=")
+        if not sep:
+            raise ConfigError(f"override {override!r} is not of the form section.field=value")
+        _set(data, name.strip(), yaml.safe_load(value))
+    return parse_config(cls, data, str(path or "config"))
+
+
+def parse_config(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
+    """Validate `data`. Raises ConfigError with one line per wrong field."""
+    try:
+        return cls(**data)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(combination)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join([f"{where} cannot be used:", *lines])) from error
+    except (TypeError, ValueError) as error:  # Objective refuses its own fields
+        raise ConfigError(f"{where} cannot be used: {error}") from error
+
+
+def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted field, default, description) of every field, sections expanded."""
+    rows = []
+    for name, info in cls.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            rows += describe(type(default), f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, default, info.description or ""))
+    return rows

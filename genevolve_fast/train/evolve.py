@@ -1,0 +1,248 @@
+"""Self-evolution on one screen: sample, render, judge, compare, retrieve, pack, forward, loss, step, sync."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genevolve_fast import trajectory as trajectories
+from genevolve_fast.agent.session import SessionSettings
+from genevolve_fast.experience.bundle import best_and_worst
+from genevolve_fast.experience.context import render as render_experience
+from genevolve_fast.experience.memory import ExperienceMemory
+from genevolve_fast.policy.model import Policy
+from genevolve_fast.protocols import Experience, World
+from genevolve_fast.reward.advantages import advantages
+from genevolve_fast.rollout.transformers_engine import TransformersEngine
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
+from genevolve_fast.train.config import EvolveConfig, RolloutConfig
+from genevolve_fast.train.metrics import rollout_metrics
+from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.run import Run, RunError, peak_memory_gb
+from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
+from genevolve_fast.trajectory import Failed, Request, Trajectory
+
+
+def evolve(
+    config: EvolveConfig, policy: Policy, world: World, pool: Sequence[Request], folder: Path, *, resume: bool = False
+) -> Path:
+    """Evolve `policy` on the requests of `pool`; returns the folder of the evolved policy (`folder/policy`)."""
+    if config.policy.freeze_vision:
+        policy.freeze_vision()
+    policy.gradient_checkpointing = config.policy.gradient_checkpointing
+    reference = frozen_copy(policy) if config.objective.kl_coef else None
+    engine = TransformersEngine(
+        policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic
+    )
+    optimizer, scheduler = build_optimizer(policy, config.optim, config.steps)
+    memory = new_memory(config, world)
+    run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
+    step = 0
+    if resume and (saved := checkpoints(folder / "checkpoints")):
+        step, _ = load_checkpoint(saved[-1], policy, optimizer, scheduler)
+        memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
+    run.rewind(step)
+    started = time.time()
+
+    while step < config.steps and (config.minutes is None or time.time() - started < 60 * config.minutes):
+        requests = {r.id: r for r in requests_of_step(pool, config, step)}
+        rollouts = collect(run, config, policy, world, engine, requests, step)
+        with run.phase("experience", step):
+            groups = group_by_request(rollouts.trajectories)
+            experiences, compared = learn_from(groups, requests, world, memory, config, step)
+        with run.phase("update_actor", step):
+            begin = time.perf_counter()
+            batch = training_rollouts(groups, experiences, policy, config)
+            metrics, traces = accumulate_gradients(
+                policy,
+                batch,
+                rollouts.images,
+                config.objective,
+                temperature=config.rollout.temperature,
+                max_tokens=config.max_tokens_per_microbatch,
+                reference=reference,
+            )
+            metrics["actor/grad_norm"] = float(
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm, error_if_nonfinite=True)
+            )
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            metrics["perf/train_seconds"] = time.perf_counter() - begin
+        engine.weights_updated()
+        keep_for_report(folder, step, rollouts, traces, experiences)
+        step += 1
+        metrics |= rollout_metrics(rollouts.trajectories, groups)
+        metrics |= {"experience/compared": compared, "experience/memory": len(memory), "experience/used": len(experiences)}
+        metrics |= {"actor/lr": scheduler.get_last_lr()[0], "perf/max_memory_allocated_gb": peak_memory_gb(policy.device)}
+        metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
+        run.log(step, metrics)
+        if step % config.checkpoint.every == 0 or step == config.steps:
+            with run.phase("checkpoint", step):
+                save_checkpoint(
+                    folder / "checkpoints",
+                    step,
+                    policy,
+                    optimizer,
+                    scheduler,
+                    {},
+                    extras=lambda path: memory.save(path / "memory"),
+                    keep_last=config.checkpoint.keep_last,
+                )
+    run.close()
+    policy.eval()
+    policy.save_pretrained(folder / "policy")
+    return folder / "policy"
+
+
+def session_settings(r: RolloutConfig, world: World, temperature: float | None = None, top_p: float | None = None):
+    """The agent's settings of a rollout section; the renderer says how many references a program may carry."""
+    return SessionSettings(
+        max_tool_calls=r.max_tool_calls,
+        max_model_calls=r.max_rounds,
+        max_tokens_per_turn=r.max_tokens_per_turn,
+        max_response_tokens=r.max_response_length,
+        max_prompt_tokens=r.max_prompt_length,
+        temperature=r.temperature if temperature is None else temperature,
+        top_p=r.top_p if top_p is None else top_p,
+        min_references=world.renderer.min_references,
+        max_references=world.renderer.max_references,
+        observe_images=r.observe_images,
+        tool_timeout_s=r.tool_timeout_s,
+    )
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, without gradients: the reference of the KL term."""
+    reference = Policy(copy.deepcopy(policy.model), policy.codec).requires_grad_(False)
+    return reference.eval()
+
+
+def new_memory(config: EvolveConfig, world: World) -> ExperienceMemory:
+    e = config.experience
+    return ExperienceMemory(world.embedder, capacity=e.capacity, similarity=e.similarity)
+
+
+def requests_of_step(pool: Sequence[Request], config: EvolveConfig, step: int) -> list[Request]:
+    """The step's requests: every epoch is a fresh shuffle that depends on the seed only."""
+    n = config.rollout.prompts_per_step
+    if len(pool) < n:
+        raise RunError(f"the pool holds {len(pool)} requests, fewer than rollout.prompts_per_step {n}")
+    epoch, within = divmod(step, len(pool) // n)
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(pool))
+    return [pool[i] for i in order[within * n : (within + 1) * n]]
+
+
+def collect(
+    run: Run,
+    config: EvolveConfig,
+    policy: Policy,
+    world: World,
+    engine: TransformersEngine,
+    requests: Mapping[str, Request],
+    step: int,
+) -> Rollouts:
+    """Judged rollouts of the step; finished ones that a crash left untrained are read back instead of sampled."""
+    path = run.folder / "rollouts" / f"step_{step:06d}.safetensors"
+    if path.exists():
+        rollouts = Rollouts(*trajectories.load(path), {})
+    else:
+        with run.phase("rollout", step):
+            rollouts = sample_rollouts(
+                list(requests.values()),
+                config.rollout.num_generations,
+                world=world,
+                engine=engine,
+                codec=policy.codec,
+                settings=session_settings(config.rollout, world),
+                seed=config.seed,
+                step=step,
+            )
+            trajectories.save(path, rollouts.trajectories, rollouts.images)
+    if any(t.outcome is None for t in rollouts.trajectories):
+        with run.phase("judge", step):
+            rollouts = judge_rollouts(rollouts, requests, world)
+            trajectories.save(path, rollouts.trajectories, rollouts.images)
+    failed = [t.outcome for t in rollouts.trajectories if isinstance(t.outcome, Failed)]
+    if len(failed) > config.max_failed_share * len(rollouts.trajectories):
+        path.unlink()
+        raise RunError(
+            f"step {step}: {len(failed)} of {len(rollouts.trajectories)} rollouts failed, more than max_failed_share "
+            f"{config.max_failed_share}; first: {failed[0].stage}: {failed[0].reason}. Mend it and run again with --resume"
+        )
+    return rollouts
+
+
+def group_by_request(rollouts: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
+    groups: dict[str, list[Trajectory]] = {}
+    for t in rollouts:
+        groups.setdefault(t.group_id, []).append(t)
+    return groups
+
+
+def learn_from(
+    groups: Mapping[str, Sequence[Trajectory]],
+    requests: Mapping[str, Request],
+    world: World,
+    memory: ExperienceMemory,
+    config: EvolveConfig,
+    step: int,
+) -> tuple[dict[str, Experience], int]:
+    """Compare, insert, retrieve: the experience that each group's teacher reads, and how many were compared."""
+    if not config.experience.enabled:
+        return {}, 0
+    pairs = {g: pair for g, members in groups.items() if (pair := best_and_worst(members, config.experience.min_gap))}
+    widest = sorted(pairs, key=lambda g: (pairs[g][1].reward - pairs[g][0].reward, g))[: config.experience.max_comparisons]
+
+    async def compare_all():
+        return await asyncio.gather(
+            *(world.summarizer.compare(requests[pairs[g][0].request_id], *pairs[g]) for g in widest)
+        )
+
+    fresh = {g: e for g, e in zip(widest, asyncio.run(compare_all()), strict=True) if e is not None and e.slots()}
+    for group, experience in fresh.items():
+        best, worst = pairs[group]
+        memory.insert(requests[best.request_id].question, experience, gap=best.reward - worst.reward, step=step)
+    found = {}
+    for group, members in groups.items():
+        experience = fresh.get(group) or memory.retrieve(requests[members[0].request_id].question)
+        if experience is not None:
+            found[group] = experience
+    if config.experience.source == "shuffled":  # the ablation: everybody reads the experience of the next group
+        names = list(found)
+        found = {g: found[names[(i + 1) % len(names)]] for i, g in enumerate(names)} if len(names) > 1 else {}
+    return found, len(widest)
+
+
+def training_rollouts(
+    groups: Mapping[str, Sequence[Trajectory]],
+    experiences: Mapping[str, Experience],
+    policy: Policy,
+    config: EvolveConfig,
+) -> list[TrainingRollout]:
+    """Every judged rollout with loss tokens, its advantage and the tokens its teacher reads."""
+    out = []
+    for group, members in groups.items():
+        block = experiences.get(group)
+        patch = tuple(policy.codec.encode(render_experience(block))) if block else ()
+        for t, a in zip(members, advantages([t.reward for t in members], config.adv_estimator), strict=True):
+            if t.reward is not None and t.num_loss_tokens and math.isfinite(a):
+                out.append(TrainingRollout(t, float(a), patch))
+    if not out:
+        raise RunError("no rollout of this step can be trained on: all failed or none sampled a token")
+    return out
+
+
+def keep_for_report(folder, step, rollouts: Rollouts, traces, experiences: Mapping[str, Experience]) -> None:
+    """Token traces, pictures and experiences of a step, for `genevolve-fast report`."""
+    from genevolve_fast.report.records import write_step
+
+    write_step(folder, step, rollouts.trajectories, rollouts.pictures, traces, experiences)

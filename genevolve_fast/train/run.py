@@ -1,0 +1,129 @@
+"""A run's folder: metrics, phases, progress and what is needed to look at it later."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+from tqdm import tqdm
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says what to do."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path` and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak bytes allocated on a GPU, or this process's peak resident set on CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Run:
+    """`runs/NAME`: config.yaml, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
+
+    def __init__(self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool) -> None:
+        self.folder = Path(folder)
+        self.device = device
+        self.started = time.time()
+        self._phase_seconds: dict[str, float] = {}
+        self._phase_memory: dict[str, float] = {}
+        self._settle(config, resume)
+        self._bar = tqdm(total=total, desc=self.folder.name, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self._board = None
+
+    def _settle(self, config: BaseModel, resume: bool) -> None:
+        path = self.folder / "config.yaml"
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        if path.exists():
+            if not resume:
+                raise RunError(f"{self.folder} already holds a run: continue it with --resume or choose another --name")
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if changed := _differences(before, _plain(config)):
+                raise RunError(f"{self.folder} was started with another configuration ({', '.join(changed)})")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of steps after the checkpoint at `step`; they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # a line cut by the crash
+            write_atomic(path, "".join(f"{line}\n" for line in kept))
+        self._bar.n = self._bar.initial = step
+        self._bar.refresh()
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Time a phase of a step; its beginning stands in phases.jsonl so that a crash can be located."""
+        with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._bar.set_postfix_str(name, refresh=True)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + time.perf_counter() - begin
+            self._phase_memory[name] = peak_memory_gb(self.device)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write one step's metrics (phase times and memory added) to metrics.jsonl, TensorBoard and the bar."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        row = {name: float(value) for name, value in metrics.items()}
+        row |= {f"timing_s/{name}": seconds for name, seconds in self._phase_seconds.items()}
+        row |= {f"memory_gb/{name}": peak for name, peak in self._phase_memory.items()}
+        row["timing_s/step"] = sum(self._phase_seconds.values())
+        self._phase_seconds, self._phase_memory = {}, {}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **row}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.update(step - self._bar.n)
+        shown = {"reward": "reward", "loss": "loss", "tok/s": "perf/throughput", "GB": "perf/max_memory_allocated_gb"}
+        self._bar.set_postfix({k: f"{row[v]:.3g}" for k, v in shown.items() if v in row})
+        return row
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _plain(config: BaseModel) -> dict[str, Any]:
+    return json.loads(config.model_dump_json())
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in {**a, **b} for d in _differences(a.get(k), b.get(k), f"{prefix}{k}.")]
+    return [] if a == b else [prefix.rstrip(".")]

@@ -1,0 +1,100 @@
+"""Supervised fine-tuning on assistant tokens: packed, loss rows only, resumable at the exact sample."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches
+from genevolve_fast.data.conversations import Conversation, ImageFiles, load_conversations
+from genevolve_fast.ops import linear_logprob
+from genevolve_fast.policy.attention import packed_causal
+from genevolve_fast.policy.model import Policy
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from genevolve_fast.train.config import SftConfig
+from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.run import Run, peak_memory_gb
+
+
+def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: bool = False) -> Path:
+    """Train `policy` on the JSONL `data`; returns the folder of the final policy (`folder/policy`)."""
+    pixels = ImageFiles()
+    samples, dropped = load_conversations(data, policy.codec, pixels, config.data.cutoff)
+    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    if config.policy.freeze_vision:
+        policy.freeze_vision()
+    policy.gradient_checkpointing = config.policy.gradient_checkpointing
+    optimizer, scheduler = build_optimizer(policy, config.optim, steps)
+    run = Run(folder, config, device=policy.device, total=steps, resume=resume)
+    step = 0
+    if resume and (saved := checkpoints(folder / "checkpoints")):
+        step, _ = load_checkpoint(saved[-1], policy, optimizer, scheduler)
+    run.rewind(step)
+    deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
+    policy.train()
+    while step < steps and time.time() < deadline:
+        batch = [samples[i] for i in batch_order(config, len(samples), step)]
+        with run.phase("update_actor", step):
+            begin = time.perf_counter()
+            nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - begin
+        step += 1
+        run.log(
+            step,
+            {
+                "loss": nll,
+                "grad_norm": norm,
+                "lr": scheduler.get_last_lr()[0],
+                "num_tokens": tokens,
+                "dropped_samples": dropped,
+                "perf/throughput": tokens / seconds,
+                "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
+            },
+        )
+        if step % config.checkpoint.every == 0 or step == steps:
+            save_checkpoint(
+                folder / "checkpoints", step, policy, optimizer, scheduler, {}, keep_last=config.checkpoint.keep_last
+            )
+    run.close()
+    policy.eval()
+    policy.save_pretrained(folder / "policy")
+    return folder / "policy"
+
+
+def batch_order(config: SftConfig, samples: int, step: int) -> np.ndarray:
+    """Indices of the samples of one step; a function of seed and step only, so nothing needs to be remembered."""
+    epoch, within = divmod(step, math.ceil(samples / config.batch_size))
+    order = np.random.default_rng((config.seed, epoch)).permutation(samples)
+    return order[within * config.batch_size : (within + 1) * config.batch_size]
+
+
+def accumulate(
+    policy: Policy, batch: Sequence[Conversation], pixels: ImageFiles, max_tokens: int
+) -> tuple[float, int]:
+    """Gradients of the mean negative log-likelihood over the batch's assistant tokens; returns (it, tokens seen)."""
+    total = int(sum(c.loss_mask.sum() for c in batch))
+    losses, tokens = [], 0
+    for group in plan_microbatches([len(c.ids) for c in batch], max_tokens):
+        sequences = [
+            TrainingSequence(c.ids, c.loss_mask, tuple(pixels(f) for f in c.images), c.grids)
+            for c in (batch[i] for i in group)
+        ]
+        packed = pack(sequences, policy.codec.image_pad_id, policy.codec.merge_size, policy.device)
+        features = policy.image_features(packed.images)
+        attend = packed_causal(packed.cu_seqlens)
+        hidden = policy.hidden(packed.ids, packed.positions, attend, packed.image_rows, features)
+        logps = linear_logprob(hidden[0, packed.rows], policy.head_weight, packed.targets).logps
+        loss = -logps.sum() / total
+        loss.backward()
+        losses.append(loss.detach())
+        tokens += packed.num_tokens
+    return float(torch.stack(losses).sum()), tokens

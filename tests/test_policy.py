@@ -1,0 +1,104 @@
+"""The layer loop against transformers' own forward, and packing against one sequence at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches, teacher_sequence
+from genevolve_fast.policy.attention import packed_causal
+from genevolve_fast.policy.positions import ImageMismatchError, mrope_positions
+
+
+def text(n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(40, 300, n).tolist()
+
+
+def sequence(policy, pictures, layout: list[int | np.ndarray], seed: int) -> TrainingSequence:
+    """`layout`: numbers are text lengths, arrays are pictures."""
+    ids: list[int] = []
+    images, grids = [], []
+    for i, part in enumerate(layout):
+        if isinstance(part, int):
+            ids += text(part, seed * 100 + i)
+        else:
+            grid = policy.codec.image_grid(part)
+            ids += [policy.codec.image_pad_id] * policy.codec.image_tokens(grid)
+            images.append(part)
+            grids.append(grid)
+    ids = np.array(ids, dtype=np.int64)
+    mask = (ids != policy.codec.image_pad_id) & (np.arange(len(ids)) >= 3)
+    return TrainingSequence(ids, mask, tuple(images), tuple(grids))
+
+
+def run(policy, sequences):
+    batch = pack(sequences, policy.codec.image_pad_id, policy.codec.merge_size, "cpu")
+    features = policy.image_features(batch.images)
+    hidden = policy.hidden(batch.ids, batch.positions, packed_causal(batch.cu_seqlens), batch.image_rows, features)
+    return hidden[0], batch
+
+
+def test_layer_loop_equals_transformers(policy, pictures):
+    one = sequence(policy, pictures, [5, pictures[0], 4, pictures[1], 2, pictures[2], 6], 1)
+    mine, batch = run(policy, [one])
+    policy.model.set_attn_implementation("sdpa")
+    pixel_values = torch.cat([policy.codec.image_patches(p)[0] for p in one.images])
+    is_image = (batch.ids == policy.codec.image_pad_id).int()
+    theirs = policy.model.model(
+        input_ids=batch.ids,
+        pixel_values=pixel_values,
+        image_grid_thw=torch.tensor(one.grids),
+        mm_token_type_ids=is_image,
+        use_cache=False,
+    ).last_hidden_state[0]
+    assert (mine - theirs).abs().max() < 2e-6
+    reference, _ = policy.model.model.get_rope_index(batch.ids, is_image, torch.tensor(one.grids))
+    assert torch.equal(reference, batch.positions)
+
+
+def test_packed_equals_alone(policy, pictures):
+    layouts = [[5, pictures[0], 9], [17], [3, pictures[1], 2, pictures[0], 8], [1, 1]]
+    sequences = [sequence(policy, pictures, layout, i) for i, layout in enumerate(layouts)]
+    packed, batch = run(policy, sequences)
+    for i, alone in enumerate(sequences):
+        hidden, _ = run(policy, [alone])
+        a, b = batch.cu_seqlens[i : i + 2]
+        assert (packed[a:b] - hidden).abs().max() < 2e-6
+    assert batch.targets.tolist() == [t for s in sequences for t in s.ids[s.loss_mask].tolist()]
+    assert torch.equal(batch.ids[0, batch.rows + 1], batch.targets)
+
+
+def test_teacher_keeps_targets_and_moves_rows(policy, pictures):
+    student = sequence(policy, pictures, [6, pictures[0], 5], 3)
+    teacher = teacher_sequence(student, 3, [41, 42])
+    assert teacher.ids[teacher.loss_mask].tolist() == student.ids[student.loss_mask].tolist()
+    assert len(teacher.ids) == len(student.ids) + 2 and teacher.ids[3:5].tolist() == [41, 42]
+
+
+def test_gradient_checkpointing_changes_no_gradient(policy, pictures):
+    sequences = [sequence(policy, pictures, [5, pictures[0], 9], 1), sequence(policy, pictures, [7], 2)]
+    gradients = []
+    for checkpointing in (False, True):
+        policy.gradient_checkpointing = checkpointing
+        policy.zero_grad()
+        run(policy, sequences)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["missing image", "short run", "spare image"])
+def test_placeholders_without_their_image_raise(policy, pictures, wrong):
+    pad, grid = policy.codec.image_pad_id, (1, 6, 6)
+    runs = {"missing image": ([pad] * 9, []), "short run": ([pad] * 8, [grid]), "spare image": ([pad] * 9, [grid, grid])}
+    placeholders, grids = runs[wrong]
+    with pytest.raises(ImageMismatchError):
+        mrope_positions(np.array([50, *placeholders, 51]), pad, grids, 2)
+
+
+def test_microbatches_hold_every_sequence_once_within_the_budget():
+    lengths = [500, 90, 300, 1200, 700, 30, 30, 640]
+    groups = plan_microbatches(lengths, 1000)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in g) <= 1000 or len(g) == 1 for g in groups)
+    assert len(groups) == 4
