@@ -36,6 +36,7 @@ def recomputed_logps(policy, ids, images, start, temperature):
     with torch.no_grad():
         hidden = policy.hidden(batch.ids, batch.positions, packed_causal(batch.cu_seqlens), batch.image_rows, features)
         logits = hidden[0, batch.rows] @ policy.head_weight.T
+        logits[:, policy.codec.image_pad_id] = -torch.inf  # the engine never samples a placeholder
     return (logits / temperature).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0].numpy()
 
 

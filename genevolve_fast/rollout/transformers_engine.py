@@ -251,7 +251,10 @@ class TransformersEngine:
         return self._logits(hidden[:, 0])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.policy.head_weight)
+        """[rows, V]; an image placeholder is never sampled, because no image would stand behind it."""
+        logits = F.linear(hidden, self.policy.head_weight)
+        logits[:, self.policy.codec.image_pad_id] = -torch.inf
+        return logits
 
     def _sample(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """One token for every row still sampling; rows with equal settings are drawn together."""

@@ -1,0 +1,81 @@
+"""The memory of experiences: bounded, weighted by reward gap, searched by the request's embedding."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from genevolve_fast.protocols import Embedder, Experience
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One comparison: the request it came from, what it taught, the reward gap and the step."""
+
+    question: str
+    experience: Experience
+    gap: float
+    step: int
+
+
+class ExperienceMemory:
+    """At most `capacity` bundles, oldest first.
+
+    Eviction is FIFO weighted by reward gap: of the oldest tenth the bundle with the smallest gap goes (ties: the
+    oldest), so a lesson that made a large difference outlives its neighbours but not for ever.
+    """
+
+    def __init__(self, embedder: Embedder, capacity: int = 500, similarity: float = 0.84) -> None:
+        self.embedder = embedder
+        self.capacity = capacity
+        self.similarity = similarity
+        self.bundles: list[Bundle] = []
+        self._vectors = np.zeros((0, embedder.dimension), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.bundles)
+
+    def insert(self, question: str, experience: Experience, *, gap: float, step: int) -> None:
+        """Add a bundle, evicting one when the memory is full."""
+        if len(self.bundles) >= self.capacity:
+            oldest = range(max(1, len(self.bundles) // 10))
+            out = min(oldest, key=lambda i: (self.bundles[i].gap, i))
+            del self.bundles[out]
+            self._vectors = np.delete(self._vectors, out, axis=0)
+        self.bundles.append(Bundle(question, experience, gap, step))
+        self._vectors = np.concatenate([self._vectors, self.embedder.embed([question])])
+
+    def retrieve(self, question: str) -> Experience | None:
+        """The experience of the most similar request, if its cosine reaches the threshold; ties go to the newest."""
+        if not self.bundles:
+            return None
+        cosines = self._vectors @ self.embedder.embed([question])[0]
+        best = len(cosines) - 1 - int(np.argmax(cosines[::-1]))
+        return self.bundles[best].experience if cosines[best] >= self.similarity else None
+
+    def save(self, path: Path) -> None:
+        """Write `path`.json atomically; embeddings are computed again on load."""
+        data = {
+            "capacity": self.capacity,
+            "similarity": self.similarity,
+            "bundles": [asdict(b) for b in self.bundles],
+        }
+        final = path.with_suffix(".json")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, final)
+
+    @classmethod
+    def load(cls, path: Path, embedder: Embedder) -> ExperienceMemory:
+        """Read what `save` wrote."""
+        data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        memory = cls(embedder, data["capacity"], data["similarity"])
+        memory.bundles = [Bundle(**{**b, "experience": Experience(**b["experience"])}) for b in data["bundles"]]
+        if memory.bundles:
+            memory._vectors = embedder.embed([b.question for b in memory.bundles])
+        return memory

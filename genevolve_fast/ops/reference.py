@@ -1,0 +1,192 @@
+"""The objective in plain PyTorch: the specification that every kernel is tested against. Works in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genevolve_fast.ops.objective import Objective
+
+Stats = dict[str, Tensor]
+
+
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp [rows], entropy [rows], lse [rows]) of z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature."""
+    z = hidden @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
+    lse = torch.logsumexp(z, -1)
+    log_p = z - lse[:, None]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], entropy, lse
+
+
+def select_sdl(logps: Tensor, teacher_logps: Tensor, eligible: Tensor, seq_ids: Tensor, objective: Objective) -> Tensor:
+    """bool [rows]: of each sequence's n eligible rows the max(1, ceil(n·permille/1000)) with the widest |gap|.
+
+    The gap is unclamped, ties go to the smaller position. `sdl_select = "batch"` treats the call as one sequence.
+    """
+    groups = torch.zeros_like(seq_ids) if objective.sdl_select == "batch" else seq_ids
+    gap = (logps.detach() - teacher_logps).abs()
+    gap = torch.where(eligible, gap, -torch.inf)
+    order = torch.sort(gap, descending=True, stable=True).indices
+    order = order[torch.sort(groups[order], stable=True).indices]  # by group, widest gap first, then position
+    sorted_groups = groups[order]
+    first = torch.searchsorted(sorted_groups, sorted_groups)
+    rank = torch.arange(len(order), device=order.device) - first
+    length = int(groups.max()) + 1 if len(groups) else 0
+    n = torch.zeros(length, dtype=torch.int64, device=order.device).index_add(0, groups, eligible.long())
+    keep = torch.clamp(-(-n * objective.sdl_permille // 1000), min=1).where(n > 0, 0)
+    selected = torch.zeros_like(eligible)
+    selected[order] = rank < keep[sorted_groups]
+    return selected & eligible
+
+
+def grpo_sdl(
+    logps: Tensor,
+    *,
+    advantages: Tensor,
+    seq_ids: Tensor,
+    old_logps: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    teacher_logps: Tensor | None = None,
+    sdl_mask: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    objective: Objective | None = None,
+) -> tuple[Tensor, Stats]:
+    """Loss and statistics of DESIGN's total objective over loss-token rows; differentiable in `logps` [rows].
+
+    advantages [sequences] or [rows]; seq_ids [rows] the sequence of each row; sdl_mask [rows] rows with a teacher that
+    may be selected; loss_mask [rows] rows that count (default all). num_sequences and num_tokens are host numbers of
+    the whole optimizer step over all ranks (default: this call). Policy loss: PPO's clip with its upper bound raised
+    (arXiv 2402.03300, 2503.14476); KL: Schulman's k3; distillation: sampled-token reverse KL with the k3 value.
+    """
+    o = objective or Objective()
+    keep = torch.ones_like(seq_ids, dtype=torch.bool) if loss_mask is None else loss_mask
+    if o.rollout_is != "none" and rollout_logps is None:
+        raise ValueError(f"rollout_is {o.rollout_is!r} needs rollout_logps")
+    if o.rollout_is == "sequence" and old_logps is None:
+        raise ValueError("rollout_is 'sequence' needs old_logps: on policy the correction is per token")
+    if o.kl_coef and ref_logps is None:
+        raise ValueError(f"kl_coef {o.kl_coef} needs ref_logps; set kl_coef=0 to drop the term")
+    per_row = advantages if advantages.shape == logps.shape else advantages[seq_ids]
+    a = per_row.to(logps.dtype)
+    now = logps.detach()
+    old = now if old_logps is None else old_logps
+    zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
+
+    def clean(x: Tensor) -> Tensor:
+        return torch.where(keep, x, zero)
+
+    w = _rollout_weight(old, rollout_logps, seq_ids, keep, o)
+    log_ratio = clean(logps - old)
+    ratio = log_ratio.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+    clipped = ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high)
+    surrogate = torch.minimum(ratio * a, clipped * a)
+    if o.dual_clip is not None:
+        surrogate = torch.where(a < 0, torch.maximum(surrogate, o.dual_clip * a), surrogate)
+    pg = clean(-w * surrogate)
+
+    kl, d = torch.zeros_like(pg), torch.zeros_like(now)
+    if ref_logps is not None:
+        d = clean(ref_logps - logps)
+        bounded = d.clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+        kl = clean(bounded.exp() - 1 - bounded)
+
+    sdl, gap, selected, rho = _distillation(logps, old, w, teacher_logps, sdl_mask, seq_ids, keep, o)
+    denominator = _denominator(seq_ids, keep, num_sequences, num_tokens, o).to(logps.dtype)
+    terms = {
+        "pg_loss": (pg / denominator).sum(),
+        "kl_loss": (kl / denominator).sum() * o.kl_coef,
+        "sdl_loss": (sdl / denominator).sum() * o.sdl_coef,
+    }
+    loss = terms["pg_loss"] + terms["kl_loss"] + terms["sdl_loss"]
+    eligible = _eligible(sdl_mask, teacher_logps, keep)
+    stats = {name: value.detach() for name, value in terms.items()}
+    stats |= {
+        "pg_clipfrac_low": _mean((ratio < 1 - o.clip_ratio_low) & (a < 0), keep),
+        "pg_clipfrac_high": _mean((ratio > 1 + o.clip_ratio_high) & (a > 0), keep),
+        "kl": _mean(kl.detach(), keep),
+        "sdl_kl": _mean(gap.detach(), eligible),
+        "sdl_rho_saturated": _mean(rho >= o.sdl_rho_cap, eligible),
+        "sdl_selected_fraction": _mean(selected, eligible),
+        "ratio_max": ratio.detach().amax() if len(ratio) else zero,
+        "rollout_is_mean": _mean(w, keep),
+    }
+    return loss, stats
+
+
+def _rollout_weight(old: Tensor, rollout: Tensor | None, seq_ids: Tensor, keep: Tensor, o: Objective) -> Tensor:
+    """Constant importance weight of the sampling engine's mismatch, truncated at rollout_is_cap."""
+    if o.rollout_is == "none" or rollout is None:
+        return torch.ones_like(old)
+    difference = torch.where(keep, old - rollout, torch.zeros((), dtype=old.dtype, device=old.device))
+    if o.rollout_is == "sequence":
+        count = int(seq_ids.max()) + 1 if len(seq_ids) else 0
+        difference = torch.zeros(count, dtype=old.dtype, device=old.device).index_add(0, seq_ids, difference)[seq_ids]
+    return difference.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp().clamp(max=o.rollout_is_cap).detach()
+
+
+def _eligible(sdl_mask: Tensor | None, teacher_logps: Tensor | None, keep: Tensor) -> Tensor:
+    if teacher_logps is None:
+        return torch.zeros_like(keep)
+    return keep if sdl_mask is None else keep & sdl_mask
+
+
+def _distillation(logps, old, w, teacher_logps, sdl_mask, seq_ids, keep, o: Objective):
+    """(per-row loss carrying k3's value and the chosen slope, gap, selected, ρ)."""
+    now = logps.detach()
+    if teacher_logps is None:
+        nothing = torch.zeros_like(now)
+        return nothing, nothing, torch.zeros_like(keep), torch.ones_like(now)
+    eligible = _eligible(sdl_mask, teacher_logps, keep)
+    zero = torch.zeros((), dtype=now.dtype, device=now.device)
+    teacher = torch.where(eligible, teacher_logps.to(now.dtype), now)
+    selected = select_sdl(now, teacher, eligible, seq_ids, o)
+    ratio = torch.where(eligible, now - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+    rho = ratio.exp().clamp(max=o.sdl_rho_cap)
+    gap = (logps - teacher).clamp(-o.sdl_clamp, o.sdl_clamp)
+    k3 = torch.exp(-gap) - 1 + gap
+    if o.sdl_grad == "k3":
+        loss = w * rho * k3
+    else:
+        constant = (w * rho * gap).detach()
+        loss = (w * rho * k3).detach() + constant * (logps - now)
+    return torch.where(selected, loss, zero), gap, selected, rho
+
+
+def _denominator(
+    seq_ids: Tensor, keep: Tensor, num_sequences: int | None, num_tokens: int | None, o: Objective
+) -> Tensor:
+    """What every row is divided by: a number, or [rows] for seq-mean-token-mean."""
+    one = torch.ones((), dtype=torch.float64, device=seq_ids.device)
+    length = int(seq_ids.max()) + 1 if len(seq_ids) else 0
+    counts = torch.zeros(length, dtype=torch.int64, device=seq_ids.device).index_add(0, seq_ids, keep.long())
+    if o.loss_agg_mode == "token-mean":
+        return one * (num_tokens if num_tokens is not None else max(1, int(keep.sum())))
+    n = num_sequences if num_sequences is not None else max(1, int((counts > 0).sum()))
+    if o.loss_agg_mode == "seq-mean-token-mean":
+        return one * n * counts.clamp(min=1)[seq_ids]
+    if o.loss_agg_mode == "seq-mean-token-sum-norm":
+        return one * n * o.max_length
+    return one * n
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum().clamp(min=1)
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum() / count

@@ -1,0 +1,93 @@
+"""How the tiny policy comes to be: demonstrations, then a tokenizer from them, then random weights for SFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from genevolve_fast.agent.protocol import APPLY_GUIDANCE, FINAL_STEP, TOO_LONG, format_error
+from genevolve_fast.agent.session import SessionSettings
+from genevolve_fast.data.conversations import read_jsonl
+from genevolve_fast.data.demonstrations import demonstrate, write_sft
+from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.policy.model import Policy
+from genevolve_fast.protocols import Codec, Experience
+from genevolve_fast.sandbox.comparer import experience_for
+from genevolve_fast.sandbox.demonstrator import Demonstrator, coin
+from genevolve_fast.sandbox.habits import HABITS, applicable
+from genevolve_fast.sandbox.scene import CELLS
+from genevolve_fast.sandbox.search import SKILL_GUIDANCE
+from genevolve_fast.sandbox.tiny_policy import image_processor, new_policy, train_tokenizer
+from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld, vocabulary_texts
+from genevolve_fast.train.config import SftConfig
+from genevolve_fast.trajectory import Request
+
+SETTINGS = SessionSettings(
+    max_tool_calls=6,
+    max_model_calls=7,
+    max_tokens_per_turn=160,
+    max_response_tokens=1200,
+    max_prompt_tokens=400,
+    min_references=0,
+    observe_images="tokens",
+)
+
+
+def bootstrap_codec(world: SandboxWorld) -> Codec:
+    """A codec that can write anything; demonstrations are made as text with it before the real one is trained."""
+    return TransformersCodec(train_tokenizer(vocabulary_texts(world)), image_processor())
+
+
+def told_experience(share: float):
+    """A function (request, seed) -> the experience that `share` of the demonstrations carry and obey.
+
+    It names what a demonstrator with these habits would have done wrong, as the comparer names it.
+    """
+
+    def pick(request: Request, seed: int) -> Experience | None:
+        if coin(seed, "told") >= share:
+            return None
+        wrong = [h for h in applicable(request) if coin(seed, "lesson", h) >= HABITS[h]]
+        return experience_for(wrong, request) if wrong else None
+
+    return pick
+
+
+def write_demonstrations(
+    world: SandboxWorld, folder: Path, *, count: int, experience_share: float, seed: int
+) -> Path:
+    """`folder/sft.jsonl` and its images: `count` conversations of the demonstrator on train requests."""
+    demonstrations = demonstrate(
+        world.requests("train", count, seed=seed + 1),
+        Demonstrator().next_turn,
+        tools=world.tools(),
+        system_prompt=SYSTEM_PROMPT,
+        codec=bootstrap_codec(world),
+        settings=replace(SETTINGS, max_prompt_tokens=10**6, max_tokens_per_turn=10**6, max_response_tokens=10**7),
+        seed=seed,
+        experience_for=told_experience(experience_share),
+    )
+    return write_sft(demonstrations, folder)
+
+
+def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path]:
+    """(a random tiny policy with its tokenizer, the demonstrations to train it on); data found in `folder` is reused."""
+    data = folder / "sft.jsonl"
+    if not data.exists():
+        data = write_demonstrations(
+            world,
+            folder,
+            count=config.data.demonstrations,
+            experience_share=config.data.experience_share,
+            seed=config.seed,
+        )
+    return new_policy(tokenizer_from(data, world), config.seed), data
+
+
+def tokenizer_from(path: Path, world: SandboxWorld):
+    """The tiny policy's tokenizer, trained on the conversations at `path` and the world's documents."""
+    texts = list(vocabulary_texts(world)) + [f"at the {cell}" for cell in CELLS]
+    texts += [FINAL_STEP, TOO_LONG, APPLY_GUIDANCE, format_error("the tool call has no name"), *SKILL_GUIDANCE.values()] * 8
+    for row in read_jsonl(path):
+        texts += [m["content"] for m in row["messages"]]
+    return train_tokenizer(texts)
