@@ -68,6 +68,55 @@ def parser() -> argparse.ArgumentParser:
         "genevolve-fast sft --config configs/sandbox_sft.yaml",
     )
     training(p, None)
+
+    p = command(
+        "evolve",
+        run_evolve,
+        "Self-evolution: GRPO and distillation from the teacher that saw the experience.",
+        "genevolve-fast evolve --config configs/demo.yaml --set steps=20 --set name=mine",
+    )
+    training(p, None)
+
+    p = command(
+        "demo",
+        run_demo,
+        "Let the sandbox agent evolve itself on this machine and show that it got better.",
+        "genevolve-fast demo",
+    )
+    training(p, "demo")
+
+    p = command(
+        "bench",
+        run_bench_command,
+        "Judge a policy on held-out sandbox requests; the same seeds for every policy.",
+        "genevolve-fast bench --policy runs/demo/policy --name after --out runs/demo/bench/after",
+    )
+    p.add_argument("--policy", default="sandbox:start", help="folder of a policy (default: %(default)s)")
+    p.add_argument("--name", default=None, help="how the table names it (default: the policy)")
+    p.add_argument("--requests", type=int, default=200, help="held-out requests (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=None, help="folder for bench.json, results.json and pictures")
+    p.add_argument("--config", default="demo", help="configuration whose rollout and evaluate sections are used")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+
+    p = command(
+        "render",
+        run_render,
+        "Draw the programs of a results.json with the sandbox's canvas; finished rows are skipped.",
+        "genevolve-fast render --input runs/demo/bench/after/results.json --output-dir runs/pictures",
+    )
+    p.add_argument("--input", type=Path, required=True, help="results.json of a bench or a rollout")
+    p.add_argument("--output-dir", type=Path, required=True, help="folder for the pictures and their results.json")
+    p.add_argument("--seed", type=int, default=0, help="seed of the renderer (default: %(default)s)")
+
+    p = command(
+        "report", run_report, "Write runs/NAME/report.html from what a run left behind.", "genevolve-fast report runs/demo"
+    )
+    p.add_argument("run_folder", type=Path, help="folder of a run")
+
+    p = command(
+        "scoreboard", run_scoreboard, "Print what the benchmarks measured, against their targets.", "genevolve-fast scoreboard"
+    )
+    p.add_argument("--file", type=Path, default=Path("benchmarks/results/scoreboard.json"), help="(default: %(default)s)")
     return top
 
 
@@ -146,6 +195,131 @@ def run_sft(args: argparse.Namespace) -> int:
     else:
         policy, data = open_policy(config.policy), Path(config.data.path)
     print(f"policy: {sft(config, policy, data, folder, resume=args.resume)}")
+    return 0
+
+
+def run_evolve(args: argparse.Namespace) -> int:
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.evolve import evolve
+
+    if args.fields:
+        return show_fields(EvolveConfig)
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    sandbox, world = open_sandbox(config.world)
+    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)
+    print(f"policy: {final}")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Bench, evolve, bench again, compare, report. Every part that is already there is kept."""
+    from genevolve_fast.evaluate.bench import paired_gain, table
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.evolve import evolve
+    from genevolve_fast.train.run import write_atomic
+
+    if args.fields:
+        return show_fields(EvolveConfig)
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    folder = args.runs / config.name
+    sandbox, world = open_sandbox(config.world)
+    policy = open_policy(config.policy)
+    resume = args.resume or (folder / "config.yaml").exists()
+    if resume:
+        print(f"{folder} exists: continuing it (delete the folder to start again)")
+    print(f"1/3  bench of the start: {config.evaluate.requests} held-out requests", flush=True)
+    before = bench_once(folder / "bench" / "before", "SFT start", policy, sandbox, world, config)
+    print(f"2/3  evolve: {config.steps} steps of {config.rollout.prompts_per_step} requests", flush=True)
+    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    evolve(config, policy, world, pool, folder, resume=resume)
+    print("3/3  bench of the evolved policy", flush=True)
+    after = bench_once(folder / "bench" / "after", "evolved", policy, sandbox, world, config)
+    gain = paired_gain(before, after)
+    summary = {"before": before.summary(), "after": after.summary(), "gain": gain.__dict__, "categories": {}}
+    for side, bench in (("before", before), ("after", after)):
+        summary["categories"][side] = bench.by_category()
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
+    print(f"\n{table([before, after])}\n\nreward, after - before, 95 % interval: {gain}")
+    return write_report(folder, policy)
+
+
+def bench_once(folder: Path, name: str, policy, sandbox, world, config):
+    """The bench of `policy`, or the one already in `folder`."""
+    from tqdm import tqdm
+
+    from genevolve_fast.evaluate.bench import load_bench, run_bench, save_bench, save_truth
+    from genevolve_fast.rollout.transformers_engine import TransformersEngine
+    from genevolve_fast.train.evolve import session_settings
+
+    if (folder / "bench.json").exists():
+        return load_bench(folder)
+    requests = sandbox.requests("bench", config.evaluate.requests)
+    settings = session_settings(config.rollout, world, config.evaluate.temperature, config.evaluate.top_p)
+    with tqdm(total=len(requests), desc=f"bench {name}", unit="request", dynamic_ncols=True) as bar:
+        bench = run_bench(
+            name,
+            requests,
+            world=world,
+            engine=TransformersEngine(policy, max_batch=config.rollout.max_batch),
+            codec=policy.codec,
+            settings=settings,
+            on_done=lambda: bar.update(1),
+        )
+    save_truth(requests, world, folder.parent / "truth")
+    save_bench(bench, requests, folder)
+    return bench
+
+
+def run_bench_command(args: argparse.Namespace) -> int:
+    from genevolve_fast.evaluate.bench import table
+    from genevolve_fast.train.config import EvolveConfig
+
+    overrides = [f"evaluate.requests={args.requests}", f"policy.path={args.policy}", *args.set]
+    args.set = overrides
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    sandbox, world = open_sandbox(config.world)
+    name = args.name or args.policy
+    folder = args.out or RUNS / "bench" / name.replace("/", "_").replace(":", "_")
+    bench = bench_once(folder, name, open_policy(config.policy), sandbox, world, config)
+    print(f"{table([bench])}\nwritten to {folder}")
+    return 0
+
+
+def run_render(args: argparse.Namespace) -> int:
+    from genevolve_fast.sandbox.canvas import CanvasRenderer
+    from genevolve_fast.render.batch import render_results
+
+    done, failed = render_results(args.input, args.output_dir, CanvasRenderer(), args.seed)
+    print(f"{done} pictures in {args.output_dir}, {failed} rows without one")
+    return 1 if failed and not done else 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from genevolve_fast.policy.codec import TransformersCodec
+    from genevolve_fast.report.build import build_report
+
+    saved = [p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()]
+    if not saved:
+        raise FileNotFoundError(f"{args.run_folder} holds no policy to read tokens with")
+    print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(saved[0]).decode)}")
+    return 0
+
+
+def write_report(folder: Path, policy) -> int:
+    from genevolve_fast.report.build import build_report
+
+    print(f"report: {build_report(folder, policy.codec.decode)}")
+    return 0
+
+
+def run_scoreboard(args: argparse.Namespace) -> int:
+    from genevolve_fast.evaluate.scoreboard import print_table
+
+    print_table(args.file)
     return 0
 
 

@@ -158,23 +158,32 @@ def save_bench(bench: Bench, requests: Sequence[Request], folder: Path) -> None:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = {}
+    names: dict[str, str] = {}
     for kind, pixels in (("images", bench.rollouts.images), ("pictures", bench.rollouts.pictures)):
         (folder / kind).mkdir(exist_ok=True)
         for key, array in pixels.items():
-            names[key] = folder / kind / f"{key.replace('/', '_')[:60]}.png"
-            Image.fromarray(array).save(names[key])
+            names[key] = f"{kind}/{key.replace('/', '_')[:60]}.png"  # relative, so that the folder can move
+            Image.fromarray(array).save(folder / names[key])
     rows = []
     for request, t in zip(requests, bench.rollouts.trajectories, strict=True):
         row = to_row(request, t)
         if t.program is not None:
             for shown, reference in zip(row["reference_images"], t.program.reference_images, strict=True):
-                shown["local_path"] = str(names.get(reference.sha256, shown["local_path"]))
-        row |= {"output_path": str(names.get(t.id, "")), "success": t.id in names}
+                shown["local_path"] = names.get(reference.sha256, shown["local_path"])
+        row |= {"output_path": names.get(t.id, ""), "success": t.id in names}
         rows.append(row)
     write_results(folder / "results.json", rows)
     data = {"name": bench.name, "summary": bench.summary(), "rows": [asdict(r) for r in bench.rows]}
     write_atomic(folder / "bench.json", json.dumps(data, indent=1))
+
+
+def save_truth(requests: Sequence[Request], world: World, folder: Path) -> None:
+    """The ground-truth picture of every request as PNG, once."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for request in requests:
+        Image.fromarray(world.truth(request)).save(folder / f"{request.id}.png")
 
 
 def load_bench(folder: Path) -> Bench:

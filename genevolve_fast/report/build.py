@@ -131,8 +131,9 @@ def gallery(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
             entry = {"kind": kind, "gain": gain, "id": rid, "request": after.get("question") or after["prompt"]}
             entry["truth"] = store.add_file(str(truth / f"{rid}.png"))
             for side, row in (("before", before), ("after", after)):
+                picture = row.get("output_path", "")
                 entry[side] = {
-                    "image": store.add_file(row.get("output_path", "")),
+                    "image": store.add_file(str(folder / "bench" / side / picture) if picture else ""),
                     "prompt": row["gen_prompt"],
                     "reward": row["scores"]["reward"],
                 }

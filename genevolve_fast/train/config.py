@@ -85,6 +85,7 @@ class EvolveConfig(_Section):
     seed: int = Field(0, description="Seed of data order and sampling")
     steps: int = Field(40, ge=1, description="Optimizer steps")
     minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
+    pool_size: int = Field(2000, ge=1, description="Requests of the training pool, shuffled anew every epoch")
     adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="Advantage of a rollout in its group")
     max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="Refuse to train on a step with more failed rollouts")
