@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
     def training(p: argparse.ArgumentParser, config: str | None) -> None:
         p.add_argument("--config", default=config, required=config is None, help="YAML file, or a built-in name")
-        p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable"
+        )
         p.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs (default: %(default)s)")
         p.add_argument("--resume", action="store_true", help="continue the run of that name from its last checkpoint")
         p.add_argument("--fields", action="store_true", help="list every field of the configuration and stop")
@@ -109,14 +111,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of the renderer (default: %(default)s)")
 
     p = command(
-        "report", run_report, "Write runs/NAME/report.html from what a run left behind.", "genevolve-fast report runs/demo"
+        "report",
+        run_report,
+        "Write runs/NAME/report.html from what a run left behind.",
+        "genevolve-fast report runs/demo",
     )
     p.add_argument("run_folder", type=Path, help="folder of a run")
 
     p = command(
-        "scoreboard", run_scoreboard, "Print what the benchmarks measured, against their targets.", "genevolve-fast scoreboard"
+        "scoreboard",
+        run_scoreboard,
+        "Print what the benchmarks measured, against their targets.",
+        "genevolve-fast scoreboard",
     )
-    p.add_argument("--file", type=Path, default=Path("benchmarks/results/scoreboard.json"), help="(default: %(default)s)")
+    p.add_argument(
+        "--file", type=Path, default=Path("benchmarks/results/scoreboard.json"), help="(default: %(default)s)"
+    )
     return top
 
 
@@ -290,8 +300,8 @@ def run_bench_command(args: argparse.Namespace) -> int:
 
 
 def run_render(args: argparse.Namespace) -> int:
-    from genevolve_fast.sandbox.canvas import CanvasRenderer
     from genevolve_fast.render.batch import render_results
+    from genevolve_fast.sandbox.canvas import CanvasRenderer
 
     done, failed = render_results(args.input, args.output_dir, CanvasRenderer(), args.seed)
     print(f"{done} pictures in {args.output_dir}, {failed} rows without one")
@@ -302,7 +312,9 @@ def run_report(args: argparse.Namespace) -> int:
     from genevolve_fast.policy.codec import TransformersCodec
     from genevolve_fast.report.build import build_report
 
-    saved = [p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()]
+    saved = [
+        p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()
+    ]
     if not saved:
         raise FileNotFoundError(f"{args.run_folder} holds no policy to read tokens with")
     print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(saved[0]).decode)}")

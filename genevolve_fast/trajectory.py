@@ -81,7 +81,9 @@ class Program:
         if not self.gen_prompt.strip():
             raise InvariantError("gen_prompt is empty")
         if not min_references <= len(refs) <= max_references:
-            raise InvariantError(f"{len(refs)} reference images; this renderer takes {min_references} to {max_references}")
+            raise InvariantError(
+                f"{len(refs)} reference images; this renderer takes {min_references} to {max_references}"
+            )
         ids = [r.img_id for r in refs]
         if len(set(ids)) != len(ids):
             raise InvariantError(f"reference images repeat an id: {ids}")
@@ -234,7 +236,9 @@ class Trajectory:
         position = 0
         assistant = np.zeros(n, dtype=bool)
         for i, turn in enumerate(self.turns):
-            check(turn.start == position and turn.stop > turn.start, f"turn {i} does not start where turn {i - 1} stopped")
+            check(
+                turn.start == position and turn.stop > turn.start, f"turn {i} does not start where turn {i - 1} stopped"
+            )
             position = turn.stop
             if turn.role == "assistant":
                 assistant[turn.start : turn.stop] = True
@@ -246,7 +250,10 @@ class Trajectory:
         last = 0
         for image in self.images:
             check(last <= image.start < image.stop <= n, f"{image.img_id}: placeholder span overlaps or leaves the ids")
-            check(len(set(self.ids[image.start : image.stop].tolist())) == 1, f"{image.img_id}: span is not one placeholder")
+            check(
+                len(set(self.ids[image.start : image.stop].tolist())) == 1,
+                f"{image.img_id}: span is not one placeholder",
+            )
             check(not self.loss_mask[image.start : image.stop].any(), f"{image.img_id}: placeholder tokens carry loss")
             last = image.stop
         return self

@@ -1,20 +1,23 @@
-"""Shared pieces: a randomly initialised tiny policy and pictures. Two threads, so that timings mean something."""
+"""Shared pieces: a randomly initialised tiny policy, its tokenizer and pictures."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from genevolve_fast.agent.protocol import APPLY_GUIDANCE
+    from genevolve_fast.sandbox.search import SKILL_GUIDANCE
     from genevolve_fast.sandbox.tiny_policy import train_tokenizer
+    from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld, vocabulary_texts
 
-    text = 'Draw the emblem of Bel Tor at the top left. {"name": "search", "arguments": {"queries": ["Bel Tor field"]}}\n'
-    return train_tokenizer([text, text.lower()] * 20)
+    world = SandboxWorld()
+    call = '<think>\nFind the emblem.\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Bel field"]}}\n'
+    answer = '{"gen_prompt": "Background blue. The text \'NOVA\'.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}'
+    texts = [*vocabulary_texts(world), *SKILL_GUIDANCE.values(), SYSTEM_PROMPT, APPLY_GUIDANCE, call, answer]
+    return train_tokenizer([*texts, *(r.question for r in world.requests("train", 200))] * 4)
 
 
 @pytest.fixture

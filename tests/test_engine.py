@@ -82,9 +82,7 @@ def test_stop_ids_lengths_and_compaction(policy):
     first = turn(engine, calls)
     stop = first["s3"].ids[4]
     again = TransformersEngine(policy)
-    limited = {
-        f"s{i}": (PROMPT[: 20 + i], [], Sampling(1.0, 1.0, 3 if i % 2 else 30, (stop,)), i) for i in range(8)
-    }
+    limited = {f"s{i}": (PROMPT[: 20 + i], [], Sampling(1.0, 1.0, 3 if i % 2 else 30, (stop,)), i) for i in range(8)}
     second = turn(again, limited)
     for sid, out in second.items():
         assert out.ids == first[sid].ids[: len(out.ids)]
@@ -110,7 +108,9 @@ def test_weight_update_forgets_the_cache(policy):
             p.mul_(1.3)
     engine.weights_updated()
     ids = PROMPT[:30] + out.ids + [50]
-    assert turn(engine, {"a": (ids, [], sampling, 2)}) == turn(TransformersEngine(policy), {"a": (ids, [], sampling, 2)})
+    assert turn(engine, {"a": (ids, [], sampling, 2)}) == turn(
+        TransformersEngine(policy), {"a": (ids, [], sampling, 2)}
+    )
 
 
 def test_deterministic_batches_do_not_depend_on_who_asks_first(policy):

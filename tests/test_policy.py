@@ -90,7 +90,11 @@ def test_gradient_checkpointing_changes_no_gradient(policy, pictures):
 @pytest.mark.parametrize("wrong", ["missing image", "short run", "spare image"])
 def test_placeholders_without_their_image_raise(policy, pictures, wrong):
     pad, grid = policy.codec.image_pad_id, (1, 6, 6)
-    runs = {"missing image": ([pad] * 9, []), "short run": ([pad] * 8, [grid]), "spare image": ([pad] * 9, [grid, grid])}
+    runs = {
+        "missing image": ([pad] * 9, []),
+        "short run": ([pad] * 8, [grid]),
+        "spare image": ([pad] * 9, [grid, grid]),
+    }
     placeholders, grids = runs[wrong]
     with pytest.raises(ImageMismatchError):
         mrope_positions(np.array([50, *placeholders, 51]), pad, grids, 2)

@@ -247,7 +247,9 @@ class _Session:
         t.messages += [Message("system", system_prompt), Message("user", question)]
         if t.request_stop > self.settings.max_prompt_tokens:
             self.termination = "error"
-            self.error = f"prompt of {t.request_stop} tokens exceeds max_prompt_tokens {self.settings.max_prompt_tokens}"
+            self.error = (
+                f"prompt of {t.request_stop} tokens exceeds max_prompt_tokens {self.settings.max_prompt_tokens}"
+            )
             self.failure = Failed("engine", self.error)
         return not self.termination
 
@@ -372,7 +374,10 @@ def _name(reply: Reply) -> str | None:
 def describe_tools(tools: Mapping[str, Tool]) -> str:
     """Tool schemas in Qwen's `<tools>` form."""
     rows = [
-        {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": dict(t.parameters)}}
+        {
+            "type": "function",
+            "function": {"name": t.name, "description": t.description, "parameters": dict(t.parameters)},
+        }
         for t in tools.values()
     ]
     return "<tools>\n" + "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n</tools>"

@@ -67,7 +67,9 @@ def teacher_sequence(student: TrainingSequence, request_stop: int, patch_ids: Se
     return TrainingSequence(ids, mask, student.images, student.grids)
 
 
-def pack(sequences: Sequence[TrainingSequence], image_pad_id: int, merge_size: int, device: torch.device | str) -> PackedBatch:
+def pack(
+    sequences: Sequence[TrainingSequence], image_pad_id: int, merge_size: int, device: torch.device | str
+) -> PackedBatch:
     """Lay `sequences` end to end on `device`."""
     if not sequences:
         raise ValueError("nothing to pack")

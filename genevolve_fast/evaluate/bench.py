@@ -62,7 +62,9 @@ class Bench:
     def by_category(self) -> dict[str, float]:
         """Mean reward of each category."""
         names = sorted({r.category for r in self.rows})
-        return {c: float(np.mean([r.reward for r in self.rows if r.category == c and r.reward is not None])) for c in names}
+        return {
+            c: float(np.mean([r.reward for r in self.rows if r.category == c and r.reward is not None])) for c in names
+        }
 
 
 def run_bench(
@@ -149,7 +151,9 @@ def table(benches: Sequence[Bench]) -> str:
     lines = [f"{'':{width}} {head}"]
     for b in benches:
         s = b.summary()
-        lines.append(f"{b.name:{width}} " + " ".join(f"{s[c]:9.{1 if c in ('tokens', 'rounds') else 3}f}" for c in columns))
+        lines.append(
+            f"{b.name:{width}} " + " ".join(f"{s[c]:9.{1 if c in ('tokens', 'rounds') else 3}f}" for c in columns)
+        )
     return "\n".join(lines)
 
 

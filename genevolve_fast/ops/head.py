@@ -73,7 +73,9 @@ class _Block(NamedTuple):
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, scale, ignore_index, want_entropy, block_rows):
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, softcap, scale, ignore_index, want_entropy, block_rows
+    ):
         ctx.save_for_backward(hidden, weight, bias, targets, temperature if isinstance(temperature, Tensor) else None)
         ctx.options = (temperature, softcap, scale, ignore_index, block_rows)
         rows, kind = len(hidden), _accumulator(hidden)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from genevolve_fast.protocols import RenderError, Renderer
+from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.trajectory import InvariantError, Program, Reference
 
 _FIELDS = ("img_id", "note", "local_path", "url", "title", "page_url")

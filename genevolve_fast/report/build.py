@@ -210,7 +210,9 @@ def viewer_rollout(
         "termination": t.termination,
         "error": t.error,
         "picture": None if picture is None else store.add(picture),
-        "diagnostics": [[d.judge, d.skill, d.verdict, d.evidence] for d in t.diagnostics if d.verdict != "not applicable"],
+        "diagnostics": [
+            [d.judge, d.skill, d.verdict, d.evidence] for d in t.diagnostics if d.verdict != "not applicable"
+        ],
     }
 
 

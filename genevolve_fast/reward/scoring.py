@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from genevolve_fast.protocols import ImageJudge, JudgeError, ProgramJudge, RenderError, Renderer
+from genevolve_fast.protocols import ImageJudge, JudgeError, ProgramJudge, Renderer, RenderError
 from genevolve_fast.reward.kscore import judged, worthless
 from genevolve_fast.trajectory import Failed, Program, Request, Trajectory
 

@@ -53,9 +53,7 @@ def told_experience(share: float):
     return pick
 
 
-def write_demonstrations(
-    world: SandboxWorld, folder: Path, *, count: int, experience_share: float, seed: int
-) -> Path:
+def write_demonstrations(world: SandboxWorld, folder: Path, *, count: int, experience_share: float, seed: int) -> Path:
     """`folder/sft.jsonl` and its images: `count` conversations of the demonstrator on train requests."""
     demonstrations = demonstrate(
         world.requests("train", count, seed=seed + 1),
@@ -87,7 +85,13 @@ def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Pol
 def tokenizer_from(path: Path, world: SandboxWorld):
     """The tiny policy's tokenizer, trained on the conversations at `path` and the world's documents."""
     texts = list(vocabulary_texts(world)) + [f"at the {cell}" for cell in CELLS]
-    texts += [FINAL_STEP, TOO_LONG, APPLY_GUIDANCE, format_error("the tool call has no name"), *SKILL_GUIDANCE.values()] * 8
+    texts += [
+        FINAL_STEP,
+        TOO_LONG,
+        APPLY_GUIDANCE,
+        format_error("the tool call has no name"),
+        *SKILL_GUIDANCE.values(),
+    ] * 8
     for row in read_jsonl(path):
         texts += [m["content"] for m in row["messages"]]
     return train_tokenizer(texts)

@@ -33,7 +33,9 @@ def figure_mask(name: str, size: int) -> np.ndarray:
 
 
 def _polar(n: int, radius: float, turn: float = -math.pi / 2) -> list[tuple[float, float]]:
-    return [(math.cos(turn + 2 * math.pi * i / n) * radius, math.sin(turn + 2 * math.pi * i / n) * radius) for i in range(n)]
+    return [
+        (math.cos(turn + 2 * math.pi * i / n) * radius, math.sin(turn + 2 * math.pi * i / n) * radius) for i in range(n)
+    ]
 
 
 class _Pen:
@@ -236,12 +238,18 @@ def draw_map(seed: str) -> np.ndarray:
     big = Image.new("RGB", (IMAGE_SIZE * 2, IMAGE_SIZE * 2), (168, 200, 214))
     draw = ImageDraw.Draw(big)
     size = IMAGE_SIZE * 2
-    coast = [(x, size * (0.3 + 0.12 * math.sin(x / size * 5 + random.random()) + 0.05 * random.random())) for x in range(0, size + 8, 8)]
+    coast = [
+        (x, size * (0.3 + 0.12 * math.sin(x / size * 5 + random.random()) + 0.05 * random.random()))
+        for x in range(0, size + 8, 8)
+    ]
     draw.polygon([*coast, (size, size), (0, size)], fill=(206, 214, 166))
     for _ in range(6):
         x, y, r = random.integers(0, size), random.integers(size // 2, size), random.integers(12, 30)
         draw.ellipse((x - r, y - r // 2, x + r, y + r // 2), fill=(170, 190, 132))
-    road = [(int(x), int(size * (0.75 + 0.12 * math.sin(x / size * 4 + random.random() * 0.3)))) for x in range(0, size + 12, 12)]
+    road = [
+        (int(x), int(size * (0.75 + 0.12 * math.sin(x / size * 4 + random.random() * 0.3))))
+        for x in range(0, size + 12, 12)
+    ]
     draw.line(road, fill=(246, 240, 220), width=7)
     for x, y in road[2::6]:
         draw.rectangle((x - 5, y - 20, x + 5, y - 10), fill=(150, 90, 70))

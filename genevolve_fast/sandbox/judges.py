@@ -251,13 +251,21 @@ def _image_diagnostics(seen: Sequence[Seen], surplus: bool, flaws: Sequence[str]
     rows: dict[str, tuple[int, int, str]] = {}
     if counted:
         there = sum(s.present for s in counted)
-        rows["quantity_counting"] = (there - (there == len(counted) and surplus), len(counted), "counted objects are there")
+        rows["quantity_counting"] = (
+            there - (there == len(counted) and surplus),
+            len(counted),
+            "counted objects are there",
+        )
     if texts:
         rows["text_rendering"] = (sum(s.in_place for s in texts), len(texts), "texts are exact and in place")
     if len(figures) > 1:
         rows["spatial_layout"] = (sum(s.in_place for s in figures), len(figures), "objects stand in their place")
     if figures:
-        rows["attribute_binding"] = (sum(s.present for s in figures), len(figures), "objects have their shape and colour")
+        rows["attribute_binding"] = (
+            sum(s.present for s in figures),
+            len(figures),
+            "objects have their shape and colour",
+        )
     return _diagnostics("image", rows, "; ".join(flaws))
 
 

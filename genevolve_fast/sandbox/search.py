@@ -117,7 +117,9 @@ class SandboxImageSearch:
         query = _text_argument(arguments, "query")
         found = self._index.best(query, MAX_IMAGE_RESULTS)
         shuffled = sorted(found, key=lambda i: hashlib.blake2b(f"{self._seed}/{query}/{i}".encode()).digest())
-        return Observation(images=tuple(FoundImage(self._pictures[i].title, self._pictures[i].pixels) for i in shuffled))
+        return Observation(
+            images=tuple(FoundImage(self._pictures[i].title, self._pictures[i].pixels) for i in shuffled)
+        )
 
 
 class SandboxKnowledge:

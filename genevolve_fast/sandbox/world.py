@@ -37,7 +37,7 @@ You write programs for an image generator. Each turn: first <think> your plan </
 <tool_call> {"name": ..., "arguments": {...}} </tool_call> or <answer> {...} </answer>.
 Tools: search(queries) finds facts, image_search(query) finds pictures IMG_###, query_knowledge(skill_name) gives guidance.
 The answer is {"gen_prompt": ..., "reference_images": [{"img_id": ..., "note": ...}]}. Name references as the first or second
-reference image, never by id."""
+reference image, never by id."""  # noqa: E501 - its line breaks are part of what the policy learned
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SandboxWorld:
         """(train entities, held-out entities); every part of a held-out name occurs among the train names."""
         c = self.config
         pairs = [(a, b) for a in FIRST_NAMES for b in SECOND_NAMES]
-        if not 20 <= c.entities - c.held_out or c.entities > len(pairs):
+        if not c.entities - c.held_out >= 20 or c.entities > len(pairs):
             raise ValueError(f"between {20 + c.held_out} and {len(pairs)} entities can be named, not {c.entities}")
         random = np.random.default_rng((c.seed, 1))
         random.shuffle(pairs)
@@ -214,7 +214,9 @@ def emblem_motto(world: SandboxWorld, random: np.random.Generator, split: str):
     """Look the motto up, find the emblem, write and copy."""
     e = _entity(world, random, split)
     ground = _pick(random, [k for k in LIGHT_FIRST if k != e.emblem_colour])
-    cell, place = _pick(random, (("center", "bottom center"), ("center", "top center"), ("top center", "bottom center")))
+    cell, place = _pick(
+        random, (("center", "bottom center"), ("center", "top center"), ("top center", "bottom center"))
+    )
     question = (
         f"On {_article(ground)} background draw the emblem of {e.name} at the {cell} and its motto at the {place}.",
         f"Draw the emblem of {e.name} at the {cell} and its motto at the {place} on {_article(ground)} background.",

@@ -43,7 +43,9 @@ def sample_rollouts(
 ) -> Rollouts:
     """Run `num_generations` sessions of every request concurrently; seeds depend on (seed, step, request, k)."""
     plan = [
-        (request, f"{step:06d}/{i:04d}-{request.id}", k) for i, request in enumerate(requests) for k in range(num_generations)
+        (request, f"{step:06d}/{i:04d}-{request.id}", k)
+        for i, request in enumerate(requests)
+        for k in range(num_generations)
     ]
     ids = [f"{group}/{k}" for _, group, k in plan]
     for rollout_id in ids:

@@ -39,9 +39,7 @@ def evolve(
         policy.freeze_vision()
     policy.gradient_checkpointing = config.policy.gradient_checkpointing
     reference = frozen_copy(policy) if config.objective.kl_coef else None
-    engine = TransformersEngine(
-        policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic
-    )
+    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
     optimizer, scheduler = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
@@ -81,8 +79,15 @@ def evolve(
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
         metrics |= rollout_metrics(rollouts.trajectories, groups)
-        metrics |= {"experience/compared": compared, "experience/memory": len(memory), "experience/used": len(experiences)}
-        metrics |= {"actor/lr": scheduler.get_last_lr()[0], "perf/max_memory_allocated_gb": peak_memory_gb(policy.device)}
+        metrics |= {
+            "experience/compared": compared,
+            "experience/memory": len(memory),
+            "experience/used": len(experiences),
+        }
+        metrics |= {
+            "actor/lr": scheduler.get_last_lr()[0],
+            "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
+        }
         metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
         run.log(step, metrics)
         if step % config.checkpoint.every == 0 or step == config.steps:
@@ -176,7 +181,8 @@ def collect(
         path.unlink()
         raise RunError(
             f"step {step}: {len(failed)} of {len(rollouts.trajectories)} rollouts failed, more than max_failed_share "
-            f"{config.max_failed_share}; first: {failed[0].stage}: {failed[0].reason}. Mend it and run again with --resume"
+            f"{config.max_failed_share}; the first: {failed[0].stage}: {failed[0].reason}. "
+            "Mend it and run again with --resume"
         )
     return rollouts
 
@@ -200,7 +206,9 @@ def learn_from(
     if not config.experience.enabled:
         return {}, 0
     pairs = {g: pair for g, members in groups.items() if (pair := best_and_worst(members, config.experience.min_gap))}
-    widest = sorted(pairs, key=lambda g: (pairs[g][1].reward - pairs[g][0].reward, g))[: config.experience.max_comparisons]
+    widest = sorted(pairs, key=lambda g: (pairs[g][1].reward - pairs[g][0].reward, g))[
+        : config.experience.max_comparisons
+    ]
 
     async def compare_all():
         return await asyncio.gather(

@@ -39,7 +39,9 @@ def peak_memory_gb(device: torch.device) -> float:
 class Run:
     """`runs/NAME`: config.yaml, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
 
-    def __init__(self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool) -> None:
+    def __init__(
+        self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool
+    ) -> None:
         self.folder = Path(folder)
         self.device = device
         self.started = time.time()

@@ -77,9 +77,7 @@ def batch_order(config: SftConfig, samples: int, step: int) -> np.ndarray:
     return order[within * config.batch_size : (within + 1) * config.batch_size]
 
 
-def accumulate(
-    policy: Policy, batch: Sequence[Conversation], pixels: ImageFiles, max_tokens: int
-) -> tuple[float, int]:
+def accumulate(policy: Policy, batch: Sequence[Conversation], pixels: ImageFiles, max_tokens: int) -> tuple[float, int]:
     """Gradients of the mean negative log-likelihood over the batch's assistant tokens; returns (it, tokens seen)."""
     total = int(sum(c.loss_mask.sum() for c in batch))
     losses, tokens = [], 0

@@ -119,7 +119,8 @@ class MicroBatch:
             [m.trajectory.decision_mask[mask] for m, mask in zip(members, masks, strict=True)], torch.bool
         )
         self.has_teacher = tensor(
-            [np.full(int(mask.sum()), bool(m.experience_ids)) for m, mask in zip(members, masks, strict=True)], torch.bool
+            [np.full(int(mask.sum()), bool(m.experience_ids)) for m, mask in zip(members, masks, strict=True)],
+            torch.bool,
         )
         self.advantages = torch.tensor([m.advantage for m in members], dtype=torch.float32, device=device)
 
@@ -129,7 +130,7 @@ class MicroBatch:
             return None
         with torch.no_grad():
             scored = score_rows(policy, self.teacher, temperature).logps
-        return torch.zeros(len(self.has_teacher), device=scored.device).masked_scatter(self.has_teacher, scored)
+        return torch.zeros_like(self.has_teacher, dtype=scored.dtype).masked_scatter(self.has_teacher, scored)
 
     def sdl_mask(self, scope: str) -> Tensor:
         return self.has_teacher & self.decision if scope == "decision" else self.has_teacher

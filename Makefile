@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else; they create .venv themselves.
+PYTHON ?= python3
+TORCH ?= torch==2.13.*
+# Where torch is installed from. Empty: whatever pip is configured with.
+TORCH_INDEX_URL ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help demo check test venv clean
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(STAMP) ## create .venv and install the package with its test tools
+
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.cu)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP) ## let the sandbox agent evolve itself (about ten minutes on two cores)
+	$(BIN)/genevolve-fast demo
+
+check: $(STAMP) ## ruff, unit tests, one shape per kernel: three minutes at most
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) tests -m "not slow" --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreter -m "not slow"
+	$(PYTEST) tests/kernels_compile -m "not slow"
+
+test: $(STAMP) ## everything: unit tests, kernels interpreted and compiled, csrc, a short demo
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) tests --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreter
+	$(PYTEST) tests/kernels_compile
+
+clean: ## remove .venv, builds and caches (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache genevolve_fast/_csrc

@@ -1,0 +1,73 @@
+"""The training step told naively: one sequence at a time, transformers' own forward, full logits, plain autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genevolve_fast.ops import Objective
+from genevolve_fast.policy.attention import register
+from genevolve_fast.policy.model import Policy
+from genevolve_fast.train.update import TrainingRollout
+
+
+def sequence_logps(policy: Policy, ids: Sequence[int], images: Sequence[np.ndarray], at: Sequence[int], temperature):
+    """Log-probs of ids[i] for i in `at`, from the full logits of transformers' forward."""
+    tokens = torch.tensor([list(ids)])
+    is_image = (tokens == policy.codec.image_pad_id).int()
+    dtype = policy.head_weight.dtype
+    extra = {}
+    if images:
+        patches, grids = zip(*(policy.codec.image_patches(p) for p in images), strict=True)
+        extra = {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
+    policy.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    out = policy.model(input_ids=tokens, mm_token_type_ids=is_image, use_cache=False, **extra)
+    policy.model.set_attn_implementation({"text_config": register(), "vision_config": "sdpa"})
+    logps = (out.logits[0] / temperature).log_softmax(-1)
+    at = torch.tensor(list(at))
+    return logps[at - 1, tokens[0, at]]
+
+
+def top_gaps(gaps: Sequence[float], permille: int) -> set[int]:
+    count = max(1, math.ceil(len(gaps) * permille / 1000)) if gaps else 0
+    return set(sorted(range(len(gaps)), key=lambda i: (-gaps[i], i))[:count])
+
+
+def naive_loss(
+    policy: Policy,
+    rollouts: Sequence[TrainingRollout],
+    images: Mapping[str, np.ndarray],
+    o: Objective,
+    temperature: float,
+) -> Tensor:
+    """On-policy GRPO + distillation of whole rollouts, written from the formulas and from nothing else here."""
+    total = torch.zeros((), dtype=policy.head_weight.dtype)
+    for r in rollouts:
+        t = r.trajectory
+        at = np.flatnonzero(t.loss_mask).tolist()
+        pixels = [images[record.sha256] for record in t.images]
+        logps = sequence_logps(policy, t.ids.tolist(), pixels, at, temperature)
+        ratio = torch.exp(logps - logps.detach())
+        low, high = 1 - o.clip_ratio_low, 1 + o.clip_ratio_high
+        total = total - torch.minimum(ratio * r.advantage, ratio.clamp(low, high) * r.advantage).sum()
+        if not r.experience_ids:
+            continue
+        cut, patch = t.request_stop, list(r.experience_ids)
+        with torch.no_grad():
+            ids = [*t.ids[:cut].tolist(), *patch, *t.ids[cut:].tolist()]
+            teacher = sequence_logps(policy, ids, pixels, [i + len(patch) for i in at], temperature)
+        allowed = [k for k, i in enumerate(at) if o.sdl_scope == "all" or t.decision_mask[i]]
+        gaps = (logps.detach() - teacher).abs()
+        for k in {allowed[j] for j in top_gaps([float(gaps[k]) for k in allowed], o.sdl_permille)}:
+            gap = float((logps[k].detach() - teacher[k]).clamp(-o.sdl_clamp, o.sdl_clamp))
+            total = total + o.sdl_coef * gap * logps[k]  # on policy the importance weight is 1
+    return total / len(rollouts)
+
+
+def gradient(policy: Policy) -> Tensor:
+    """All parameter gradients in one vector; absent ones are zero."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in policy.parameters()])
