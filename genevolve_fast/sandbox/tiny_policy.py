@@ -90,7 +90,7 @@ def tiny_config(tokenizer):
             head_dim=32,
             max_position_embeddings=4096,
             rope_parameters=dict(
-                rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4], mrope_interleaved=True
+                rope_type="default", rope_theta=5000000.0, mrope_section=[8, 4, 4], mrope_interleaved=True
             ),
             tie_word_embeddings=True,
             eos_token_id=ids["<|im_end|>"],

@@ -1,0 +1,103 @@
+"""The scoreboard: what every benchmark command measured, one row an id, never edited by hand."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+DEFAULT_FILE = Path("benchmarks/results/scoreboard.json")
+
+# id -> (unit, comparison, target); no comparison: recorded without a target
+TARGETS: dict[str, tuple[str, str | None, float | None]] = {
+    "loop/demo_minutes": ("minutes", "<=", 15),
+    "loop/reward_gain": ("reward", ">=", 0.08),
+    "loop/reward_gain_low": ("reward", ">", 0),
+    "loop/gain_over_more_sft": ("reward", ">", 0),
+    "loop/sdl_gain": ("reward", None, None),
+    "loop/sdl_gain_over_shuffled": ("reward", None, None),
+    "loop/start_valid": ("share", ">=", 0.9),
+    "loop/judge_agreement": ("share", ">=", 0.97),
+    "loop/grad_error": ("relative", "<=", 1e-5),
+    "loop/objective_error_f64": ("absolute", "<=", 1e-10),
+    "loop/fuzz_failures": ("count", "==", 0),
+}
+_COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
+
+
+def record(
+    name: str, value: float, *, n: int, command: str, interval: tuple[float, float] | None = None, file: Path = DEFAULT_FILE
+) -> dict[str, Any]:
+    """Write the row of `name`, replacing an older one; `ok` follows from TARGETS. Raises KeyError for an unknown id."""
+    unit, comparison, target = TARGETS[name]
+    row: dict[str, Any] = {
+        "value": value,
+        "unit": unit,
+        "target": None if comparison is None else f"{comparison} {target:g}",
+        "ok": None if comparison is None else bool(_COMPARE[comparison](value, target)),
+        "n": n,
+        "device": device(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "command": command,
+    }
+    if interval:
+        row["interval"] = list(interval)
+    rows = load(file)
+    rows[name] = row
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    print(f"{name} = {value:g} {unit}" + ("" if row["ok"] is None else f" (target {row['target']}: {row['ok']})"))
+    return row
+
+
+def load(file: Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def device() -> str:
+    """GPU name, or processor model and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit measured; -dirty when anything but recorded results differs from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    dirty = any(not line[3:].startswith("benchmarks/results/") for line in changed.splitlines())
+    return head.stdout.strip() + ("-dirty" if dirty else "")
+
+
+def print_table(file: Path = DEFAULT_FILE) -> None:
+    """Every measured row, and the ids nobody has measured yet."""
+    rows = load(file)
+    print(f"{'id':32} {'value':>10} {'target':>10} {'ok':>5} {'n':>6}  {'date':10}  {'commit':18} device")
+    for name, row in sorted(rows.items()):
+        ok = {None: "", True: "yes", False: "NO"}[row["ok"]]
+        low_high = f" [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]" if "interval" in row else ""
+        print(
+            f"{name:32} {row['value']:10.4g} {row['target'] or '':>10} {ok:>5} {row['n']:>6}  {row['date']:10}  "
+            f"{row['commit']:18} {row['device']}{low_high}"
+        )
+    if absent := sorted(set(TARGETS) - set(rows)):
+        print(f"not measured: {', '.join(absent)}")
