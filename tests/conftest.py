@@ -14,8 +14,10 @@ def tokenizer():
     from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld, vocabulary_texts
 
     world = SandboxWorld()
-    call = '<think>\nFind the emblem.\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Bel field"]}}\n'
-    answer = '{"gen_prompt": "Background blue. The text \'NOVA\'.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}'
+    call = '<think>\nFind it.\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Bel field"]}}\n'
+    answer = (
+        '{"gen_prompt": "Background blue. The text \'NOVA\'.", "reference_images": [{"img_id": "IMG_001", "note": ""}]}'
+    )
     texts = [*vocabulary_texts(world), *SKILL_GUIDANCE.values(), SYSTEM_PROMPT, APPLY_GUIDANCE, call, answer]
     return train_tokenizer([*texts, *(r.question for r in world.requests("train", 200))] * 4)
 

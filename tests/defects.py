@@ -7,15 +7,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from genevolve_fast.sandbox.canvas import _garble, _smear, blank, cell_centre, draw_item
 from genevolve_fast.sandbox.canvas import _Chance as Chance
+from genevolve_fast.sandbox.canvas import _garble, _smear, blank, cell_centre, draw_item
 from genevolve_fast.sandbox.scene import CELLS, EMBLEMS, PALETTE, SHAPES, Item, Scene
 from genevolve_fast.sandbox.world import SandboxWorld
 
 DEFECTS = (
-    "none", "missing", "extra", "wrong colour", "wrong shape", "wrong place", "garbled text", "missing text",
-    "wrong emblem", "wrong background", "straying", "smear",
-)  # fmt: skip
+    "none",
+    "missing",
+    "extra",
+    "wrong colour",
+    "wrong shape",
+    "wrong place",
+    "garbled text",
+    "missing text",
+    "wrong emblem",
+    "wrong background",
+    "straying",
+    "smear",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ def make(scene: Scene, defect: str, random: np.random.Generator) -> Case | None:
     """The scene with `defect`, or None where it cannot have it."""
     kinds = {"garbled text": "text", "missing text": "text", "wrong emblem": "emblem", "wrong shape": "object"}
     wanted = kinds.get(defect)
-    able = [k for k, i in enumerate(scene.items) if wanted in (None, i.kind) and not (defect == "wrong colour" and i.kind == "text")]
+    able = [k for k, i in enumerate(scene.items) if wanted in (None, i.kind)]
+    if defect == "wrong colour":
+        able = [k for k in able if scene.items[k].kind != "text"]
     if not able and defect not in ("none", "extra", "wrong background", "smear"):
         return None
     at = able[int(random.integers(len(able)))] if able else 0
@@ -82,7 +94,9 @@ def make(scene: Scene, defect: str, random: np.random.Generator) -> Case | None:
         draw_item(picture, item, PALETTE[ground], off)
     if defect == "smear":
         _smear(picture, cell_centre(pick(free)))
-    return Case(scene, defect, picture, true_scores(scene, Scene(ground, tuple(shown)), moved, defect == "smear", garbled))
+    return Case(
+        scene, defect, picture, true_scores(scene, Scene(ground, tuple(shown)), moved, defect == "smear", garbled)
+    )
 
 
 def true_scores(asked: Scene, shown: Scene, moved: int | None, smeared: bool, garbled: str | None) -> dict[str, float]:
@@ -96,11 +110,9 @@ def true_scores(asked: Scene, shown: Scene, moved: int | None, smeared: bool, ga
         if used[key(i)] < there[key(i)]:
             used[key(i)] += 1
             present += 1
-        elif i.kind == "text" and garbled and len(garbled) == len(i.value):
-            wrong = sum(a != b for a, b in zip(garbled, i.value, strict=True))
-            if wrong <= len(i.value) // 2:
-                present += 1
-                half_read += 1
+        elif i.kind == "text" and letters_off(garbled, i.value) <= len(i.value) // 2:
+            present += 1
+            half_read += 1
     surplus = sum(there.values()) - sum(used.values()) - half_read > 0 or smeared
     others = [i for i in asked.items if i.kind != "text"]
     texts = asked.texts
@@ -113,6 +125,13 @@ def true_scores(asked: Scene, shown: Scene, moved: int | None, smeared: bool, ga
     }
 
 
+def letters_off(shown: str | None, asked: str) -> int:
+    """How many letters of a garbled text differ; all of them where it has another length or there is none."""
+    if shown is None or len(shown) != len(asked):
+        return len(asked)
+    return sum(a != b for a, b in zip(shown, asked, strict=True))
+
+
 def grade(right: int, total: int, clean: bool) -> float:
     return 1.0 if right == total and clean else 0.5 if 2 * right >= total else 0.0
 
@@ -123,5 +142,5 @@ def text_score(texts, in_place, key, garbled: str | None) -> float:
     exact = [(key(t), t.cell) in in_place for t in texts]
     if all(exact):
         return 1.0
-    near = all(e or (garbled and len(garbled) == len(t.value) and sum(a != b for a, b in zip(garbled, t.value, strict=True)) <= 1) for e, t in zip(exact, texts, strict=True))
+    near = all(e or letters_off(garbled, t.value) <= 1 for e, t in zip(exact, texts, strict=True))
     return 0.5 if any(exact) or near else 0.0

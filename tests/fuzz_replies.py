@@ -13,14 +13,42 @@ from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Generation
 from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
 
-CALL = '<think>\nx\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Bel Abo field"]}}\n</tool_call>'
+CALL = (
+    '<think>\nx\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Bel Abo field"]}}\n</tool_call>'
+)
 SEARCH = '<think>a</think><tool_call>{"name": "image_search", "arguments": {"query": "emblem"}}</tool_call>'
 ANSWER = (
     '<think>a</think><answer>{"gen_prompt": "Background blue. The emblem of the first reference image at the center.", '
     '"reference_images": [{"img_id": "IMG_001", "note": "n"}]}</answer>'
 )
-PIECES = ("<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", '{"', '"}', "[", "]", "null", "1e999", "\\u0000")
-VALUES = (None, 3, -1e308, "x" * 300, [], {}, [None], {"a": {"b": []}}, True, "IMG_999", "<|im_end|>", "ß\u202e\U0001f600")
+PIECES = (
+    "<tool_call>",
+    "</tool_call>",
+    "<answer>",
+    "</answer>",
+    "<think>",
+    '{"',
+    '"}',
+    "[",
+    "]",
+    "null",
+    "1e999",
+    "\\u0000",
+)
+VALUES = (
+    None,
+    3,
+    -1e308,
+    "x" * 300,
+    [],
+    {},
+    [None],
+    {"a": {"b": []}},
+    True,
+    "IMG_999",
+    "<|im_end|>",
+    "ß\u202e\U0001f600",
+)
 
 
 class _Random:
@@ -149,7 +177,9 @@ TERMINATIONS = {"answer", "no_answer", "max_response_length", "error"}
 def run(replies_, **changes):
     """The session result of an engine that says `replies_`."""
     codec = TextCodec()
-    settings = SessionSettings(**{"min_references": 0, "observe_images": "tokens", "max_prompt_tokens": 10**5} | changes)
+    settings = SessionSettings(
+        **{"min_references": 0, "observe_images": "tokens", "max_prompt_tokens": 10**5} | changes
+    )
     return asyncio.run(
         run_session(
             REQUEST,

@@ -20,7 +20,11 @@ ROOMY = replace(SETTINGS, max_prompt_tokens=10**6, max_tokens_per_turn=10**6, ma
 
 
 def demonstrated(
-    world: SandboxWorld, codec: Codec, requests: Sequence[Request], demonstrator: Demonstrator | None = None, seed: int = 0
+    world: SandboxWorld,
+    codec: Codec,
+    requests: Sequence[Request],
+    demonstrator: Demonstrator | None = None,
+    seed: int = 0,
 ) -> tuple[list[Trajectory], Mapping[str, np.ndarray]]:
     """(trajectories, images by hash) of the demonstrator on `requests`."""
     script = (demonstrator or Demonstrator()).next_turn

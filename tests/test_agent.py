@@ -17,7 +17,9 @@ from genevolve_fast.agent.session import SessionSettings, describe_tools, run_se
 from genevolve_fast.protocols import EngineError, FoundImage, Observation, ToolError
 from genevolve_fast.trajectory import Failed
 
-SKILL = '<think>x</think><tool_call>{"name": "query_knowledge", "arguments": {"skill_name": "spatial_layout"}}</tool_call>'
+SKILL = (
+    '<think>x</think><tool_call>{"name": "query_knowledge", "arguments": {"skill_name": "spatial_layout"}}</tool_call>'
+)
 
 
 def observations(result) -> list[str]:
@@ -97,7 +99,9 @@ def test_limits_force_a_final_turn():
 def test_response_budget_ends_a_rollout():
     result = run([CALL], max_response_tokens=900, max_tokens_per_turn=300)
     t = result.trajectory.validate()
-    assert t.termination in ("no_answer", "max_response_length") and any("FINAL STEP" in o for o in observations(result))
+    assert t.termination in ("no_answer", "max_response_length") and any(
+        "FINAL STEP" in o for o in observations(result)
+    )
     assert len(t) - t.request_stop <= 900 + 600
 
 

@@ -69,7 +69,12 @@ REGIMES = {
     ),
     "rollout correction at its cap": dict(logp=[-1.0], rollout=[-4.0], a=[0.8], kl=0, o=dict(rollout_is="token")),
     "rollout correction per sequence": dict(
-        logp=[-1.0, -2.0, -0.3], old=[-1.1, -1.9, -0.4], rollout=[-1.3, -2.0, -0.1], a=[0.8, -0.5], seqs=[0, 0, 1], kl=0,
+        logp=[-1.0, -2.0, -0.3],
+        old=[-1.1, -1.9, -0.4],
+        rollout=[-1.3, -2.0, -0.1],
+        a=[0.8, -0.5],
+        seqs=[0, 0, 1],
+        kl=0,
         o=dict(rollout_is="sequence"),
     ),
     "distillation inside everything": dict(logp=[-1.0, -2.0], teacher=[-0.4, -2.5], chosen=(0, 1), a=[0.0], kl=0),
@@ -79,12 +84,20 @@ REGIMES = {
         logp=[-1.0, -12.0], teacher=[-0.4, -1.0], chosen=(0, 1), a=[0.0], kl=0, o=dict(sdl_grad="k3")
     ),
     "everything at once": dict(
-        logp=[-1.0, -2.0, -0.3], old=[-1.1, -1.5, -0.4], rollout=[-1.3, -2.0, -0.1], ref=[-1.2, -1.0, -0.9],
-        teacher=[-0.4, -2.5, -0.2], chosen=(0, 1, 2), a=[0.8, -0.5], seqs=[0, 0, 1], kl=0.05, o=dict(rollout_is="token"),
+        logp=[-1.0, -2.0, -0.3],
+        old=[-1.1, -1.5, -0.4],
+        rollout=[-1.3, -2.0, -0.1],
+        ref=[-1.2, -1.0, -0.9],
+        teacher=[-0.4, -2.5, -0.2],
+        chosen=(0, 1, 2),
+        a=[0.8, -0.5],
+        seqs=[0, 0, 1],
+        kl=0.05,
+        o=dict(rollout_is="token"),
     ),
     "one-token reply": dict(logp=[-0.7], teacher=[-0.1], chosen=(0,), a=[1.3], kl=0),
     "zero advantage": dict(logp=[-0.7, -0.9], a=[0.0], kl=0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REGIMES)
@@ -95,14 +108,27 @@ def test_regime(name):
     tensor = lambda key: None if r.get(key) is None else torch.tensor(r[key], dtype=D)  # noqa: E731
     logp = torch.tensor(r["logp"], dtype=D, requires_grad=True)
     loss, stats = grpo_sdl(
-        logp, advantages=torch.tensor(a, dtype=D), seq_ids=torch.tensor(seqs), old_logps=tensor("old"),
-        rollout_logps=tensor("rollout"), ref_logps=tensor("ref"), teacher_logps=tensor("teacher"), objective=o,
-    )  # fmt: skip
+        logp,
+        advantages=torch.tensor(a, dtype=D),
+        seq_ids=torch.tensor(seqs),
+        old_logps=tensor("old"),
+        rollout_logps=tensor("rollout"),
+        ref_logps=tensor("ref"),
+        teacher_logps=tensor("teacher"),
+        objective=o,
+    )
     loss.backward()
     want, slope = by_hand(
-        r["logp"], a, o, old=r.get("old"), rollout=r.get("rollout"), ref=r.get("ref"), teacher=r.get("teacher"),
-        chosen=r.get("chosen", ()), seqs=seqs,
-    )  # fmt: skip
+        r["logp"],
+        a,
+        o,
+        old=r.get("old"),
+        rollout=r.get("rollout"),
+        ref=r.get("ref"),
+        teacher=r.get("teacher"),
+        chosen=r.get("chosen", ()),
+        seqs=seqs,
+    )
     if r.get("clamp"):
         slope = [0.0]  # beyond the clamp the ratio is constant
     assert abs(loss.item() - want) <= TOLERANCE * max(1, abs(want))
@@ -120,7 +146,12 @@ def test_aggregation(mode, given):
     o = Objective(kl_coef=0, loss_agg_mode=mode, max_length=50 if mode.endswith("norm") else None)
     n, m = (7, 40) if given else (3, 6)
     loss, _ = grpo_sdl(
-        logp, advantages=a, seq_ids=seqs, objective=o, num_sequences=n if given else None, num_tokens=m if given else None
+        logp,
+        advantages=a,
+        seq_ids=seqs,
+        objective=o,
+        num_sequences=n if given else None,
+        num_tokens=m if given else None,
     )
     loss.backward()
     divisor = {
@@ -138,9 +169,15 @@ def test_masked_rows_give_nothing_even_where_they_are_infinite():
     keep = torch.tensor([True, False, True])
     poison = torch.tensor([-1.0, float("-inf"), -2.0], dtype=D)
     loss, stats = grpo_sdl(
-        logp, advantages=torch.tensor([1.0], dtype=D), seq_ids=torch.zeros(3, dtype=torch.int64), old_logps=poison,
-        ref_logps=poison, teacher_logps=poison, loss_mask=keep, objective=Objective(kl_coef=0.1),
-    )  # fmt: skip
+        logp,
+        advantages=torch.tensor([1.0], dtype=D),
+        seq_ids=torch.zeros(3, dtype=torch.int64),
+        old_logps=poison,
+        ref_logps=poison,
+        teacher_logps=poison,
+        loss_mask=keep,
+        objective=Objective(kl_coef=0.1),
+    )
     loss.backward()
     assert torch.isfinite(loss) and logp.grad[1] == 0 and torch.isfinite(logp.grad).all()
     assert all(torch.isfinite(v) for v in stats.values())
@@ -149,9 +186,12 @@ def test_masked_rows_give_nothing_even_where_they_are_infinite():
 def test_all_rows_masked_keep_the_graph_connected():
     logp = torch.tensor([-1.0], dtype=D, requires_grad=True)
     loss, _ = grpo_sdl(
-        logp, advantages=torch.tensor([1.0]), seq_ids=torch.tensor([0]), loss_mask=torch.tensor([False]),
+        logp,
+        advantages=torch.tensor([1.0]),
+        seq_ids=torch.tensor([0]),
+        loss_mask=torch.tensor([False]),
         objective=Objective(kl_coef=0),
-    )  # fmt: skip
+    )
     loss.backward()
     assert loss == 0 and logp.grad == 0
 
@@ -192,7 +232,13 @@ def test_selection_takes_the_widest_gaps_and_ties_go_to_the_smaller_position():
 
 def test_unclamped_gaps_decide_the_selection():
     teacher = torch.tensor([-30.0, -50.0], dtype=D)
-    got = select_sdl(torch.zeros(2, dtype=D), teacher, torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), Objective(sdl_permille=500))  # fmt: skip
+    got = select_sdl(
+        torch.zeros(2, dtype=D),
+        teacher,
+        torch.ones(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.int64),
+        Objective(sdl_permille=500),
+    )
     assert got.tolist() == [False, True]
 
 
@@ -207,9 +253,15 @@ def test_arguments_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="old_logps"):
         grpo_sdl(x, advantages=x, seq_ids=s, rollout_logps=x, objective=Objective(rollout_is="sequence", kl_coef=0))
     for wrong in (
-        dict(loss_agg_mode="mean"), dict(clip_ratio_low=1.0), dict(sdl_permille=0), dict(dual_clip=0.5),
-        dict(loss_agg_mode="seq-mean-token-sum-norm"), dict(max_length=5), dict(kl_coef=-1), dict(sdl_clamp=0),
-    ):  # fmt: skip
+        dict(loss_agg_mode="mean"),
+        dict(clip_ratio_low=1.0),
+        dict(sdl_permille=0),
+        dict(dual_clip=0.5),
+        dict(loss_agg_mode="seq-mean-token-sum-norm"),
+        dict(max_length=5),
+        dict(kl_coef=-1),
+        dict(sdl_clamp=0),
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
             Objective(**wrong)
 
@@ -300,9 +352,14 @@ def test_head_holds_one_block_of_logits(monkeypatch):
 def test_head_names_the_wrong_argument():
     h, w, y = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
     for wrong, message in (
-        (dict(hidden=torch.randn(3, 5)), "hidden"), (dict(targets=y[:2]), "targets"), (dict(targets=y.int()), "targets"),
-        (dict(bias=torch.zeros(4)), "bias"), (dict(temperature=0.0), "temperature"), (dict(softcap=-1.0), "softcap"),
-        (dict(block_rows=0), "block_rows"), (dict(temperature=torch.ones(2)), "temperature"),
-    ):  # fmt: skip
+        (dict(hidden=torch.randn(3, 5)), "hidden"),
+        (dict(targets=y[:2]), "targets"),
+        (dict(targets=y.int()), "targets"),
+        (dict(bias=torch.zeros(4)), "bias"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(softcap=-1.0), "softcap"),
+        (dict(block_rows=0), "block_rows"),
+        (dict(temperature=torch.ones(2)), "temperature"),
+    ):
         with pytest.raises(ValueError, match=message):
             linear_logprob(**(dict(hidden=h, weight=w, targets=y) | wrong))

@@ -56,11 +56,18 @@ def test_wrong_advantage_arguments():
 def rollout(i: int, reward: float | None = None, **changes) -> Trajectory:
     mask = np.array([False, False, True])
     t = Trajectory(
-        id=f"r{i}", request_id="q", group_id="g", ids=np.arange(3), loss_mask=mask,
-        rollout_logps=np.zeros(3, np.float32), request_stop=1,
-        turns=(Turn("user", 0, 2), Turn("assistant", 2, 3)), program=Program("a"), termination="answer",
+        id=f"r{i}",
+        request_id="q",
+        group_id="g",
+        ids=np.arange(3),
+        loss_mask=mask,
+        rollout_logps=np.zeros(3, np.float32),
+        request_stop=1,
+        turns=(Turn("user", 0, 2), Turn("assistant", 2, 3)),
+        program=Program("a"),
+        termination="answer",
         outcome=None if reward is None else Judged(reward, reward, reward),
-    )  # fmt: skip
+    )
     return t.replace(**changes)
 
 
@@ -102,10 +109,17 @@ async def hangs():
 def outcome(t, act=paints, image=ImageVerdict(1, 1, 1, 1, True), program=ProgramVerdict(1.0), timeout_s=5.0):  # noqa: B008
     scored, picture = asyncio.run(
         score(
-            Request("q", "draw"), t, renderer=Renderer(act), image_judge=Judge(image), program_judge=Judge(program),
-            truth=PICTURE, images={}, seed=0, timeout_s=timeout_s,
+            Request("q", "draw"),
+            t,
+            renderer=Renderer(act),
+            image_judge=Judge(image),
+            program_judge=Judge(program),
+            truth=PICTURE,
+            images={},
+            seed=0,
+            timeout_s=timeout_s,
         )
-    )  # fmt: skip
+    )
     return scored.outcome, picture
 
 
@@ -169,7 +183,8 @@ def test_embeddings_are_stable_unit_vectors():
     e = HashedNgramEmbedder()
     v = e.embed(["Draw a Circle", "draw  a circle", "", "something else"])
     assert np.allclose(np.linalg.norm(v, axis=1), [1, 1, 0, 1]) and v[0] @ v[1] > 0.999 and v[0] @ v[3] < 0.3
-    child = "from genevolve_fast.experience.embedder import HashedNgramEmbedder as E; print(E().embed(['abc']).tobytes().hex())"
+    child = "from genevolve_fast.experience.embedder import HashedNgramEmbedder as E\n"
+    child += "print(E().embed(['abc']).tobytes().hex())"
     other = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout.strip()
     assert other == e.embed(["abc"]).tobytes().hex()
 

@@ -40,7 +40,12 @@ def make(**changes) -> Trajectory:
         loss_mask=mask,
         rollout_logps=np.where(mask, -0.5, 0).astype(np.float32),
         request_stop=8,
-        turns=(Turn("system", 0, 3), Turn("user", 3, 10), Turn("assistant", 10, 16, "search", (11, 15)), Turn("tool", 16, 20)),
+        turns=(
+            Turn("system", 0, 3),
+            Turn("user", 3, 10),
+            Turn("assistant", 10, 16, "search", (11, 15)),
+            Turn("tool", 16, 20),
+        ),
         images=(ImageRecord("IMG_001", image_hash(PIXELS), (1, 6, 6), 4, 7),),
         messages=(Message("user", "draw"),),
         program=Program("the first reference image", (Reference("IMG_001", sha256=image_hash(PIXELS)),)),

@@ -34,18 +34,23 @@ def one_token(t):
 
 
 CASES = {
-    "images and tool tokens": lambda ts: [TrainingRollout(t, a) for t, a in zip(ts, (1.0, -0.5, 0.3, -1.2), strict=False)],
+    "images and tool tokens": lambda ts: [
+        TrainingRollout(t, a) for t, a in zip(ts, (1.0, -0.5, 0.3, -1.2), strict=False)
+    ],
     "with experience": lambda ts: [
         TrainingRollout(t, a, (41, 50, 60, 42)) for t, a in zip(ts, (1.0, -0.5, 0.3, 0.0), strict=False)
     ],
     "experience in part of the batch": lambda ts: [
-        TrainingRollout(ts[0], 0.7, (41, 50)), TrainingRollout(ts[1], -0.7), TrainingRollout(ts[2], 0.0, (44,))
+        TrainingRollout(ts[0], 0.7, (41, 50)),
+        TrainingRollout(ts[1], -0.7),
+        TrainingRollout(ts[2], 0.0, (44,)),
     ],
     "zero spread": lambda ts: [TrainingRollout(ts[0], 0.0), TrainingRollout(ts[1], 0.0), TrainingRollout(ts[2], 0.4)],
     "one-token replies": lambda ts: [
-        TrainingRollout(one_token(ts[0]), 0.9, (41, 42)), TrainingRollout(one_token(ts[2]), -0.9)
+        TrainingRollout(one_token(ts[0]), 0.9, (41, 42)),
+        TrainingRollout(one_token(ts[2]), -0.9),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,9 +64,7 @@ def test_packed_gradient_equals_the_naive_one(policy, rollouts, case, scope, bud
     naive_loss(policy, batch, images, objective, TEMPERATURE).backward()
     want = gradient(policy)
     policy.zero_grad()
-    metrics, traces = accumulate_gradients(
-        policy, batch, images, objective, temperature=TEMPERATURE, max_tokens=budget
-    )
+    metrics, traces = accumulate_gradients(policy, batch, images, objective, temperature=TEMPERATURE, max_tokens=budget)
     got = gradient(policy)
     assert want.norm() > 0
     assert (got - want).norm() <= 1e-5 * want.norm()

@@ -31,7 +31,13 @@ _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operat
 
 
 def record(
-    name: str, value: float, *, n: int, command: str, interval: tuple[float, float] | None = None, file: Path = DEFAULT_FILE
+    name: str,
+    value: float,
+    *,
+    n: int,
+    command: str,
+    interval: tuple[float, float] | None = None,
+    file: Path = DEFAULT_FILE,
 ) -> dict[str, Any]:
     """Write the row of `name`, replacing an older one; `ok` follows from TARGETS. Raises KeyError for an unknown id."""
     unit, comparison, target = TARGETS[name]

@@ -69,7 +69,7 @@ def write_demonstrations(world: SandboxWorld, folder: Path, *, count: int, exper
 
 
 def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path]:
-    """(a random tiny policy with its tokenizer, the demonstrations to train it on); data found in `folder` is reused."""
+    """(a random tiny policy with its tokenizer, the demonstrations to train it on); data in `folder` is reused."""
     data = folder / "sft.jsonl"
     if not data.exists():
         data = write_demonstrations(

@@ -8,12 +8,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.train.optim import Optimizer
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -22,13 +22,11 @@ def save_checkpoint(
     folder: Path,
     step: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    state: dict[str, Any],
+    optimizer: Optimizer,
     extras: Callable[[Path], None] | None = None,
     keep_last: int = 2,
 ) -> Path:
-    """Write `folder/step_N`: the policy as a transformers folder, optimizer, scheduler, random states and `state`.
+    """Write `folder/step_N`: the policy as a transformers folder, optimizer, schedule and random states.
 
     Everything is written under a temporary name and renamed at the end, so a crash leaves the last checkpoint whole;
     `extras(path)` may add files. Older checkpoints beyond `keep_last` are removed afterwards.
@@ -43,11 +41,9 @@ def save_checkpoint(
         {
             "step": step,
             "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "numpy_rng": np.random.get_state(),
             "python_rng": random.getstate(),
-            "state": state,
         },
         partial / "trainer.pt",
     )
@@ -72,17 +68,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return [p for _, p in sorted(found)]
 
 
-def load_checkpoint(
-    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
-) -> tuple[int, dict[str, Any]]:
-    """Restore everything `save_checkpoint` wrote; returns (step, state)."""
+def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> int:
+    """Restore everything `save_checkpoint` wrote; returns the step."""
     from safetensors.torch import load_model
 
     saved = torch.load(path / "trainer.pt", weights_only=False, map_location="cpu")
     load_model(policy.model, path / "policy" / "model.safetensors")
     optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
     torch.set_rng_state(saved["torch_rng"])
     np.random.set_state(saved["numpy_rng"])
     random.setstate(saved["python_rng"])
-    return saved["step"], saved["state"]
+    return saved["step"]

@@ -59,7 +59,8 @@ class ExperienceConfig(_Section):
 
 
 class OptimConfig(_Section):
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW")
+    name: Literal["adamw", "muon"] = Field("adamw", description="`muon`: layer matrices by Muon, the rest by AdamW")
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate")
     weight_decay: float = Field(1e-6, ge=0, description="Decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps spent warming up linearly")

@@ -40,12 +40,12 @@ def evolve(
     policy.gradient_checkpointing = config.policy.gradient_checkpointing
     reference = frozen_copy(policy) if config.objective.kl_coef else None
     engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
-    optimizer, scheduler = build_optimizer(policy, config.optim, config.steps)
+    optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
     step = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
-        step, _ = load_checkpoint(saved[-1], policy, optimizer, scheduler)
+        step = load_checkpoint(saved[-1], policy, optimizer)
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
     run.rewind(step)
     started = time.time()
@@ -72,8 +72,6 @@ def evolve(
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm, error_if_nonfinite=True)
             )
             optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         engine.weights_updated()
         keep_for_report(folder, step, rollouts, traces, experiences)
@@ -85,7 +83,7 @@ def evolve(
             "experience/used": len(experiences),
         }
         metrics |= {
-            "actor/lr": scheduler.get_last_lr()[0],
+            "actor/lr": optimizer.lr,
             "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
         }
         metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
@@ -97,8 +95,6 @@ def evolve(
                     step,
                     policy,
                     optimizer,
-                    scheduler,
-                    {},
                     extras=lambda path: memory.save(path / "memory"),
                     keep_last=config.checkpoint.keep_last,
                 )

@@ -1,8 +1,10 @@
-"""AdamW and its learning-rate schedule."""
+"""Optimizers and their learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,16 +12,55 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.train.config import OptimConfig
 
 
-def build_optimizer(
-    policy: Policy, config: OptimConfig, total_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over trainable parameters (no decay on vectors) and a linear warm-up followed by the schedule."""
-    trainable = [p for p in policy.parameters() if p.requires_grad]
+class Optimizer:
+    """One or two torch optimizers that step, and are scheduled, saved and restored, together."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], factor) -> None:
+        self._parts = parts
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(part, factor) for part in parts]
+
+    def step(self) -> None:
+        """Update the weights, advance the schedule and drop the gradients."""
+        for part, schedule in zip(self._parts, self._schedules, strict=True):
+            part.step()
+            schedule.step()
+            part.zero_grad(set_to_none=True)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._schedules[0].get_last_lr()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "parts": [part.state_dict() for part in self._parts],
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        for schedule, saved in zip(self._schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+
+
+def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Optimizer:
+    """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule."""
+    named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if config.name == "muon" and p.ndim == 2 and ".layers." in n]
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )  # arXiv 2502.16982
+        )
     warmup = max(1, math.ceil(config.warmup_ratio * total_steps))
 
     def factor(step: int) -> float:
@@ -29,4 +70,4 @@ def build_optimizer(
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return Optimizer(parts, factor)

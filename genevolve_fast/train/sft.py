@@ -29,11 +29,11 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
     if config.policy.freeze_vision:
         policy.freeze_vision()
     policy.gradient_checkpointing = config.policy.gradient_checkpointing
-    optimizer, scheduler = build_optimizer(policy, config.optim, steps)
+    optimizer = build_optimizer(policy, config.optim, steps)
     run = Run(folder, config, device=policy.device, total=steps, resume=resume)
     step = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
-        step, _ = load_checkpoint(saved[-1], policy, optimizer, scheduler)
+        step = load_checkpoint(saved[-1], policy, optimizer)
     run.rewind(step)
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
@@ -44,8 +44,6 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
             nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
             optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - begin
         step += 1
         run.log(
@@ -53,7 +51,7 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
             {
                 "loss": nll,
                 "grad_norm": norm,
-                "lr": scheduler.get_last_lr()[0],
+                "lr": optimizer.lr,
                 "num_tokens": tokens,
                 "dropped_samples": dropped,
                 "perf/throughput": tokens / seconds,
@@ -61,9 +59,7 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
             },
         )
         if step % config.checkpoint.every == 0 or step == steps:
-            save_checkpoint(
-                folder / "checkpoints", step, policy, optimizer, scheduler, {}, keep_last=config.checkpoint.keep_last
-            )
+            save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep_last=config.checkpoint.keep_last)
     run.close()
     policy.eval()
     policy.save_pretrained(folder / "policy")
