@@ -53,7 +53,7 @@ class ExperienceMemory:
         """The experience of the most similar request, if its cosine reaches the threshold; ties go to the newest."""
         if not self.bundles:
             return None
-        cosines = self._vectors @ self.embedder.embed([question])[0]
+        cosines = np.round(self._vectors @ self.embedder.embed([question])[0], 5)  # equal texts, equal numbers
         best = len(cosines) - 1 - int(np.argmax(cosines[::-1]))
         return self.bundles[best].experience if cosines[best] >= self.similarity else None
 

@@ -221,7 +221,7 @@ def emblem_motto(world: SandboxWorld, random: np.random.Generator, split: str):
         f"On {_article(ground)} background draw the emblem of {e.name} at the {cell} and its motto at the {place}.",
         f"Draw the emblem of {e.name} at the {cell} and its motto at the {place} on {_article(ground)} background.",
         f"Paint the motto of {e.name} at the {place} and its emblem at the {cell} on {_article(ground)} background.",
-        f"On {_article(ground)} background paint the motto of {e.name} at the {place} and its emblem at the {cell}.",
+        f"Draw on {_article(ground)} background the motto of {e.name} at the {place} and its emblem at the {cell}.",
     )[_wording(random, split)]
     items = (Item("emblem", e.emblem, cell, e.emblem_colour), Item("text", e.motto, place))
     return question, Scene(ground, items), e
@@ -240,7 +240,7 @@ def count_row(world: SandboxWorld, random: np.random.Generator, split: str):
         f"Draw {what} on {_article(ground)} background.",
         f"On {_article(ground)} background draw {what}.",
         f"Paint {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background paint {what}.",
+        f"Draw on {_article(ground)} background {what}.",
     )[_wording(random, split)]
     items = tuple(Item("object", s, cell, c) for n, c, s, r in groups for cell in row_cells(r, n))
     return question, Scene(ground, items), None
@@ -269,7 +269,7 @@ def text_sign(world: SandboxWorld, random: np.random.Generator, split: str):
         f"Draw {what} on {_article(ground)} background.",
         f"On {_article(ground)} background draw {what}.",
         f"Paint {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background paint {what}.",
+        f"Draw on {_article(ground)} background {what}.",
     )[_wording(random, split)]
     return question, Scene(ground, tuple(items)), None
 
@@ -298,7 +298,7 @@ def relation(world: SandboxWorld, random: np.random.Generator, split: str):
         f"Draw {what} on {_article(ground)} background.",
         f"On {_article(ground)} background draw {what}.",
         f"Paint {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background paint {what}.",
+        f"Draw on {_article(ground)} background {what}.",
     )[_wording(random, split)]
     return question, Scene(ground, tuple(items)), None
 

@@ -1,0 +1,79 @@
+"""Does distillation help? GRPO, GRPO+SDL, GRPO+SDL with another request's experience: `python -m benchmarks.ablation`.
+
+Three seeds each, the same minutes of evolution, the same held-out bench. Every run is resumable; finished ones are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from genevolve_fast.cli import bench_once, config_path, open_policy, open_sandbox, set_threads
+from genevolve_fast.evaluate.bench import Bench, bootstrap
+from genevolve_fast.evaluate.scoreboard import record
+from genevolve_fast.train.config import EvolveConfig, load_config
+from genevolve_fast.train.evolve import evolve
+from genevolve_fast.train.run import write_atomic
+
+VARIANTS = {
+    "grpo": ["objective.sdl_coef=0", "experience.enabled=false"],
+    "grpo_sdl": [],
+    "grpo_sdl_shuffled": ["experience.source=shuffled"],
+}
+RESULTS = Path("benchmarks/results/ablation.json")
+
+
+def run_variant(name: str, seed: int, minutes: float, runs: Path, extra: list[str]) -> tuple[Bench, list[dict]]:
+    """(held-out bench, metrics) of one variant and seed."""
+    run = f"ablation/{name}_{seed}"
+    overrides = [*VARIANTS[name], f"seed={seed}", f"minutes={minutes}", "steps=10000", f"name={run}", *extra]
+    config = load_config(EvolveConfig, config_path("demo"), overrides)
+    set_threads(config.threads)
+    sandbox, world = open_sandbox(config.world)
+    folder = runs / run
+    policy = open_policy(config.policy)
+    if not (folder / "policy").exists():
+        pool = sandbox.requests("train", config.pool_size, seed=seed)
+        evolve(config, policy, world, pool, folder, resume=folder.exists())
+    else:
+        policy = open_policy(config.policy.model_copy(update={"path": str(folder / "policy")}))
+    bench = bench_once(folder / "bench" / "after", f"{name} {seed}", policy, sandbox, world, config)
+    return bench, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def paired(a: list[Bench], b: list[Bench]):
+    """Mean difference b - a over requests and seeds, 95 % bootstrap interval."""
+    return bootstrap(
+        [y.reward - x.reward for p, q in zip(a, b, strict=True) for x, y in zip(p.rows, q.rows, strict=True)]
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=6.0, help="of evolution a run (default: %(default)s)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    args = p.parse_args()
+    benches: dict[str, list[Bench]] = {name: [] for name in VARIANTS}
+    curves: dict[str, dict[str, list]] = {}
+    for seed in args.seeds:
+        for name in VARIANTS:
+            bench, metrics = run_variant(name, seed, args.minutes, args.runs, args.set)
+            benches[name].append(bench)
+            keys = ("reward", "actor/sdl_kl", "actor/entropy", "rewards/kscore/mean", "rewards/program/mean")
+            curves[f"{name}_{seed}"] = {k: [round(m[k], 4) for m in metrics] for k in keys if k in metrics[0]}
+            print(f"{name} seed {seed}: {bench.summary()['reward']:.3f} after {len(metrics)} steps", flush=True)
+    gain = paired(benches["grpo"], benches["grpo_sdl"])
+    over = paired(benches["grpo_sdl_shuffled"], benches["grpo_sdl"])
+    command = f"python -m benchmarks.ablation --minutes {args.minutes:g}"
+    record("loop/sdl_gain", gain.mean, n=gain.n, command=command, interval=(gain.low, gain.high))
+    record("loop/sdl_gain_over_shuffled", over.mean, n=over.n, command=command, interval=(over.low, over.high))
+    rewards = {name: [b.summary()["reward"] for b in bs] for name, bs in benches.items()}
+    data = {"minutes": args.minutes, "seeds": args.seeds, "held_out_reward": rewards, "curves": curves}
+    write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
