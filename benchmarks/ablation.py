@@ -1,6 +1,6 @@
 """Does distillation help? GRPO, GRPO+SDL, GRPO+SDL with another request's experience: `python -m benchmarks.ablation`.
 
-Three seeds each, the same minutes of evolution, the same held-out bench. Every run is resumable; finished ones are kept.
+Three seeds each, the same minutes of evolution, the same held-out bench. Runs resume; finished ones are kept.
 """
 
 from __future__ import annotations

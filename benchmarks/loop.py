@@ -1,7 +1,7 @@
 """The demo's table: the evolved policy beside what it must beat. `python -m benchmarks.loop --run runs/demo`.
 
-One-shot prompt without tools, the demonstrator, the demonstrator with every habit right, the SFT start, the evolved policy, and the start
-with SFT continued for the wall time that evolution took; the same held-out requests and seeds for all.
+One-shot prompt without tools, the demonstrator, the demonstrator with every habit right, the SFT start, the evolved
+policy, and the start with SFT continued for the wall time that evolution took; the same requests and seeds for all.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 RUNS = Path("runs")
@@ -138,7 +137,7 @@ def config_path(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    built_in = Path(str(resources.files("genevolve_fast.configs"))) / f"{name}.yaml"
+    built_in = Path(__file__).parent / "configs" / f"{name}.yaml"
     if not built_in.exists():
         known = ", ".join(sorted(p.stem for p in built_in.parent.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration {name!r}: neither a file nor one of {known}")

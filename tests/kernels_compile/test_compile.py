@@ -1,0 +1,92 @@
+"""Every Triton kernel compiled ahead of time for sm_80 and sm_90, and csrc/ by nvcc where there is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from genevolve_fast.kernels import logprob_epilogue as epilogue  # noqa: E402
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have; otherwise only checked at launch
+
+
+class Device:
+    """A driver that says which GPU is there, so that real launch arguments decide the specialisation."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the JIT caches per device id
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+
+def launches():
+    f, i = torch.zeros(8, 151936), torch.zeros(8, dtype=torch.int64)
+    x = torch.zeros(8)
+    for softcap in (False, True):
+        for per_row in (False, True):
+            args = (f, i, x if per_row else x[0], x, x, x, 151936, 151936, 1.0, 1.0, -100)
+            yield epilogue._epilogue, args, dict(HAS_SOFTCAP=softcap, PER_ROW=per_row, BLOCK=4096, num_warps=8)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_triton_kernels_compile_and_fit(arch, tmp_path):
+    driver.set_active(Device(arch))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for kernel, args, options in launches():
+        compiled = kernel.warmup(*args, grid=(1,), **options)
+        assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+        (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True
+        ).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        print(f"sm_{arch} {compiled.metadata.name} {options}: {registers} registers, {stack} bytes of stack")
+        assert registers <= 255
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_csrc_compiles_and_loads_without_a_gpu(tmp_path):
+    import ctypes
+    import runpy
+
+    root = Path(__file__).parents[2]
+    setup = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **kw: setup.update(kw))
+        module = runpy.run_path(str(root / "setup.py"))
+    library = tmp_path / "libgenevolve.so"
+    assert module["compile_csrc"](library)
+    launch = ctypes.CDLL(str(library)).genevolve_logprob_epilogue
+    launch.restype = ctypes.c_int
+    if not torch.cuda.is_available():
+        pointer = ctypes.c_void_p
+        status = launch(*[pointer(256)] * 6, ctypes.c_longlong(1), *[ctypes.c_longlong(8)] * 2, *[ctypes.c_float(1)] * 2,
+                        ctypes.c_longlong(-100), ctypes.c_int(0), ctypes.c_int(0), pointer(0))  # fmt: skip
+        assert status == 35  # cudaErrorInsufficientDriver: refused, not crashed
