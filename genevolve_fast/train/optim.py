@@ -70,6 +70,6 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
         if config.schedule == "constant":
             return 1.0
         begin = warmup if step < cycle else 0  # only the first cycle starts with a warm-up
-        return 0.5 * (1 + math.cos(math.pi * (step % cycle - begin) / max(1, cycle - begin)))
+        return 0.5 * (1 + math.cos(math.pi * ((step % cycle - begin) / max(1, cycle - begin))))
 
     return Optimizer(parts, factor)
