@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ RUNS = Path("runs")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend are one line on stderr and exit status 2."""
     args = parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:

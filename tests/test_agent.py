@@ -218,3 +218,17 @@ def test_text_observations_follow_the_released_runtime():
 def test_tool_schemas_are_qwens():
     lines = describe_tools(WORLD.tools()).splitlines()
     assert lines[0] == "<tools>" and json.loads(lines[1])["function"]["name"] == "search"
+
+
+def test_skills_are_complete_and_handed_out():
+    from genevolve_fast.agent.knowledge import SKILLS, QueryKnowledge, guidance, triggers
+    from genevolve_fast.agent.prompts import system_prompt
+
+    for skill in SKILLS:
+        text = guidance(skill)
+        assert 200 <= len(text.split()) <= 500 and all(triggers(skill))
+        assert asyncio.run(QueryKnowledge()({"skill_name": skill})).text == text
+    with pytest.raises(ToolError, match="unknown skill"):
+        asyncio.run(QueryKnowledge()({"skill_name": "dancing"}))
+    prompt = system_prompt(WORLD.tools())
+    assert all(f"- {skill}. Trigger when" in prompt for skill in SKILLS) and '"name": "image_search"' in prompt

@@ -47,7 +47,7 @@ def evolve(
     if resume and (saved := checkpoints(folder / "checkpoints")):
         step = load_checkpoint(saved[-1], policy, optimizer)
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
-    run.rewind(step)
+    run.begin(step)
     started = time.time()
 
     while step < config.steps and (config.minutes is None or time.time() - started < 60 * config.minutes):

@@ -21,11 +21,8 @@ def rollout_metrics(rollouts: Sequence[Trajectory], groups: Mapping[str, Sequenc
     lengths = [t.num_loss_tokens for t in rollouts]
     calls = Counter(turn.tool for t in rollouts for turn in t.turns if turn.role == "assistant" and turn.tool)
     out = {
-        "reward": _mean([t.outcome.reward for t in judged]),
         "reward_std": float(np.mean(stds)),
         "frac_reward_zero_std": float(np.mean([s < 1e-6 for s in spreads])),
-        "rewards/kscore/mean": _mean([t.outcome.kscore for t in judged]),
-        "rewards/program/mean": _mean([t.outcome.program for t in judged]),
         "rollouts/failed": float(len(failed)),
         "rollouts/valid_program": float(np.mean([t.program is not None and not t.error for t in rollouts])),
         "completions/mean_length": float(np.mean(lengths)),
@@ -34,13 +31,14 @@ def rollout_metrics(rollouts: Sequence[Trajectory], groups: Mapping[str, Sequenc
         "num_turns/mean": float(np.mean([t.rounds for t in rollouts])),
         "num_tokens": float(sum(map(len, rollouts))),
     }
+    if judged:
+        out["reward"] = float(np.mean([t.outcome.reward for t in judged]))
+        out["rewards/kscore/mean"] = float(np.mean([t.outcome.kscore for t in judged]))
+        out["rewards/program/mean"] = float(np.mean([t.outcome.program for t in judged]))
     for name in DIMENSIONS:
         scored = [t for t in judged if name != "text_accuracy" or t.outcome.text_required]
-        out[f"rewards/{name}/mean"] = _mean([getattr(t.outcome, name) for t in scored])
+        if scored:  # no row needed text: no number, rather than a wrong one
+            out[f"rewards/{name}/mean"] = float(np.mean([getattr(t.outcome, name) for t in scored]))
     for tool, count in calls.items():
         out[f"tool_call_counts/{tool}/mean"] = count / len(rollouts)
     return out
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")

@@ -17,6 +17,7 @@ class Optimizer:
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer], factor) -> None:
         self._parts = parts
+        self._factor = factor
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(part, factor) for part in parts]
 
     def step(self) -> None:
@@ -40,8 +41,10 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-        for schedule, saved in zip(self._schedules, state["schedules"], strict=True):
+        for part, schedule, saved in zip(self._parts, self._schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
+            for group, base in zip(part.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base * self._factor(schedule.last_epoch)  # the schedule decides, not the saved number
 
 
 def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Optimizer:

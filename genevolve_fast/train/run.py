@@ -48,7 +48,8 @@ class Run:
         self._phase_seconds: dict[str, float] = {}
         self._phase_memory: dict[str, float] = {}
         self._settle(config, resume)
-        self._bar = tqdm(total=total, desc=self.folder.name, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self._total = total
+        self._bar: tqdm | None = None
         self._board = None
 
     def _settle(self, config: BaseModel, resume: bool) -> None:
@@ -63,8 +64,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
 
-    def rewind(self, step: int) -> None:
-        """Forget metrics of steps after the checkpoint at `step`; they will be written again."""
+    def begin(self, step: int) -> None:
+        """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = []
@@ -75,8 +76,9 @@ class Run:
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line cut by the crash
             write_atomic(path, "".join(f"{line}\n" for line in kept))
-        self._bar.n = self._bar.initial = step
-        self._bar.refresh()
+        self._bar = tqdm(
+            total=self._total, initial=step, desc=self.folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
+        )
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:

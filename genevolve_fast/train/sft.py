@@ -34,7 +34,7 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
     step = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
         step = load_checkpoint(saved[-1], policy, optimizer)
-    run.rewind(step)
+    run.begin(step)
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
     while step < steps and time.time() < deadline:

@@ -87,6 +87,6 @@ def test_csrc_compiles_and_loads_without_a_gpu(tmp_path):
     launch.restype = ctypes.c_int
     if not torch.cuda.is_available():
         pointer = ctypes.c_void_p
-        status = launch(*[pointer(256)] * 6, ctypes.c_longlong(1), *[ctypes.c_longlong(8)] * 2, *[ctypes.c_float(1)] * 2,
-                        ctypes.c_longlong(-100), ctypes.c_int(0), ctypes.c_int(0), pointer(0))  # fmt: skip
+        numbers = [ctypes.c_longlong(n) for n in (1, 8, 8)] + [ctypes.c_float(1)] * 2 + [ctypes.c_longlong(-100)]
+        status = launch(*[pointer(256)] * 6, *numbers, ctypes.c_int(0), ctypes.c_int(0), pointer(0))
         assert status == 35  # cudaErrorInsufficientDriver: refused, not crashed

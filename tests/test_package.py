@@ -1,0 +1,125 @@
+"""The house: quick import, arrows that run one way, a command line that explains itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from genevolve_fast.cli import main, parser
+
+ROOT = Path(__file__).parents[1]
+FLOOR = {"trajectory", "protocols"}
+ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
+    "kernels": set(),
+    "ops": {"kernels"},
+    "policy": {"ops"},
+    "agent": set(),
+    "render": set(),
+    "reward": set(),
+    "experience": set(),
+    "report": set(),
+    "batch": {"policy"},
+    "rollout": {"policy"},
+    "data": {"agent", "experience"},
+    "train": {"agent", "batch", "data", "experience", "ops", "policy", "report", "reward", "rollout"},
+    "evaluate": {"agent", "train"},
+    "sandbox": {"agent", "data", "experience", "policy", "train"},
+}
+NO_TORCH = {"agent", "reward", "experience", "report", "render"}
+
+
+def modules():
+    for path in sorted((ROOT / "genevolve_fast").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py")):
+        relative = path.relative_to(ROOT)
+        room = "kernels" if relative.parts[0] == "kernels" or relative.parts[1] == "kernels" else relative.parts[1]
+        if room in ALLOWED:
+            yield room, path
+
+
+def imports(path: Path, top_level_only: bool = False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_arrows_run_one_way(room):
+    seen = 0
+    for its_room, path in modules():
+        if its_room != room:
+            continue
+        seen += 1
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "genevolve_fast" and len(parts) > 1:
+                assert parts[1] in ALLOWED[room] | FLOOR | {room}, f"{path} imports {name}"
+            if room in ("kernels", "ops"):
+                assert parts[0] in {"torch", "triton", "genevolve_fast", "__future__", "typing", "dataclasses"}, name
+            if room in NO_TORCH:
+                assert parts[0] not in ("torch", "transformers", "triton"), f"{path} imports {name}"
+    assert seen
+
+
+def test_heavy_libraries_load_on_first_use():
+    for _, path in modules():
+        assert not [n for n in imports(path, top_level_only=True) if n.split(".")[0] == "transformers"], path
+
+
+def test_import_is_quick():
+    code = "import time; t = time.perf_counter(); import genevolve_fast; print(time.perf_counter() - t)"
+    times = sorted(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+    assert times[1] < 0.3
+
+
+def test_kernels_leaves_the_top_level_name_to_its_owner(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'theirs'")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.owner)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "theirs"
+
+
+def test_every_command_explains_itself(capsys):
+    commands = {"demo", "sft", "evolve", "bench", "render", "report", "scoreboard"}
+    listed = next(a for a in parser()._actions if a.dest == "command").choices
+    assert commands <= set(listed)
+    for name in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0 and f"example:\n  genevolve-fast {name}" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(capsys, tmp_path):
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["evolve", "--config", "nowhere"]) == 2
+    assert "neither a file nor one of demo" in capsys.readouterr().err
+
+
+def test_fields_are_listed(capsys):
+    assert main(["evolve", "--config", "demo", "--fields"]) == 0
+    assert "rollout.num_generations" in capsys.readouterr().out
+
+
+def test_scoreboard_rows_follow_their_targets(tmp_path, capsys):
+    from genevolve_fast.evaluate.scoreboard import TARGETS, load, record
+
+    file = tmp_path / "s.json"
+    assert record("loop/reward_gain", 0.1, n=200, command="c", file=file)["ok"] is True
+    assert record("loop/reward_gain", 0.01, n=200, command="c", file=file)["ok"] is False
+    assert record("loop/sdl_gain", -1, n=3, command="c", interval=(-2, 1), file=file)["ok"] is None
+    rows = load(file)
+    assert len(rows) == 2 and set(rows["loop/reward_gain"]) == {
+        "value", "unit", "target", "ok", "n", "device", "commit", "date", "command",
+    }  # fmt: skip
+    with pytest.raises(KeyError):
+        record("loop/unknown", 1, n=1, command="c", file=file)
+    assert main(["scoreboard", "--file", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "loop/reward_gain" in out and "not measured" in out and len(TARGETS) == 11
