@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from genevolve_fast.report.records import StepRecord, read_step
 from genevolve_fast.trajectory import Failed, Judged, Trajectory, load
@@ -243,11 +242,3 @@ def experiences(folder: Path) -> list[dict[str, Any]]:
         if len(out) >= 24:
             break
     return out[:24]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration the run was started with."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ReportError(f"{folder} holds no run: there is no config.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
