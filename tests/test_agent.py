@@ -45,7 +45,17 @@ def test_replies_are_read_as_released():
         assert isinstance(reply, FormatError) and reason in reply.reason, text
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(max_examples=60, **QUIET)
+@given(replies())
+def test_malformed_replies(reply):
+    survives(reply)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **QUIET)
 @given(replies())
 def test_a_thousand_malformed_replies(reply):
     survives(reply)
