@@ -46,8 +46,10 @@ class Policy(nn.Module):
         model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
         return cls(model, TransformersCodec.from_pretrained(path))
 
-    def save_pretrained(self, path: str | Path) -> None:
-        self.model.save_pretrained(path)
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a transformers folder; `dtype` rounds the weights that are written, not those in memory."""
+        weights = None if dtype is None else {k: v.to(dtype) for k, v in self.model.state_dict().items()}
+        self.model.save_pretrained(path, state_dict=weights)
         self.codec.save_pretrained(path)
 
     @property

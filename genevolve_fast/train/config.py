@@ -154,6 +154,7 @@ class SftConfig(_Section):
     minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
     batch_size: int = Field(32, ge=1, description="Samples of one optimizer step")
     max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
+    save_dtype: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of the final folder's weights")
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)

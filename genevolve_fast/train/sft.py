@@ -62,7 +62,7 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
             save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep_last=config.checkpoint.keep_last)
     run.close()
     policy.eval()
-    policy.save_pretrained(folder / "policy")
+    policy.save_pretrained(folder / "policy", config.save_dtype and getattr(torch, config.save_dtype))
     return folder / "policy"
 
 
