@@ -202,10 +202,10 @@ def run_sft(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     folder = args.runs / config.name
     if config.policy.path == "sandbox:new":
-        policy, data = new_start(config, SandboxWorld(WorldConfig(seed=config.world.seed)), folder / "data")
+        policy, data, first = new_start(config, SandboxWorld(WorldConfig(seed=config.world.seed)), folder / "data")
     else:
-        policy, data = open_policy(config.policy), Path(config.data.path)
-    print(f"policy: {sft(config, policy, data, folder, resume=args.resume)}")
+        policy, data, first = open_policy(config.policy), Path(config.data.path), None
+    print(f"policy: {sft(config, policy, data, folder, first=first, resume=args.resume)}")
     return 0
 
 

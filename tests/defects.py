@@ -7,8 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from genevolve_fast.sandbox.canvas import (
+    _LETTERS,
+    BOX,
+    _garble,
+    _smear,
+    blank,
+    cell_centre,
+    draw_item,
+    figure_mask,
+    text_mask,
+)
 from genevolve_fast.sandbox.canvas import _Chance as Chance
-from genevolve_fast.sandbox.canvas import _garble, _smear, blank, cell_centre, draw_item
 from genevolve_fast.sandbox.scene import CELLS, EMBLEMS, PALETTE, SHAPES, Item, Scene
 from genevolve_fast.sandbox.world import SandboxWorld
 
@@ -25,7 +35,20 @@ DEFECTS = (
     "wrong background",
     "straying",
     "smear",
+    "cut off",
+    "lookalike shape",
+    "lookalike letter",
 )
+
+
+_KINDS = {  # what a defect needs
+    "garbled text": "text",
+    "missing text": "text",
+    "lookalike letter": "text",
+    "wrong emblem": "emblem",
+    "wrong shape": "object",
+    "lookalike shape": "object",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,9 @@ def cases(count: int, seed: int = 0) -> list[Case]:
     for r in requests:
         if len(out) == count:
             break
-        case = make(Scene.from_json(r.extra["checklist"]), DEFECTS[len(out) % len(DEFECTS)], random)
+        turn, k = divmod(len(out), len(DEFECTS))
+        defect = DEFECTS[(k + turn) % len(DEFECTS)]  # moves on each turn: the templates repeat in a fixed order too
+        case = make(Scene.from_json(r.extra["checklist"]), defect, random)
         if case is None:
             case = make(Scene.from_json(r.extra["checklist"]), "wrong background", random)
         out.append(case)
@@ -55,9 +80,10 @@ def cases(count: int, seed: int = 0) -> list[Case]:
 
 def make(scene: Scene, defect: str, random: np.random.Generator) -> Case | None:
     """The scene with `defect`, or None where it cannot have it."""
-    kinds = {"garbled text": "text", "missing text": "text", "wrong emblem": "emblem", "wrong shape": "object"}
-    wanted = kinds.get(defect)
+    wanted = _KINDS.get(defect)
     able = [k for k, i in enumerate(scene.items) if wanted in (None, i.kind)]
+    if defect == "cut off":
+        able = [k for k, i in enumerate(scene.items) if i.kind != "text" and i.cell != "center"]
     if defect == "wrong colour":
         able = [k for k in able if scene.items[k].kind != "text"]
     if not able and defect not in ("none", "extra", "wrong background", "smear"):
@@ -85,18 +111,37 @@ def make(scene: Scene, defect: str, random: np.random.Generator) -> Case | None:
             shown[at] = replace(shown[at], value=garbled)
         case "wrong background":
             ground = pick(spare)
-        case "straying":
+        case "lookalike shape":
+            shown[at] = replace(shown[at], value=lookalike(shown[at].value, SHAPES, lambda s: figure_mask(s, BOX)))
+        case "lookalike letter":
+            k = int(random.integers(len(shown[at].value)))
+            other = lookalike(shown[at].value[k], _LETTERS, text_mask)
+            garbled = shown[at].value[:k] + other + shown[at].value[k + 1 :]
+            shown[at] = replace(shown[at], value=garbled)
+        case "straying" | "cut off":
             moved = at
     picture = blank(PALETTE[ground])
     for k, item in enumerate(shown):
         x, y = cell_centre(item.cell)
-        off = (x + (8 if x < 60 else -8), y + (8 if y < 60 else -8)) if k == moved else None
+        inward = (x + (8 if x < 60 else -8), y + (8 if y < 60 else -8))
+        outward = (x + 8 * ((x > 60) - (x < 40)), y + 8 * ((y > 60) - (y < 40)))
+        off = (outward if defect == "cut off" else inward) if k == moved else None
         draw_item(picture, item, PALETTE[ground], off)
     if defect == "smear":
         _smear(picture, cell_centre(pick(free)))
     return Case(
         scene, defect, picture, true_scores(scene, Scene(ground, tuple(shown)), moved, defect == "smear", garbled)
     )
+
+
+def lookalike(name: str, among, mask) -> str:
+    """The other name whose mask has most pixels in common (IoU) with this one's."""
+
+    def common(other: str) -> float:
+        a, b = mask(name), mask(other)
+        return (a & b).sum() / (a | b).sum() if a.shape == b.shape else 0.0
+
+    return max((other for other in among if other != name), key=common)
 
 
 def true_scores(asked: Scene, shown: Scene, moved: int | None, smeared: bool, garbled: str | None) -> dict[str, float]:

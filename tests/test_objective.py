@@ -164,23 +164,63 @@ def test_aggregation(mode, given):
     assert (logp.grad - want).abs().max() <= TOLERANCE
 
 
-def test_masked_rows_give_nothing_even_where_they_are_infinite():
-    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=D, requires_grad=True)
+@pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("own", [-2.0, float("-inf"), float("nan")])
+@pytest.mark.parametrize("sdl_grad", ["reverse_kl", "k3"])
+def test_masked_rows_give_nothing_whatever_they_hold(bad, own, sdl_grad):
+    logp = torch.tensor([-1.0, own, -3.0], dtype=D, requires_grad=True)
     keep = torch.tensor([True, False, True])
-    poison = torch.tensor([-1.0, float("-inf"), -2.0], dtype=D)
+    poison = torch.tensor([-1.0, bad, -2.0], dtype=D)
     loss, stats = grpo_sdl(
         logp,
-        advantages=torch.tensor([1.0], dtype=D),
+        advantages=torch.tensor([1.0, bad, 0.5], dtype=D),
         seq_ids=torch.zeros(3, dtype=torch.int64),
         old_logps=poison,
         ref_logps=poison,
         teacher_logps=poison,
         loss_mask=keep,
-        objective=Objective(kl_coef=0.1),
+        objective=Objective(kl_coef=0.1, sdl_grad=sdl_grad),
     )
     loss.backward()
     assert torch.isfinite(loss) and logp.grad[1] == 0 and torch.isfinite(logp.grad).all()
     assert all(torch.isfinite(v) for v in stats.values())
+
+
+def test_only_logps_get_a_gradient():
+    logp, *others = (torch.tensor([-1.0, -2.0], dtype=D, requires_grad=True) for _ in range(6))
+    old, rollout, ref, teacher, advantages = others
+    o = Objective(kl_coef=0.1, rollout_is="token")
+    loss, _ = grpo_sdl(
+        logp,
+        advantages=advantages,
+        seq_ids=torch.tensor([0, 1]),
+        old_logps=old - 0.1,
+        rollout_logps=rollout - 0.2,
+        ref_logps=ref - 0.3,
+        teacher_logps=teacher - 0.4,
+        objective=o,
+    )
+    loss.backward()
+    assert logp.grad.any() and all(x.grad is None for x in others)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    x, s = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    good = dict(logps=x, advantages=torch.zeros(1), seq_ids=s, objective=Objective(kl_coef=0))
+    for name in ("old_logps", "rollout_logps", "ref_logps", "teacher_logps"):
+        for wrong in (x[:1], x[:, None], torch.zeros(())):
+            with pytest.raises(ValueError, match=name):
+                grpo_sdl(**good | {name: wrong})
+    for name, wrong in (
+        ("logps", x[:, None]),
+        ("seq_ids", s[:2]),
+        ("seq_ids", s.int()),
+        ("advantages", x[None]),
+        ("sdl_mask", torch.ones(2, dtype=torch.bool)),
+        ("loss_mask", torch.ones(3)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            grpo_sdl(**good | {name: wrong})
 
 
 def test_all_rows_masked_keep_the_graph_connected():
@@ -261,6 +301,9 @@ def test_arguments_that_cannot_work_are_refused():
         dict(max_length=5),
         dict(kl_coef=-1),
         dict(sdl_clamp=0),
+        *({name: float("nan")} for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "sdl_coef", "sdl_rho_cap")),
+        dict(dual_clip=float("nan")),
+        dict(max_length=-1, loss_agg_mode="seq-mean-token-sum-norm"),
     ):
         with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
             Objective(**wrong)
@@ -311,6 +354,35 @@ def test_head_leaves_ignored_rows_alone():
     empty.logps.sum().backward()
 
 
+def test_head_ignores_rows_that_are_not_finite():
+    torch.manual_seed(0)
+    clean = torch.randn(4, 8)
+    w, y = torch.randn(11, 8), torch.tensor([1, -100, 3, 10])
+    grads = []
+    for fill in (0.5, float("nan"), float("inf")):
+        h, weight = clean.clone(), w.clone().requires_grad_()
+        h[1] = fill
+        h.requires_grad_()
+        linear_logprob(h, weight, y).logps.sum().backward()
+        assert not h.grad[1].any()
+        grads.append(weight.grad)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+def test_head_is_exact_under_autocast():
+    torch.manual_seed(0)
+    y = torch.tensor([1, 2, 3])
+    results = []
+    for mixed in (False, True):
+        torch.manual_seed(1)
+        h, w = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            out = linear_logprob(h, w, y).logps
+            out.sum().backward()
+        results.append((out.detach(), h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_head_gives_equal_rows_equal_bits():
     torch.manual_seed(0)
     w, row = torch.randn(513, 64), torch.randn(1, 64)
@@ -355,6 +427,9 @@ def test_head_names_the_wrong_argument():
         (dict(hidden=torch.randn(3, 5)), "hidden"),
         (dict(targets=y[:2]), "targets"),
         (dict(targets=y.int()), "targets"),
+        (dict(targets=torch.tensor([0, -1, 0])), r"targets\[1\] is -1"),
+        (dict(targets=torch.tensor([0, 0, 5])), r"targets\[2\] is 5"),
+        (dict(temperature=float("nan")), "temperature"),
         (dict(bias=torch.zeros(4)), "bias"),
         (dict(temperature=0.0), "temperature"),
         (dict(softcap=-1.0), "softcap"),

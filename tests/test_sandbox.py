@@ -167,6 +167,14 @@ def test_tools_refuse_wrong_arguments():
     assert call("search", queries=["zzz"]).text.count("\n") == 1
 
 
+def test_free_standing_punctuation_is_no_word():
+    assert call("search", queries=["motto of Bel Abo ?"]).text.splitlines()[1:] == (
+        call("search", queries=["motto of Bel Abo"]).text.splitlines()[1:]
+    )
+    assert [i.title for i in call("image_search", query="emblem of Bel Abo - !").images]
+    assert call("search", queries=["? !"]).text.count("\n") == 1
+
+
 def test_dataset_is_written_in_the_released_format(tmp_path):
     from genevolve_fast.data.conversations import read_jsonl
     from genevolve_fast.trajectory import Request

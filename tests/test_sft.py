@@ -10,10 +10,10 @@ from rollouts import demonstrated
 
 from genevolve_fast.agent.results import to_sft
 from genevolve_fast.data.conversations import DataError, ImageFiles, encode_conversation, load_conversations
-from genevolve_fast.sandbox.bootstrap import new_start, write_demonstrations
+from genevolve_fast.sandbox.bootstrap import new_start, write_demonstrations, write_recitations
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.train.checkpoint import checkpoints
-from genevolve_fast.train.config import SftConfig, parse_config
+from genevolve_fast.train.config import ConfigError, SftConfig, parse_config
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.sft import batch_order, sft
 
@@ -32,7 +32,7 @@ def config(**changes) -> SftConfig:
         "batch_size": 12,
         "max_tokens_per_microbatch": 4096,
         "policy": {"path": "sandbox:new", "freeze_vision": False},
-        "data": {"demonstrations": 48},
+        "data": {"demonstrations": 48, "recitations": 14},
         "optim": {"name": "muon", "lr": 2e-3},
         "checkpoint": {"every": 3},
     }
@@ -56,17 +56,27 @@ def test_demonstrations_carry_experience_in_the_stated_share(data):
     assert all((data.parent / name).exists() for r in rows for name in r["images"])
 
 
+def test_recitations_are_lists_to_repeat(tmp_path):
+    rows = [json.loads(line) for line in write_recitations(tmp_path, count=20, seed=0).read_text().splitlines()]
+    lists = [[m["content"] for m in row["messages"]] for row in rows]
+    assert len(rows) == 20 and all(asked == said and asked.startswith("Repeat: ") for asked, said in lists)
+    assert len({asked for asked, _ in lists}) == 20 and max(len(a.split()) for a, _ in lists) > 30
+    with pytest.raises(ConfigError, match="sandbox:new"):
+        config(policy={"path": "sandbox:start"})
+
+
 def read(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith(("timing", "memory", "perf"))} for r in rows]
 
 
 def test_learning_and_resuming(data, tmp_path):
-    whole = new_start(config(), WORLD, data.parent)[0]
-    sft(config(), whole, data, tmp_path / "whole")
+    whole, _, recitations = new_start(config(), WORLD, data.parent)
+    sft(config(), whole, data, tmp_path / "whole", first=recitations)
     rows = read(tmp_path / "whole")
-    assert [r["step"] for r in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    first = new_start(config(), WORLD, data.parent)[0]
+    assert [r["step"] for r in rows] == list(range(1, 11)) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[1]["num_tokens"] < rows[0]["num_tokens"] < rows[2]["num_tokens"]  # 12 + 2 recitations come first
+    stopped = new_start(config(), WORLD, data.parent)[0]
     with pytest.MonkeyPatch.context() as patch:
         import genevolve_fast.train.sft as module
 
@@ -80,14 +90,14 @@ def test_learning_and_resuming(data, tmp_path):
 
         patch.setattr(module, "accumulate", dies)
         with pytest.raises(KeyboardInterrupt):
-            sft(config(), first, data, tmp_path / "cut")
+            sft(config(), stopped, data, tmp_path / "cut", first=recitations)
     assert [p.name for p in checkpoints(tmp_path / "cut" / "checkpoints")] == ["step_000003"]
     again = new_start(config(), WORLD, data.parent)[0]
     with pytest.raises(RunError, match="--resume"):
         sft(config(), again, data, tmp_path / "cut")
     with pytest.raises(RunError, match="batch_size"):
         sft(config(batch_size=6), again, data, tmp_path / "cut", resume=True)
-    sft(config(), again, data, tmp_path / "cut", resume=True)
+    sft(config(), again, data, tmp_path / "cut", first=recitations, resume=True)
     assert read(tmp_path / "cut") == rows
     assert (tmp_path / "cut" / "policy" / "model.safetensors").exists()
 

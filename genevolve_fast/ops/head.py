@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,12 @@ def linear_logprob(
     hidden [rows, H], weight [V, H], targets [rows] int64, bias [V], temperature a number or [rows] > 0 (constant).
     Logits are fp32 (fp64 for fp64 inputs) and at most `block_rows` x V of them exist; every forward GEMM has that
     exact shape, so equal hidden rows give equal bits wherever they stand. Backward recomputes a block at a time and
-    accumulates dW in fp32. Raises ValueError naming the argument of a wrong shape or value.
+    accumulates dW in fp32, autocast or not. Ignored rows may hold anything. Raises ValueError naming the argument of a
+    wrong shape or value; on a GPU a target outside the vocabulary is torch's device-side assertion.
     """
     _check(hidden, weight, targets, bias, temperature, softcap, block_rows)
+    if targets.device.type == "cpu":
+        _check_targets(targets, len(weight), ignore_index)
     logps, entropy, lse = _LinearLogprob.apply(
         hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, block_rows
     )
@@ -54,12 +58,30 @@ def _check(hidden, weight, targets, bias, temperature, softcap, block_rows) -> N
     if isinstance(temperature, Tensor):
         if temperature.ndim and temperature.shape != targets.shape:
             raise ValueError(f"temperature must be a number or [{len(hidden)}], got {tuple(temperature.shape)}")
-    elif temperature <= 0:
+    elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"targets[{row}] is {int(targets[row])}: neither in [0, {vocabulary}) nor {ignore_index}")
+
+
+def _full_precision(method):
+    """Run a method of an autograd function without autocast: bf16 logits would be silently inexact."""
+
+    @functools.wraps(method)
+    def run(ctx, first, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *rest)
+
+    return run
 
 
 class _Block(NamedTuple):
@@ -73,6 +95,7 @@ class _Block(NamedTuple):
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
+    @_full_precision
     def forward(
         ctx, hidden, weight, bias, targets, temperature, softcap, scale, ignore_index, want_entropy, block_rows
     ):
@@ -87,7 +110,7 @@ class _LinearLogprob(torch.autograd.Function):
             part = slice(first, first + block_rows)
             count = len(targets[part])
             block = _softmax_block(hidden[part], weight, bias, _rows(temperature, part), softcap, scale, block_rows)
-            index = targets[part].clamp(min=0)[:, None]
+            index = torch.where(keep[part], targets[part], 0)[:, None]
             z = block.shifted[:count]
             logps[part] = (z.gather(1, index) - block.log_sum[:count])[:, 0]
             lse[part] = (block.maximum + block.log_sum)[:count, 0]
@@ -99,6 +122,7 @@ class _LinearLogprob(torch.autograd.Function):
         return torch.where(keep, logps, zero), entropy, torch.where(keep, lse, zero)
 
     @staticmethod
+    @_full_precision
     def backward(ctx, g_logps, g_entropy, g_lse):
         hidden, weight, bias, targets, per_row = ctx.saved_tensors
         temperature, softcap, scale, ignore_index, block_rows = ctx.options
@@ -111,9 +135,10 @@ class _LinearLogprob(torch.autograd.Function):
         keep = (targets != ignore_index)[:, None]
         for first in range(0, len(hidden), block_rows):
             part = slice(first, first + block_rows)
-            rows = hidden[part]
+            rows = torch.where(keep[part], hidden[part], 0)  # 0 · NaN of an ignored row would reach dW
             block = _softmax_block(rows, weight, bias, _rows(temperature, part), softcap, scale, len(rows))
-            d_logits = _d_logits(block, targets[part].clamp(min=0), g_logps[part], _rows(g_entropy, part), g_lse[part])
+            index = torch.where(keep[part, 0], targets[part], 0)
+            d_logits = _d_logits(block, index, g_logps[part], _rows(g_entropy, part), g_lse[part])
             d_logits = torch.where(keep[part], d_logits * block.slope, 0).to(hidden.dtype)
             if need_hidden:
                 torch.mm(d_logits, weight.to(d_logits.dtype), out=d_hidden[part])

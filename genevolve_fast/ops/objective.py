@@ -47,14 +47,16 @@ class Objective:
         if not 0 <= self.clip_ratio_low < 1:
             raise ValueError(f"clip_ratio_low must lie in [0, 1), got {self.clip_ratio_low}")
         for name in ("clip_ratio_high", "kl_coef", "sdl_coef"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # so that NaN is refused too, here and below
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("rollout_is_cap", "sdl_rho_cap", "sdl_clamp", "log_ratio_clamp"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must exceed 1, got {self.dual_clip}")
         if not 0 < self.sdl_permille <= 1000:
             raise ValueError(f"sdl_permille must lie in 1..1000, got {self.sdl_permille}")
+        if self.max_length is not None and not self.max_length > 0:
+            raise ValueError(f"max_length must be positive, got {self.max_length}")
         if (self.loss_agg_mode == "seq-mean-token-sum-norm") != (self.max_length is not None):
             raise ValueError("max_length belongs to loss_agg_mode seq-mean-token-sum-norm: set both or neither")

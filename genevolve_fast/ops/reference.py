@@ -74,8 +74,11 @@ def grpo_sdl(
     may be selected; loss_mask [rows] rows that count (default all). num_sequences and num_tokens are host numbers of
     the whole optimizer step over all ranks (default: this call). Policy loss: PPO's clip with its upper bound raised
     (arXiv 2402.03300, 2503.14476); KL: Schulman's k3; distillation: sampled-token reverse KL with the k3 value.
+    Everything but `logps` is a constant, and rows outside loss_mask may hold anything. Raises ValueError naming the
+    argument of a wrong shape, or the one that the objective needs and did not get.
     """
     o = objective or Objective()
+    _check(logps, advantages, seq_ids, old_logps, rollout_logps, ref_logps, teacher_logps, sdl_mask, loss_mask)
     keep = torch.ones_like(seq_ids, dtype=torch.bool) if loss_mask is None else loss_mask
     if o.rollout_is != "none" and rollout_logps is None:
         raise ValueError(f"rollout_is {o.rollout_is!r} needs rollout_logps")
@@ -83,15 +86,19 @@ def grpo_sdl(
         raise ValueError("rollout_is 'sequence' needs old_logps: on policy the correction is per token")
     if o.kl_coef and ref_logps is None:
         raise ValueError(f"kl_coef {o.kl_coef} needs ref_logps; set kl_coef=0 to drop the term")
-    per_row = advantages if advantages.shape == logps.shape else advantages[seq_ids]
-    a = per_row.to(logps.dtype)
-    now = logps.detach()
-    old = now if old_logps is None else old_logps
     zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
 
     def clean(x: Tensor) -> Tensor:
         return torch.where(keep, x, zero)
 
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else clean(x.detach().to(logps.dtype))
+
+    logps = clean(logps)
+    now = logps.detach()
+    a = constant(advantages if advantages.shape == logps.shape else advantages[seq_ids])
+    rollout_logps, ref_logps, teacher_logps = map(constant, (rollout_logps, ref_logps, teacher_logps))
+    old = now if old_logps is None else constant(old_logps)
     w = _rollout_weight(old, rollout_logps, seq_ids, keep, o)
     log_ratio = clean(logps - old)
     ratio = log_ratio.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
@@ -128,6 +135,23 @@ def grpo_sdl(
         "rollout_is_mean": _mean(w, keep),
     }
     return loss, stats
+
+
+def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, loss_mask) -> None:
+    rows = tuple(logps.shape)
+    if logps.ndim != 1:
+        raise ValueError(f"logps must be [rows], got {rows}")
+    if tuple(seq_ids.shape) != rows or seq_ids.dtype != torch.int64:
+        raise ValueError(f"seq_ids must be int64 {list(rows)}, got {seq_ids.dtype} {list(seq_ids.shape)}")
+    if advantages.ndim != 1:
+        raise ValueError(f"advantages must be [sequences] or [rows], got {list(advantages.shape)}")
+    per_row = {"old_logps": old, "rollout_logps": rollout, "ref_logps": ref, "teacher_logps": teacher}
+    for name, value in (per_row | {"sdl_mask": sdl_mask, "loss_mask": loss_mask}).items():
+        if value is not None and tuple(value.shape) != rows:
+            raise ValueError(f"{name} must be {list(rows)} as logps, got {list(value.shape)}")
+    for name, mask in (("sdl_mask", sdl_mask), ("loss_mask", loss_mask)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool, got {mask.dtype}")
 
 
 def _rollout_weight(old: Tensor, rollout: Tensor | None, seq_ids: Tensor, keep: Tensor, o: Objective) -> Tensor:

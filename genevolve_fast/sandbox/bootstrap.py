@@ -1,9 +1,12 @@
-"""How the tiny policy comes to be: demonstrations, then a tokenizer from them, then random weights for SFT."""
+"""How the tiny policy comes to be: demonstrations, a tokenizer, random weights, word lists to learn copying from."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from genevolve_fast.agent.protocol import APPLY_GUIDANCE, FINAL_STEP, TOO_LONG, format_error
 from genevolve_fast.agent.session import SessionSettings
@@ -15,13 +18,32 @@ from genevolve_fast.protocols import Codec, Experience
 from genevolve_fast.sandbox.comparer import experience_for
 from genevolve_fast.sandbox.demonstrator import Demonstrator, coin
 from genevolve_fast.sandbox.habits import HABITS, applicable
-from genevolve_fast.sandbox.scene import CELLS
+from genevolve_fast.sandbox.scene import CELLS, PALETTE, SHAPES
 from genevolve_fast.sandbox.search import SKILL_GUIDANCE
 from genevolve_fast.sandbox.tiny_policy import image_processor, new_policy, train_tokenizer
-from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld, vocabulary_texts
+from genevolve_fast.sandbox.world import (
+    FIRST_NAMES,
+    MOTTOS,
+    SECOND_NAMES,
+    SIGNS,
+    SYSTEM_PROMPT,
+    SandboxWorld,
+    vocabulary_texts,
+)
 from genevolve_fast.train.config import SftConfig
 from genevolve_fast.trajectory import Request
 
+_WORDS = (
+    *PALETTE,
+    *SHAPES,
+    *(f"{shape}s" for shape in SHAPES),
+    *CELLS,
+    *MOTTOS,
+    *SIGNS,
+    *FIRST_NAMES,
+    *SECOND_NAMES,
+    *("Draw", "Paint", "background", "emblem", "with", "and", "the", "on", "at"),
+)
 SETTINGS = SessionSettings(
     max_tool_calls=6,
     max_model_calls=7,
@@ -68,8 +90,30 @@ def write_demonstrations(world: SandboxWorld, folder: Path, *, count: int, exper
     return write_sft(demonstrations, folder)
 
 
-def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path]:
-    """(a random tiny policy with its tokenizer, the demonstrations to train it on); data in `folder` is reused."""
+def write_recitations(folder: Path, *, count: int, seed: int) -> Path:
+    """`folder/recitations.jsonl`: `count` lists of 8 to 50 of the world's words, each to be repeated.
+
+    Copying from the context (Olsson et al., arXiv 2209.11895) is what a large model brings along. Demonstrations have
+    too few copied words to teach it to a random one; here every word of the reply is copied.
+    """
+    random = np.random.default_rng((seed, 2))
+    path = folder / "recitations.jsonl"
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="utf-8") as f:
+        for _ in range(count):
+            chosen = random.permutation(len(_WORDS))[: int(random.integers(8, 51))]
+            text = f"Repeat: {' '.join(_WORDS[i] for i in chosen)}."
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            f.write(json.dumps({"messages": messages}) + "\n")
+    partial.replace(path)
+    return path
+
+
+def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path, Path | None]:
+    """(random tiny policy with its tokenizer, demonstrations to train it on, recitations to begin with).
+
+    Demonstrations already in `folder` are reused.
+    """
     data = folder / "sft.jsonl"
     if not data.exists():
         data = write_demonstrations(
@@ -79,7 +123,9 @@ def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Pol
             experience_share=config.data.experience_share,
             seed=config.seed,
         )
-    return new_policy(tokenizer_from(data, world), config.seed), data
+    count = config.data.recitations
+    recitations = write_recitations(folder, count=count, seed=config.seed) if count else None
+    return new_policy(tokenizer_from(data, world), config.seed), data, recitations
 
 
 def tokenizer_from(path: Path, world: SandboxWorld):

@@ -12,15 +12,19 @@ import numpy as np
 from genevolve_fast.protocols import ImageVerdict, JudgeError, ProgramVerdict
 from genevolve_fast.sandbox import grammar
 from genevolve_fast.sandbox.canvas import BOX, cell_centre, figure_mask, ink_on, text_mask
-from genevolve_fast.sandbox.scene import CELL_SIZE, IMAGE_SIZE, PALETTE, Item, Scene, cell_box
+from genevolve_fast.sandbox.scene import CELL_SIZE, EMBLEMS, IMAGE_SIZE, PALETTE, SHAPES, Item, Scene, cell_box
 from genevolve_fast.sandbox.world import RELATION_CELLS, row_cells
 from genevolve_fast.trajectory import Diagnostic, Program, Request
 
 _NEAR = 40  # two colours closer than this (sum of channel differences) are the same paint
-_MATCH = 0.8  # share of common pixels (IoU) that makes a figure recognisable
+_MATCH = 0.8  # share of common pixels (IoU) that makes a figure recognisable, unless another figure has more
+_READABLE = 0.9  # the same of a word; then each letter must be the closest of the alphabet
+_MARGIN = 8  # pixels a figure may reach over the frame
+_VISIBLE = 0.6  # share of a cut-off figure that must lie within the frame
 _IN_PLACE = 2  # pixels a figure may be off its cell's middle
 _LEFT_OVER = 40  # pixels of paint that nothing on the checklist explains
 _MUD = 25  # pixels of no palette colour that make a smear
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SKILLS = ("quantity_counting", "text_rendering", "spatial_layout", "attribute_binding")
 
 
@@ -53,19 +57,27 @@ class Sight:
     def _distance(self, colour: Sequence[int]) -> np.ndarray:
         return np.abs(self.pixels - np.asarray(colour)).sum(-1)
 
-    def find(self, mask: np.ndarray, colour: Sequence[int], share: float = _MATCH) -> list[Found]:
-        """Every place where `mask` stands in `colour`, best first; found pixels count as explained."""
+    def find(
+        self, mask: np.ndarray, colour: Sequence[int], rivals: Sequence[np.ndarray] = (), share: float = _MATCH
+    ) -> list[Found]:
+        """Every place where `mask` stands in `colour`, best first; found pixels count as explained.
+
+        A place that one of `rivals` (masks of the same size) fits better shows the rival. A figure may be cut off at
+        the frame: only its visible part is compared.
+        """
         paint = (self._distance(colour) <= _NEAR) & self.painted
-        if paint.sum() < share * mask.sum() * 0.5:
+        if paint.sum() < share * _VISIBLE * mask.sum():
             return []
+        paint = np.pad(paint, _MARGIN)
         score = _overlap(paint, mask)
         h, w = mask.shape
         out = []
         while (best := float(score.max())) >= share:
-            top, left = np.unravel_index(int(score.argmax()), score.shape)
-            out.append(Found(int(left) + w // 2, int(top) + h // 2, best))
-            self._explain(mask, int(top), int(left))
-            score[max(0, top - h // 2) : top + h // 2 + 1, max(0, left - w // 2) : left + w // 2 + 1] = 0
+            y, x = (int(k) for k in np.unravel_index(int(score.argmax()), score.shape))
+            if best == 1 or not any(_fits(paint, rival, y, x) > best for rival in rivals):
+                out.append(Found(x - _MARGIN + w // 2, y - _MARGIN + h // 2, best))
+                self._explain(mask, y - _MARGIN, x - _MARGIN)
+            score[max(0, y - h // 2) : y + h // 2 + 1, max(0, x - w // 2) : x + w // 2 + 1] = 0
         return out
 
     def _explain(self, mask: np.ndarray, top: int, left: int) -> None:
@@ -102,20 +114,52 @@ def _far(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+_PADDED = IMAGE_SIZE + 2 * _MARGIN
+
+
 def _overlap(paint: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """IoU of `mask` and the paint in its box at every place [96 - h + 1, 96 - w + 1], by FFT."""
-    size = IMAGE_SIZE
+    """IoU of `mask` and the paint in its box, at every place of the padded picture, by FFT."""
+    shape = (_PADDED, _PADDED)
     spectrum = np.fft.rfft2(paint.astype(np.float64))
+    place, box = (np.conj(np.fft.rfft2(m.astype(np.float64), shape)) for m in (mask, np.ones(mask.shape)))
     h, w = mask.shape
-    common = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(mask.astype(np.float64), (size, size))), (size, size))
-    boxed = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(np.ones((h, w)), (size, size))), (size, size))
-    common, boxed = (np.rint(x[: size - h + 1, : size - w + 1]) for x in (common, boxed))
-    return common / np.maximum(1, boxed + mask.sum() - common)
+    common, boxed, visible = (
+        np.rint(np.fft.irfft2(x, shape)[: _PADDED - h + 1, : _PADDED - w + 1])
+        for x in (spectrum * place, spectrum * box, _frame_spectrum() * place)
+    )
+    share = common / np.maximum(1, boxed + visible - common)
+    return np.where(visible >= _VISIBLE * mask.sum(), share, 0)
+
+
+@lru_cache(maxsize=1)
+def _frame_spectrum() -> np.ndarray:
+    return np.fft.rfft2(_frame().astype(np.float64))
+
+
+@lru_cache(maxsize=1)
+def _frame() -> np.ndarray:
+    return np.pad(np.ones((IMAGE_SIZE, IMAGE_SIZE), dtype=bool), _MARGIN)
+
+
+def _fits(paint: np.ndarray, mask: np.ndarray, top: int, left: int) -> float:
+    """IoU of `mask` and the padded paint at one place or a pixel beside it."""
+    h, w = mask.shape
+    shares = []
+    for t in range(max(0, top - 1), min(_PADDED - h, top + 1) + 1):
+        for l in range(max(0, left - 1), min(_PADDED - w, left + 1) + 1):
+            box = slice(t, t + h), slice(l, l + w)
+            shares.append(_iou(paint[box], mask & _frame()[box]))
+    return max(shares)
 
 
 @lru_cache(maxsize=64)
 def _figure(name: str) -> np.ndarray:
     return figure_mask(name, BOX)
+
+
+@lru_cache(maxsize=16)
+def _others(name: str, among: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(_figure(other) for other in among if other != name)
 
 
 @lru_cache(maxsize=512)
@@ -176,12 +220,13 @@ def look(scene: Scene, sight: Sight, truth: Sight) -> tuple[list[Seen], bool]:
     found: dict[tuple[str, str, str], list[Found]] = {}
     for kind, value, colour in wanted:
         if kind == "text":
-            found[kind, value, colour] = sight.find(_word(value), ink_on(sight.ground), 0.9)
+            places = sight.find(_word(value), ink_on(sight.ground), share=_READABLE)
+            found[kind, value, colour] = [f for f in places if not _misspelt(value, sight, f.x, f.y)]
         elif kind == "emblem":
             figure = _emblem_of(truth, next(i.cell for i in scene.items if i.value == value and i.kind == kind))
-            found[kind, value, colour] = sight.find(figure, PALETTE[colour])
+            found[kind, value, colour] = sight.find(figure, PALETTE[colour], _others(value, EMBLEMS))
         else:
-            found[kind, value, colour] = sight.find(_figure(value), PALETTE[colour])
+            found[kind, value, colour] = sight.find(_figure(value), PALETTE[colour], _others(value, SHAPES))
     remaining = {key: len(places) for key, places in found.items()}
     seen = []
     for item in scene.items:
@@ -203,22 +248,34 @@ def _emblem_of(truth: Sight, cell: str) -> np.ndarray:
 
 def letters_wrong(item: Item, sight: Sight) -> int:
     """How many letters of a text differ from what stands in its cell (all of them where nothing does)."""
-    height, width = _word(item.value).shape
-    advance = width // len(item.value)
     x, y = cell_centre(item.cell)
-    top, left = y - height // 2, x - width // 2
-    written = sight.painted[top : top + height, left : left + width]
-    if not written.any():
-        return len(item.value)
-    wrong = 0
-    for i, letter in enumerate(item.value):
-        shape = _word(letter)[:, :advance]
-        there = written[:, i * advance : i * advance + shape.shape[1]]
-        wrong += _iou(there, shape) < 0.9
+    wrong = _misspelt(item.value, sight, x, y)
     if wrong < len(item.value):
-        t, b, l, r = top - 1, top + height + 1, left - 1, left + width + 1
-        sight.explained[t:b, l:r] = True
+        height, width = _word(item.value).shape
+        top, left = y - height // 2, x - width // 2
+        sight.explained[top - 1 : top + height + 1, left - 1 : left + width + 1] = True
     return wrong
+
+
+def _misspelt(text: str, sight: Sight, x: int, y: int) -> int:
+    """How many letters of `text`, centred at (x, y), are not the closest of the alphabet to the paint there."""
+    height, width = _word(text).shape
+    advance = width // len(text)
+    painted = np.pad(sight.painted, _MARGIN)
+    top, left = y - height // 2 + _MARGIN, x - width // 2 + _MARGIN
+    wrong = 0
+    for i, letter in enumerate(text):
+        box = slice(top, top + height), slice(left + i * advance, left + (i + 1) * advance)
+        shares = {c: _iou(painted[box], _glyph(c, advance) & _frame()[box]) for c in {*_ALPHABET, letter}}
+        wrong += shares[letter] < _MATCH or shares[letter] < max(shares.values())
+    return wrong
+
+
+@lru_cache(maxsize=64)
+def _glyph(letter: str, advance: int) -> np.ndarray:
+    """One letter, `advance` pixels wide."""
+    mask = _word(letter)[:, :advance]
+    return np.pad(mask, ((0, 0), (0, advance - mask.shape[1])))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:

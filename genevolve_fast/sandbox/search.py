@@ -60,7 +60,8 @@ class Index:
 
 
 def _words(text: str) -> list[str]:
-    return ["".join(c for c in word if c.isalnum()) for word in text.lower().split()]
+    bare = ("".join(c for c in word if c.isalnum()) for word in text.lower().split())
+    return [word for word in bare if word]  # free-standing punctuation leaves nothing, and bm25s refuses ""
 
 
 def _text_argument(arguments: Mapping[str, Any], name: str) -> str:

@@ -142,6 +142,7 @@ class SftDataConfig(_Section):
     path: str = Field("sandbox:demonstrations", description="JSONL of {messages, images}, or the sandbox demonstrator")
     demonstrations: int = Field(12000, ge=1, description="Trajectories the demonstrator writes")
     experience_share: float = Field(0.3, ge=0, le=1, description="Share of them that carry an experience and obey it")
+    recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
 
 
@@ -168,6 +169,8 @@ class SftConfig(_Section):
             raise ValueError("policy.freeze_vision with 'sandbox:new' would freeze a random vision tower")
         if self.data.path != "sandbox:demonstrations" and self.policy.path == "sandbox:new":
             raise ValueError("policy.path 'sandbox:new' takes its tokenizer from data.path 'sandbox:demonstrations'")
+        if self.data.recitations and self.policy.path != "sandbox:new":
+            raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
         return self
 
 

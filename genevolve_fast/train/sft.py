@@ -21,11 +21,18 @@ from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.run import Run, peak_memory_gb
 
 
-def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: bool = False) -> Path:
-    """Train `policy` on the JSONL `data`; returns the folder of the final policy (`folder/policy`)."""
+def sft(
+    config: SftConfig, policy: Policy, data: Path, folder: Path, *, first: Path | None = None, resume: bool = False
+) -> Path:
+    """Train `policy` on the JSONL `data`; returns the folder of the final policy (`folder/policy`).
+
+    `first` is a JSONL whose samples are seen once, in their order, before the first epoch.
+    """
     pixels = ImageFiles()
     samples, dropped = load_conversations(data, policy.codec, pixels, config.data.cutoff)
-    steps = config.epochs * math.ceil(len(samples) / config.batch_size)
+    opening = load_conversations(first, policy.codec, pixels, config.data.cutoff)[0] if first else []
+    opening_steps = math.ceil(len(opening) / config.batch_size)
+    steps = opening_steps + config.epochs * math.ceil(len(samples) / config.batch_size)
     if config.policy.freeze_vision:
         policy.freeze_vision()
     policy.gradient_checkpointing = config.policy.gradient_checkpointing
@@ -38,7 +45,10 @@ def sft(config: SftConfig, policy: Policy, data: Path, folder: Path, *, resume: 
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
     while step < steps and time.time() < deadline:
-        batch = [samples[i] for i in batch_order(config, len(samples), step)]
+        if step < opening_steps:
+            batch = opening[step * config.batch_size : (step + 1) * config.batch_size]
+        else:
+            batch = [samples[i] for i in batch_order(config, len(samples), step - opening_steps)]
         with run.phase("update_actor", step):
             begin = time.perf_counter()
             nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
