@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -46,4 +47,15 @@ class BuildWithCsrc(build_py):
         compile_csrc(base / "genevolve_fast" / "_csrc" / "libgenevolve.so")
 
 
-setup(cmdclass={"build_py": BuildWithCsrc})
+class WheelWithCsrc(bdist_wheel):
+    """Any Python 3, and this platform only where a compiled library goes in."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = find_nvcc() is None
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildWithCsrc, "bdist_wheel": WheelWithCsrc})

@@ -12,7 +12,7 @@ from rollouts import demonstrated
 from genevolve_fast.protocols import Experience, JudgeError
 from genevolve_fast.sandbox.canvas import draw_program, draw_reference, draw_scene
 from genevolve_fast.sandbox.comparer import PHRASES, RuleComparer, experience_for, habits_in
-from genevolve_fast.sandbox.demonstrator import Demonstrator, PerfectDemonstrator
+from genevolve_fast.sandbox.demonstrator import OBEDIENCE, Demonstrator, PerfectDemonstrator
 from genevolve_fast.sandbox.habits import FITTING_SKILL, HABITS, applicable, observed
 from genevolve_fast.sandbox.judges import SandboxImageJudge, SandboxProgramJudge, judge_picture, judge_program
 from genevolve_fast.sandbox.scene import Item, Scene
@@ -149,12 +149,17 @@ def test_coins_are_independent_and_fair():
     assert abs(np.corrcoef(np.array(both).T)[0, 1]) < 0.12
 
 
-def test_experience_is_obeyed_in_what_it_names(codec):
+def test_experience_is_obeyed_in_what_it_names():
+    stubborn = Demonstrator(dict.fromkeys(HABITS, 0.0))
+    obeyed = []
     for request in WORLD.requests("train", 20):
         for habit in applicable(request):
             lesson = experience_for([habit], request)
             assert habits_in(lesson) == {habit}
-            assert Demonstrator(dict.fromkeys(HABITS, 0.0)).decisions(request, 0, lesson)[habit]
+            decisions = [stubborn.decisions(request, seed, lesson) for seed in range(20)]
+            assert not any(right for d in decisions for name, right in d.items() if name != habit)
+            obeyed += [d[habit] for d in decisions]
+    assert abs(np.mean(obeyed) - OBEDIENCE) < 0.03
 
 
 def test_experience_never_quotes_a_fact():

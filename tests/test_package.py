@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_arrows_run_one_way(room):
             if parts[0] == "genevolve_fast" and len(parts) > 1:
                 assert parts[1] in ALLOWED[room] | FLOOR | {room}, f"{path} imports {name}"
             if room in ("kernels", "ops"):
-                assert parts[0] in {"torch", "triton", "genevolve_fast", "__future__", "typing", "dataclasses"}, name
+                assert parts[0] in {"torch", "triton", "genevolve_fast", *sys.stdlib_module_names}, name
             if room in NO_TORCH:
                 assert parts[0] not in ("torch", "transformers", "triton"), f"{path} imports {name}"
     assert seen
@@ -84,6 +86,34 @@ def test_kernels_leaves_the_top_level_name_to_its_owner(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("owner = 'theirs'")
     code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.owner)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "theirs"
+
+
+@pytest.mark.slow
+def test_the_wheel_is_complete_and_says_what_it_runs_on(tmp_path):
+    wanted = ("genevolve_fast", "kernels", "csrc", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in wanted:  # a copy, so that the build leaves nothing beside the sources
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("_csrc", "__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *options, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in (
+        "kernels/logprob_epilogue.py",
+        "configs/demo.yaml",
+        "agent/skills/spatial_layout.md",
+        "report/template.html",
+        "sandbox/start/model.safetensors",
+    ):
+        assert f"genevolve_fast/{name}" in names, name
+    compiled = "genevolve_fast/_csrc/libgenevolve.so" in names
+    assert compiled == (shutil.which("nvcc") is not None)
+    assert wheel.name.endswith("-py3-none-any.whl") != compiled
 
 
 def test_every_command_explains_itself(capsys):

@@ -168,8 +168,9 @@ def test_tools_refuse_wrong_arguments():
 
 
 def test_free_standing_punctuation_is_no_word():
-    assert call("search", queries=["motto of Bel Abo ?"]).text.splitlines()[1:] == (
-        call("search", queries=["motto of Bel Abo"]).text.splitlines()[1:]
+    assert (
+        call("search", queries=["motto of Bel Abo ?"]).text.splitlines()[1:]
+        == (call("search", queries=["motto of Bel Abo"]).text.splitlines()[1:])
     )
     assert [i.title for i in call("image_search", query="emblem of Bel Abo - !").images]
     assert call("search", queries=["? !"]).text.count("\n") == 1

@@ -14,6 +14,7 @@ from genevolve_fast.sandbox.scene import CELLS, PALETTE, Item, Scene
 from genevolve_fast.sandbox.world import MOTTOS, NUMBER_WORDS, RELATION_CELLS
 from genevolve_fast.trajectory import Message, Request
 
+OBEDIENCE = 0.9  # below 1, so that the policy learns to carry on calmly where a decision was not the one it was told
 _UNFITTING = ("aesthetic_drawing", "creative_drawing", "anatomy_body_coherence")
 _IMAGE_LINE = re.compile(r"(IMG_\d+): title: ([^\n<]+)")
 _ORDINALS = ("", "second ", "third ")
@@ -32,9 +33,12 @@ class Demonstrator:
         self.habits = dict(habits)
 
     def decisions(self, request: Request, coin_seed: int, experience: Experience | None = None) -> dict[str, bool]:
-        """Right or wrong for every applicable habit; an experience is obeyed in what it names."""
+        """Right or wrong for every applicable habit; what an experience names is obeyed, with a slip now and then."""
         told = habits_in(experience) if experience else set()
-        return {h: h in told or coin(coin_seed, request.id, h) < self.habits[h] for h in applicable(request)}
+        return {
+            h: coin(coin_seed, request.id, h) < (max(OBEDIENCE, self.habits[h]) if h in told else self.habits[h])
+            for h in applicable(request)
+        }
 
     def next_turn(
         self, request: Request, messages: Sequence[Message], coin_seed: int, experience: Experience | None = None
