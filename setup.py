@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -47,15 +47,16 @@ class BuildWithCsrc(build_py):
         compile_csrc(base / "genevolve_fast" / "_csrc" / "libgenevolve.so")
 
 
-class WheelWithCsrc(bdist_wheel):
-    """Any Python 3, and this platform only where a compiled library goes in."""
+class PerPlatform(Distribution):
+    """Where nvcc is, a compiled library goes in, and the wheel is for this platform only."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = find_nvcc() is None
+    def has_ext_modules(self) -> bool:
+        return find_nvcc() is not None
 
+
+class AnyPython(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2]  # the library is loaded by ctypes: no Python ABI
 
 
-setup(cmdclass={"build_py": BuildWithCsrc, "bdist_wheel": WheelWithCsrc})
+setup(distclass=PerPlatform, cmdclass={"build_py": BuildWithCsrc, "bdist_wheel": AnyPython})
