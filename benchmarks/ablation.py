@@ -1,12 +1,17 @@
 """Does distillation help? GRPO, GRPO+SDL, GRPO+SDL with another request's experience: `python -m benchmarks.ablation`.
 
-Three seeds each, the same minutes of evolution, the same held-out bench. Runs resume; finished ones are kept.
+Three seeds each, the same minutes of evolution at a constant learning rate, the same held-out bench. Runs resume and
+finished ones are kept. `--jobs 2` runs two at a time on half of the cores each, and gives the same table sooner.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +34,8 @@ RESULTS = Path("benchmarks/results/ablation.json")
 def run_variant(name: str, seed: int, minutes: float, runs: Path, extra: list[str]) -> tuple[Bench, list[dict]]:
     """(held-out bench, metrics) of one variant and seed."""
     run = f"ablation/{name}_{seed}"
-    overrides = [*VARIANTS[name], f"seed={seed}", f"minutes={minutes}", "steps=10000", f"name={run}", *extra]
+    overrides = [f"seed={seed}", f"minutes={minutes}", "steps=10000", "optim.schedule=constant", f"name={run}"]
+    overrides += [*extra, *VARIANTS[name]]
     config = load_config(EvolveConfig, config_path("demo"), overrides)
     set_threads(config.threads)
     sandbox, world = open_sandbox(config.world)
@@ -42,6 +48,20 @@ def run_variant(name: str, seed: int, minutes: float, runs: Path, extra: list[st
         policy = open_policy(config.policy.model_copy(update={"path": str(folder / "policy")}))
     bench = bench_once(folder / "bench" / "after", f"{name} {seed}", policy, sandbox, world, config)
     return bench, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_all(seeds: list[int], jobs: int, forwarded: list[str]) -> None:
+    """Every variant of every seed in a process of its own, `jobs` at a time; what they made is read back later."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def one(seed: int, name: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.ablation", "--one", name, "--seeds", str(seed), *forwarded]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run([*command, "--set", f"threads={threads}"], check=True, env=environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(one, seed, name) for seed in seeds for name in VARIANTS]:
+            done.result()
 
 
 def paired(a: list[Bench], b: list[Bench], samples: int = 10_000) -> Gain:
@@ -63,8 +83,17 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=6.0, help="of evolution a run (default: %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    p.add_argument("--one", choices=VARIANTS, help="only run this variant; no table")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = p.parse_args()
+    if args.one:
+        for seed in args.seeds:
+            run_variant(args.one, seed, args.minutes, args.runs, args.set)
+        return
+    if args.jobs > 1:
+        forwarded = ["--minutes", str(args.minutes), "--runs", str(args.runs)]
+        run_all(args.seeds, args.jobs, forwarded + [f"--set={field}" for field in args.set])
     benches: dict[str, list[Bench]] = {name: [] for name in VARIANTS}
     curves: dict[str, dict[str, list]] = {}
     for seed in args.seeds:
@@ -76,7 +105,7 @@ def main() -> None:
             print(f"{name} seed {seed}: {bench.summary()['reward']:.3f} after {len(metrics)} steps", flush=True)
     gain = paired(benches["grpo"], benches["grpo_sdl"])
     over = paired(benches["grpo_sdl_shuffled"], benches["grpo_sdl"])
-    command = f"python -m benchmarks.ablation --minutes {args.minutes:g}"
+    command = f"python -m benchmarks.ablation --minutes {args.minutes:g} --jobs {args.jobs}"
     record("loop/sdl_gain", gain.mean, n=gain.n, command=command, interval=(gain.low, gain.high))
     record("loop/sdl_gain_over_shuffled", over.mean, n=over.n, command=command, interval=(over.low, over.high))
     rewards = {name: [b.summary()["reward"] for b in bs] for name, bs in benches.items()}
