@@ -42,7 +42,7 @@ _WORDS = (
     *SIGNS,
     *FIRST_NAMES,
     *SECOND_NAMES,
-    *("Draw", "Paint", "background", "emblem", "with", "and", "the", "on", "at"),
+    *("Draw", "Paint", "Show", "background", "emblem", "with", "and", "the", "on", "at"),
 )
 SETTINGS = SessionSettings(
     max_tool_calls=6,

@@ -57,7 +57,9 @@ class Demonstrator:
             fact = "field" if request.category == "emblem_field" else "motto"
             calls.append(_call(f"Find the {fact} of {entity}.", "search", {"queries": [f"{entity} {fact}"]}))
         if entity:
-            calls.append(_call(f"Find the emblem of {entity}.", "image_search", {"query": f"{entity} emblem"}))
+            queries = (f"{entity} emblem", f"emblem of {entity}", f"{entity} emblem picture")
+            query = queries[int(coin(seed, request.id, "query") * len(queries))]  # no place has one order of results
+            calls.append(_call(f"Find the emblem of {entity}.", "image_search", {"query": query}))
         if skill := self._skill(request, right, seed):
             calls.append(_call(f"Read {skill}.", "query_knowledge", {"skill_name": skill}))
         return calls

@@ -30,7 +30,7 @@ MOTTOS = ("NOVA", "LUX", "VITA", "PAX", "TERA", "FIDE", "ARDE", "MIRA", "SOLE", 
 SIGNS = ("OPEN", "SHOP", "EXIT", "TAXI", "CAFE", "HOME", "PARK", "MENU", "SALE", "STOP", "ROAD", "NEWS")
 LIGHT_FIRST = ("white", "yellow", "blue", "green", "black")  # backgrounds that requests name
 NUMBER_WORDS = {2: "two", 3: "three"}
-HELD_OUT_WORDING = 3
+HELD_OUT_WORDING = 6  # of seven: six to train on, the last for the bench
 
 SYSTEM_PROMPT = """\
 You write programs for an image generator. Each turn: first <think> your plan </think>, then exactly one
@@ -197,6 +197,19 @@ def _entity(world: SandboxWorld, random: np.random.Generator, split: str) -> Ent
     return _pick(random, world.held_out if split == "bench" else world.entities)
 
 
+def _on_ground(what: str, ground: str) -> tuple[str, ...]:
+    background = f"{_article(ground)} background"
+    return (
+        f"Draw {what} on {background}.",
+        f"On {background} draw {what}.",
+        f"Paint {what} on {background}.",
+        f"On {background} paint {what}.",
+        f"Show on {background} {what}.",
+        f"Show {what} on {background}.",
+        f"Draw on {background} {what}.",
+    )
+
+
 def emblem_field(world: SandboxWorld, random: np.random.Generator, split: str):
     """Look the field colour up, find the emblem, copy it."""
     e = _entity(world, random, split)
@@ -205,6 +218,9 @@ def emblem_field(world: SandboxWorld, random: np.random.Generator, split: str):
         f"Draw the emblem of {e.name} at the {cell} on its field colour.",
         f"On the field colour of {e.name} draw its emblem at the {cell}.",
         f"Paint the emblem of {e.name} on its field colour, at the {cell}.",
+        f"Show at the {cell} the emblem of {e.name} on its field colour.",
+        f"On the field colour of {e.name} paint its emblem at the {cell}.",
+        f"Show the emblem of {e.name} at the {cell} on its field colour.",
         f"Paint at the {cell} the emblem of {e.name} on its field colour.",
     )[_wording(random, split)]
     return question, Scene(e.field, (Item("emblem", e.emblem, cell, e.emblem_colour),)), e
@@ -221,6 +237,9 @@ def emblem_motto(world: SandboxWorld, random: np.random.Generator, split: str):
         f"On {_article(ground)} background draw the emblem of {e.name} at the {cell} and its motto at the {place}.",
         f"Draw the emblem of {e.name} at the {cell} and its motto at the {place} on {_article(ground)} background.",
         f"Paint the motto of {e.name} at the {place} and its emblem at the {cell} on {_article(ground)} background.",
+        f"Show on {_article(ground)} background the emblem of {e.name} at the {cell} and its motto at the {place}.",
+        f"On {_article(ground)} background paint the motto of {e.name} at the {place} and its emblem at the {cell}.",
+        f"Show the motto of {e.name} at the {place} and its emblem at the {cell} on {_article(ground)} background.",
         f"Draw on {_article(ground)} background the motto of {e.name} at the {place} and its emblem at the {cell}.",
     )[_wording(random, split)]
     items = (Item("emblem", e.emblem, cell, e.emblem_colour), Item("text", e.motto, place))
@@ -236,12 +255,7 @@ def count_row(world: SandboxWorld, random: np.random.Generator, split: str):
     groups = [(int(_pick(random, (2, 3))), c, s, r) for c, s, r in zip(colours, shapes, rows, strict=False)]
     parts = [f"{_plural(n, c, s)} in a row at the {r}" for n, c, s, r in groups]
     what = " and ".join(parts)
-    question = (
-        f"Draw {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background draw {what}.",
-        f"Paint {what} on {_article(ground)} background.",
-        f"Draw on {_article(ground)} background {what}.",
-    )[_wording(random, split)]
+    question = _on_ground(what, ground)[_wording(random, split)]
     items = tuple(Item("object", s, cell, c) for n, c, s, r in groups for cell in row_cells(r, n))
     return question, Scene(ground, items), None
 
@@ -265,12 +279,7 @@ def text_sign(world: SandboxWorld, random: np.random.Generator, split: str):
         colour, shape = _pick(random, [k for k in PALETTE if k != ground]), _pick(random, SHAPES)
         items.append(Item("object", shape, "center", colour))
         what += f" with {_article(colour)} {shape} at the center"
-    question = (
-        f"Draw {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background draw {what}.",
-        f"Paint {what} on {_article(ground)} background.",
-        f"Draw on {_article(ground)} background {what}.",
-    )[_wording(random, split)]
+    question = _on_ground(what, ground)[_wording(random, split)]
     return question, Scene(ground, tuple(items)), None
 
 
@@ -294,12 +303,7 @@ def relation(world: SandboxWorld, random: np.random.Generator, split: str):
     if random.random() < 0.5:
         items.append(Item("object", shapes[2], "center", colours[2]))
         what += f" with {_article(colours[2])} {shapes[2]} at the center"
-    question = (
-        f"Draw {what} on {_article(ground)} background.",
-        f"On {_article(ground)} background draw {what}.",
-        f"Paint {what} on {_article(ground)} background.",
-        f"Draw on {_article(ground)} background {what}.",
-    )[_wording(random, split)]
+    question = _on_ground(what, ground)[_wording(random, split)]
     return question, Scene(ground, tuple(items)), None
 
 
