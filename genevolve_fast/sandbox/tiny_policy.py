@@ -1,4 +1,4 @@
-"""The sandbox's policy: Qwen3-VL's architecture at 1.3 million parameters, with its own tokenizer."""
+"""The sandbox's policy: Qwen3-VL's architecture at 1.25 million parameters, with its own tokenizer."""
 
 from __future__ import annotations
 
