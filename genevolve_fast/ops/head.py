@@ -1,12 +1,14 @@
-"""Exact log-probabilities from hidden states, one block of logits at a time."""
+"""Exact log-probabilities from hidden states, a few blocks of logits at a time."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from genevolve_fast.ops.blocks import Head, Upstream, Workspace, add_weight_gradient, mm_hidden, target_slope
 
 
 class LogProbs(NamedTuple):
@@ -27,46 +29,76 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    return_entropy: bool = False,
+    return_entropy: bool | Literal["detached"] = False,
     return_lse: bool = False,
+    workspace_mb: float | None = None,
     block_rows: int = 1024,
+    check_targets: bool = False,
 ) -> LogProbs:
     """log softmax(z)[target] of z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature, differentiable.
 
     hidden [rows, H], weight [V, H], targets [rows] int64, bias [V], temperature a number or [rows] > 0 (constant).
-    Logits are fp32 (fp64 for fp64 inputs) and at most `block_rows` x V of them exist; every forward GEMM has that
-    exact shape, so equal hidden rows give equal bits wherever they stand. Backward recomputes a block at a time and
-    accumulates dW in fp32, autocast or not. Ignored rows may hold anything. Raises ValueError naming the argument of a
-    wrong shape or value; on a GPU a target outside the vocabulary is torch's device-side assertion.
+    Logits are fp32 (fp64 for fp64 inputs), autocast or not, and every forward GEMM has exactly `block_rows` rows, so
+    equal hidden rows give equal bits wherever they stand. Ignored rows may hold anything; on a CPU they enter no GEMM.
+
+    GEMMs of 2·rows·H·V: 1 without gradients; 2 where only `hidden` needs one (the gradient of each row's log-prob is
+    made in the forward and scaled in the backward), 3 with a differentiable entropy; 4 where weight or bias need one
+    (the backward recomputes the logits), dW accumulated in fp32. `return_entropy="detached"` saves the third GEMM.
+
+    Peak bytes above inputs and results: the workspace 4·V·min(workspace_mb, ⌈rows⌉), 4 blocks unless `workspace_mb`
+    says otherwise, + 4·rows·10 + 12 MiB, + 4·V·H for dW, + hidden's bytes (twice with entropy) without dW.
+    Raises ValueError naming the argument of a wrong shape, dtype or value. Targets are checked where that costs no
+    synchronisation, on a CPU, or with `check_targets`; else a wrong one is the device's assertion.
     """
-    _check(hidden, weight, targets, bias, temperature, softcap, block_rows)
-    if targets.device.type == "cpu":
-        _check_targets(targets, len(weight), ignore_index)
-    logps, entropy, lse = _LinearLogprob.apply(
-        hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, block_rows
+    head = Head.of(weight, bias, temperature, softcap, logit_scale)
+    check_head(hidden, head, targets, block_rows)
+    if return_entropy not in (True, False, "detached"):
+        raise ValueError(f"return_entropy must be True, False or 'detached', got {return_entropy!r}")
+    on_cpu = targets.device.type == "cpu"
+    if on_cpu or check_targets:
+        check_target_range(targets, len(weight), ignore_index)
+    live = None
+    if on_cpu and bool((dropped := targets == ignore_index).any()):
+        live = (~dropped).nonzero()[:, 0]
+        head = head.rows(live)
+        hidden, targets = hidden[live], targets[live]
+    out = _LinearLogprob.apply(
+        hidden, weight, bias, targets, head, ignore_index, return_entropy, block_rows, workspace_mb
     )
+    if live is not None:
+        out = tuple(x if x is None else x.new_zeros(len(dropped)).index_put((live,), x) for x in out)
+    logps, entropy, lse = out
     return LogProbs(logps, entropy if return_entropy else None, lse if return_lse else None)
 
 
-def _check(hidden, weight, targets, bias, temperature, softcap, block_rows) -> None:
+def check_head(hidden: Tensor, head: Head, targets: Tensor, block_rows: int) -> None:
+    """Raises ValueError naming the argument of a wrong shape, dtype, device or value; nothing is synchronised."""
+    weight, bias, temperature = head.weight, head.bias, head.temperature
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [rows, H] and weight [V, H] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 [{len(hidden)}], got {targets.dtype} {tuple(targets.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{len(weight)}], got {tuple(bias.shape)}")
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
     if isinstance(temperature, Tensor):
         if temperature.ndim and temperature.shape != targets.shape:
             raise ValueError(f"temperature must be a number or [{len(hidden)}], got {tuple(temperature.shape)}")
     elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap must be positive, got {head.softcap}")
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
 
 
-def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_target_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError naming the first target outside the vocabulary; synchronises a GPU."""
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -77,120 +109,97 @@ def _full_precision(method):
     """Run a method of an autograd function without autocast: bf16 logits would be silently inexact."""
 
     @functools.wraps(method)
-    def run(ctx, first, *rest):
-        with torch.autocast(first.device.type, enabled=False):
-            return method(ctx, first, *rest)
+    def run(ctx, *args):
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *args)
 
     return run
 
 
-class _Block(NamedTuple):
-    """Softmax pieces of one block of rows."""
-
-    shifted: Tensor  # z - max, [block, V]
-    log_sum: Tensor  # log sum exp of it, [block, 1]
-    maximum: Tensor  # [block, 1]
-    slope: Tensor | float  # dz / d(h·Wᵀ + b)
+def _kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden, targets, kept) of some rows; what is ignored becomes 0, because 0 · NaN would reach every gradient."""
+    kept = targets[rows] != ignore_index
+    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+    return torch.where(kept[:, None], hidden[rows], zero), torch.where(kept, targets[rows], 0), kept
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @_full_precision
-    def forward(
-        ctx, hidden, weight, bias, targets, temperature, softcap, scale, ignore_index, want_entropy, block_rows
-    ):
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature if isinstance(temperature, Tensor) else None)
-        ctx.options = (temperature, softcap, scale, ignore_index, block_rows)
-        rows, kind = len(hidden), _accumulator(hidden)
-        logps = torch.zeros(rows, dtype=kind, device=hidden.device)
-        entropy = torch.zeros(rows if want_entropy else 0, dtype=kind, device=hidden.device)
-        lse = torch.zeros(rows, dtype=kind, device=hidden.device)
-        keep = targets != ignore_index
-        for first in range(0, rows, block_rows):
-            part = slice(first, first + block_rows)
-            count = len(targets[part])
-            block = _softmax_block(hidden[part], weight, bias, _rows(temperature, part), softcap, scale, block_rows)
-            index = torch.where(keep[part], targets[part], 0)[:, None]
-            z = block.shifted[:count]
-            logps[part] = (z.gather(1, index) - block.log_sum[:count])[:, 0]
-            lse[part] = (block.maximum + block.log_sum)[:count, 0]
-            if want_entropy:
-                entropy[part] = (block.log_sum[:count] - (z.exp() * z).sum(1, True) / block.log_sum[:count].exp())[:, 0]
-        zero = torch.zeros((), dtype=kind, device=hidden.device)
-        if want_entropy:
-            entropy = torch.where(keep, entropy, zero)
-        return torch.where(keep, logps, zero), entropy, torch.where(keep, lse, zero)
+    def forward(ctx, hidden, weight, bias, targets, head, ignore_index, entropy, block_rows, workspace_mb):
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
+        ctx.frozen = need_hidden and not (need_weight or need_bias)
+        units = [torch.empty_like(hidden) for _ in range(2 if entropy is True else 1)] if ctx.frozen else []
+        work = Workspace(len(hidden), hidden, head, workspace_mb, block_rows, two=len(units) == 2)
+        logps, lse = torch.empty(2, len(hidden), dtype=work.kind, device=hidden.device)
+        entropies = torch.empty_like(logps) if entropy else None
+        for visit in work.visits(len(hidden)):
+            h, y, kept = _kept_rows(hidden, targets, ignore_index, visit)
+            softmax = work.softmax(h, y, head, visit, bool(entropy))
+            logps[visit] = torch.where(kept, softmax.logps, 0)
+            lse[visit] = torch.where(kept, softmax.lse, 0)
+            if entropy:
+                entropies[visit] = torch.where(kept, softmax.entropy, 0)
+            if units:
+                each = (Upstream(logps=kept.to(work.kind)), Upstream(entropy=kept.to(work.kind)))[: len(units)]
+                for unit, d in zip(units, work.d_logits(softmax, y, head, visit, hidden.dtype, *each), strict=True):
+                    unit[visit] = mm_hidden(d, head.weight)
+        ctx.options = (head, ignore_index, block_rows, workspace_mb, need_weight, need_bias)
+        ctx.save_for_backward(*((logps, lse, targets, *units) if ctx.frozen else (hidden, targets)))
+        if entropy == "detached":
+            ctx.mark_non_differentiable(entropies)
+        return logps, entropies, lse
 
     @staticmethod
     @_full_precision
-    def backward(ctx, g_logps, g_entropy, g_lse):
-        hidden, weight, bias, targets, per_row = ctx.saved_tensors
-        temperature, softcap, scale, ignore_index, block_rows = ctx.options
-        temperature = per_row if per_row is not None else temperature
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        kind = _accumulator(hidden)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=kind, device=weight.device) if need_weight else None
-        d_bias = torch.zeros(bias.shape, dtype=kind, device=bias.device) if need_bias else None
-        keep = (targets != ignore_index)[:, None]
-        for first in range(0, len(hidden), block_rows):
-            part = slice(first, first + block_rows)
-            rows = torch.where(keep[part], hidden[part], 0)  # 0 · NaN of an ignored row would reach dW
-            block = _softmax_block(rows, weight, bias, _rows(temperature, part), softcap, scale, len(rows))
-            index = torch.where(keep[part, 0], targets[part], 0)
-            d_logits = _d_logits(block, index, g_logps[part], _rows(g_entropy, part), g_lse[part])
-            d_logits = torch.where(keep[part], d_logits * block.slope, 0).to(hidden.dtype)
-            if need_hidden:
-                torch.mm(d_logits, weight.to(d_logits.dtype), out=d_hidden[part])
-            if need_weight:
-                d_weight += d_logits.to(kind).T @ rows.to(kind)
-            if need_bias:
-                d_bias += d_logits.to(kind).sum(0)
-        cast = lambda grad, like: None if grad is None else grad.to(like.dtype)  # noqa: E731
-        return (d_hidden, cast(d_weight, weight), cast(d_bias, bias), *[None] * 7)
+    def backward(ctx, *upstream):
+        g = Upstream(upstream[0], upstream[2], upstream[1])
+        grads = _frozen_gradient(ctx, g) if ctx.frozen else _gradients(ctx, g)
+        return (*grads, *[None] * 6)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _frozen_gradient(ctx, g: Upstream) -> tuple[Tensor | None, None, None]:
+    """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
+    logps, lse, targets, *units = ctx.saved_tensors
+    head, ignore_index, block_rows = ctx.options[:3]
+    d_hidden = torch.zeros_like(units[0])
+    for first in range(0, len(d_hidden), block_rows):
+        rows = slice(first, first + block_rows)
+        kept = targets[rows] != ignore_index
+        up = Upstream(*(None if x is None else torch.where(kept, x[rows], 0)[:, None] for x in g))
+        total = torch.zeros((), dtype=logps.dtype, device=logps.device)
+        if up.logps is not None:
+            total = total + up.logps * units[0][rows]
+        if up.entropy is not None:
+            total = total + up.entropy * units[1][rows]
+        if up.lse is not None:  # logp = z_y - lse, so the gradient of lse is that of z_y less the one kept for logp
+            slope = target_slope((logps + lse)[rows], head, rows)[:, None]
+            own = head.weight[torch.where(kept, targets[rows], 0)]
+            total = total + up.lse * (slope * own - units[0][rows])
+        d_hidden[rows] = total
+    return d_hidden, None, None
 
 
-def _rows(value, part: slice):
-    """The block's share of a per-row tensor; numbers and empty tensors pass as they are."""
-    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) else value
-
-
-def _softmax_block(rows, weight, bias, temperature, softcap, scale, block_rows: int) -> _Block:
-    """Softmax pieces of `rows`, padded to block_rows so that the GEMM has one shape."""
-    kind = _accumulator(rows)
-    if len(rows) < block_rows:
-        rows = torch.cat([rows, rows.new_zeros(block_rows - len(rows), rows.shape[1])])
-    z = torch.mm(rows.to(kind), weight.to(kind).T)
-    if bias is not None:
-        z += bias.to(kind)
-    if scale != 1:
-        z *= scale
-    slope: Tensor | float = scale
-    if softcap is not None:
-        squashed = torch.tanh(z / softcap)
-        slope = scale * (1 - squashed * squashed)
-        z = softcap * squashed
-    if isinstance(temperature, Tensor) and temperature.ndim:
-        padded = torch.ones(block_rows, dtype=kind, device=z.device)
-        padded[: len(temperature)] = temperature.to(kind)
-        temperature = padded[:, None]
-    z = z / temperature
-    maximum = z.amax(1, keepdim=True)
-    shifted = z.sub_(maximum)
-    return _Block(shifted, shifted.exp().sum(1, keepdim=True).log(), maximum, slope / temperature)
-
-
-def _d_logits(block: _Block, targets: Tensor, g_logps: Tensor, g_entropy: Tensor, g_lse: Tensor) -> Tensor:
-    """d/dz of g_logps·logp + g_entropy·H + g_lse·lse."""
-    log_p = block.shifted - block.log_sum
-    p = log_p.exp()
-    out = p * (g_lse - g_logps)[:, None]
-    out.scatter_add_(1, targets[:, None], g_logps[:, None].to(out.dtype))
-    if g_entropy.numel():
-        entropy = -(p * log_p).sum(1, keepdim=True)
-        out -= g_entropy[:, None] * p * (log_p + entropy)
-    return out
+def _gradients(ctx, g: Upstream) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden, targets = ctx.saved_tensors
+    head, ignore_index, block_rows, workspace_mb, need_weight, need_bias = ctx.options
+    need_hidden = ctx.needs_input_grad[0]
+    work = Workspace(len(hidden), hidden, head, workspace_mb, block_rows)
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = torch.zeros(head.weight.shape, dtype=work.kind, device=hidden.device) if need_weight else None
+    d_bias = torch.zeros(head.bias.shape, dtype=work.kind, device=hidden.device) if need_bias else None
+    for visit in work.visits(len(hidden)):
+        h, y, kept = _kept_rows(hidden, targets, ignore_index, visit)
+        softmax = work.softmax(h, y, head, visit, g.entropy is not None)
+        own = Upstream(*(None if x is None else torch.where(kept, x[visit], 0) for x in g))
+        (d,) = work.d_logits(softmax, y, head, visit, hidden.dtype, own)
+        if need_hidden:
+            d_hidden[visit] = mm_hidden(d, head.weight)
+        if need_weight:
+            add_weight_gradient(d_weight, d, h)
+        if need_bias:
+            d_bias += d.sum(0, dtype=work.kind)
+    cast = lambda x, like: None if x is None else x.to(like.dtype)  # noqa: E731
+    return d_hidden, cast(d_weight, head.weight), cast(d_bias, head.bias)

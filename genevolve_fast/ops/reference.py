@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor
 
@@ -78,63 +80,112 @@ def grpo_sdl(
     argument of a wrong shape, or the one that the objective needs and did not get.
     """
     o = objective or Objective()
+    c = constants(
+        logps, advantages=advantages, seq_ids=seq_ids, old_logps=old_logps, rollout_logps=rollout_logps,
+        ref_logps=ref_logps, teacher_logps=teacher_logps, sdl_mask=sdl_mask, loss_mask=loss_mask,
+        num_sequences=num_sequences, num_tokens=num_tokens, objective=o,
+    )  # fmt: skip
+    return total(torch.where(c.keep, logps, torch.zeros((), dtype=logps.dtype, device=logps.device)), c, o)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a call knows beside the policy's log-probs, each [rows]; masked rows hold 0, whatever was given."""
+
+    keep: Tensor
+    seq_ids: Tensor
+    advantages: Tensor
+    denominator: Tensor
+    old: Tensor | None
+    rollout: Tensor | None
+    ref: Tensor | None
+    teacher: Tensor | None
+    eligible: Tensor
+    sequence_weight: Tensor | None
+
+    def rows(self, part: slice | Tensor) -> Constants:
+        """The constants of some rows."""
+        return Constants(*(None if x is None else x[part] for x in (getattr(self, f.name) for f in fields(self))))
+
+
+def constants(
+    logps: Tensor,
+    *,
+    advantages: Tensor,
+    seq_ids: Tensor,
+    old_logps: Tensor | None,
+    rollout_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    teacher_logps: Tensor | None,
+    sdl_mask: Tensor | None,
+    loss_mask: Tensor | None,
+    num_sequences: int | None,
+    num_tokens: int | None,
+    objective: Objective,
+) -> Constants:
+    """Check and clean the arguments of `grpo_sdl`; of `logps` only shape, dtype and device matter."""
+    o = objective
     _check(logps, advantages, seq_ids, old_logps, rollout_logps, ref_logps, teacher_logps, sdl_mask, loss_mask)
-    keep = torch.ones_like(seq_ids, dtype=torch.bool) if loss_mask is None else loss_mask
     if o.rollout_is != "none" and rollout_logps is None:
         raise ValueError(f"rollout_is {o.rollout_is!r} needs rollout_logps")
     if o.rollout_is == "sequence" and old_logps is None:
         raise ValueError("rollout_is 'sequence' needs old_logps: on policy the correction is per token")
     if o.kl_coef and ref_logps is None:
         raise ValueError(f"kl_coef {o.kl_coef} needs ref_logps; set kl_coef=0 to drop the term")
+    keep = torch.ones_like(seq_ids, dtype=torch.bool) if loss_mask is None else loss_mask
     zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
 
-    def clean(x: Tensor) -> Tensor:
-        return torch.where(keep, x, zero)
+    def clean(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(keep, x.detach().to(logps.dtype), zero)
 
-    def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else clean(x.detach().to(logps.dtype))
+    old, rollout, ref, teacher = map(clean, (old_logps, rollout_logps, ref_logps, teacher_logps))
+    per_row = advantages if advantages.shape == logps.shape else advantages[seq_ids]
+    denominator = _denominator(seq_ids, keep, num_sequences, num_tokens, o).to(logps.dtype).expand(logps.shape)
+    by_sequence = _sequence_weight(old, rollout, seq_ids, o) if o.rollout_is == "sequence" else None
+    eligible = _eligible(sdl_mask, teacher, keep)
+    return Constants(keep, seq_ids, clean(per_row), denominator, old, rollout, ref, teacher, eligible, by_sequence)
 
-    logps = clean(logps)
-    now = logps.detach()
-    a = constant(advantages if advantages.shape == logps.shape else advantages[seq_ids])
-    rollout_logps, ref_logps, teacher_logps = map(constant, (rollout_logps, ref_logps, teacher_logps))
-    old = now if old_logps is None else constant(old_logps)
-    w = _rollout_weight(old, rollout_logps, seq_ids, keep, o)
-    log_ratio = clean(logps - old)
-    ratio = log_ratio.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
-    clipped = ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high)
-    surrogate = torch.minimum(ratio * a, clipped * a)
-    if o.dual_clip is not None:
-        surrogate = torch.where(a < 0, torch.maximum(surrogate, o.dual_clip * a), surrogate)
-    pg = clean(-w * surrogate)
 
-    kl, d = torch.zeros_like(pg), torch.zeros_like(now)
-    if ref_logps is not None:
-        d = clean(ref_logps - logps)
-        bounded = d.clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
-        kl = clean(bounded.exp() - 1 - bounded)
-
-    sdl, gap, selected, rho = _distillation(logps, old, w, teacher_logps, sdl_mask, seq_ids, keep, o)
-    denominator = _denominator(seq_ids, keep, num_sequences, num_tokens, o).to(logps.dtype)
+def total(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Stats]:
+    """(loss, stats) of rows whose masked log-probs are finite."""
+    pg, kl, ratio, w = policy_losses(logps, c, o)
+    sdl, gap, selected, rho = distillation(logps, c, w, o)
     terms = {
-        "pg_loss": (pg / denominator).sum(),
-        "kl_loss": (kl / denominator).sum() * o.kl_coef,
-        "sdl_loss": (sdl / denominator).sum() * o.sdl_coef,
+        "pg_loss": (pg / c.denominator).sum(),
+        "kl_loss": (kl / c.denominator).sum() * o.kl_coef,
+        "sdl_loss": (sdl / c.denominator).sum() * o.sdl_coef,
     }
-    loss = terms["pg_loss"] + terms["kl_loss"] + terms["sdl_loss"]
-    eligible = _eligible(sdl_mask, teacher_logps, keep)
+    a, keep = c.advantages, c.keep
     stats = {name: value.detach() for name, value in terms.items()}
     stats |= {
-        "pg_clipfrac_low": _mean((ratio < 1 - o.clip_ratio_low) & (a < 0), keep),
-        "pg_clipfrac_high": _mean((ratio > 1 + o.clip_ratio_high) & (a > 0), keep),
-        "kl": _mean(kl.detach(), keep),
-        "sdl_kl": _mean(gap.detach(), eligible),
-        "sdl_rho_saturated": _mean(rho >= o.sdl_rho_cap, eligible),
-        "sdl_selected_fraction": _mean(selected, eligible),
-        "ratio_max": ratio.detach().amax() if len(ratio) else zero,
-        "rollout_is_mean": _mean(w, keep),
+        "pg_clipfrac_low": mean((ratio < 1 - o.clip_ratio_low) & (a < 0), keep),
+        "pg_clipfrac_high": mean((ratio > 1 + o.clip_ratio_high) & (a > 0), keep),
+        "kl": mean(kl.detach(), keep),
+        "sdl_kl": mean(gap.detach(), c.eligible),
+        "sdl_rho_saturated": mean(rho >= o.sdl_rho_cap, c.eligible),
+        "sdl_selected_fraction": mean(selected, c.eligible),
+        "ratio_max": ratio.detach().amax() if len(ratio) else terms["pg_loss"].detach(),
+        "rollout_is_mean": mean(w, keep),
     }
-    return loss, stats
+    return terms["pg_loss"] + terms["kl_loss"] + terms["sdl_loss"], stats
+
+
+def policy_losses(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row: (L_pg, KL without its coefficient, ratio, rollout weight); each row depends on itself only."""
+    now = logps.detach()
+    old = now if c.old is None else c.old
+    zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
+    w = _rollout_weight(old, c, o)
+    ratio = torch.where(c.keep, logps - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+    clipped = ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high)
+    surrogate = torch.minimum(ratio * c.advantages, clipped * c.advantages)
+    if o.dual_clip is not None:
+        surrogate = torch.where(c.advantages < 0, torch.maximum(surrogate, o.dual_clip * c.advantages), surrogate)
+    pg = torch.where(c.keep, -w * surrogate, zero)
+    if c.ref is None:
+        return pg, torch.zeros_like(pg), ratio, w
+    d = torch.where(c.keep, c.ref - logps, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+    return pg, torch.where(c.keep, d.exp() - 1 - d, zero), ratio, w
 
 
 def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, loss_mask) -> None:
@@ -154,15 +205,24 @@ def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, los
             raise ValueError(f"{name} must be bool, got {mask.dtype}")
 
 
-def _rollout_weight(old: Tensor, rollout: Tensor | None, seq_ids: Tensor, keep: Tensor, o: Objective) -> Tensor:
+def _rollout_weight(old: Tensor, c: Constants, o: Objective) -> Tensor:
     """Constant importance weight of the sampling engine's mismatch, truncated at rollout_is_cap."""
-    if o.rollout_is == "none" or rollout is None:
+    if o.rollout_is == "none":
         return torch.ones_like(old)
-    difference = torch.where(keep, old - rollout, torch.zeros((), dtype=old.dtype, device=old.device))
-    if o.rollout_is == "sequence":
-        count = int(seq_ids.max()) + 1 if len(seq_ids) else 0
-        difference = torch.zeros(count, dtype=old.dtype, device=old.device).index_add(0, seq_ids, difference)[seq_ids]
-    return difference.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp().clamp(max=o.rollout_is_cap).detach()
+    if c.sequence_weight is not None:
+        return c.sequence_weight
+    zero = torch.zeros((), dtype=old.dtype, device=old.device)
+    return _truncated(torch.where(c.keep, old - c.rollout, zero), o)
+
+
+def _sequence_weight(old: Tensor, rollout: Tensor, seq_ids: Tensor, o: Objective) -> Tensor:
+    count = int(seq_ids.max()) + 1 if len(seq_ids) else 0
+    sums = torch.zeros(count, dtype=old.dtype, device=old.device).index_add(0, seq_ids, old - rollout)
+    return _truncated(sums[seq_ids], o)
+
+
+def _truncated(difference: Tensor, o: Objective) -> Tensor:
+    return difference.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp().clamp(max=o.rollout_is_cap)
 
 
 def _eligible(sdl_mask: Tensor | None, teacher_logps: Tensor | None, keep: Tensor) -> Tensor:
@@ -171,25 +231,25 @@ def _eligible(sdl_mask: Tensor | None, teacher_logps: Tensor | None, keep: Tenso
     return keep if sdl_mask is None else keep & sdl_mask
 
 
-def _distillation(logps, old, w, teacher_logps, sdl_mask, seq_ids, keep, o: Objective):
-    """(per-row loss carrying k3's value and the chosen slope, gap, selected, ρ)."""
+def distillation(logps: Tensor, c: Constants, w: Tensor, o: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row: (loss carrying k3's value and the chosen slope, without its coefficient; gap; selected; ρ)."""
     now = logps.detach()
-    if teacher_logps is None:
+    if c.teacher is None:
         nothing = torch.zeros_like(now)
-        return nothing, nothing, torch.zeros_like(keep), torch.ones_like(now)
-    eligible = _eligible(sdl_mask, teacher_logps, keep)
+        return nothing, nothing, torch.zeros_like(c.keep), torch.ones_like(now)
+    old = now if c.old is None else c.old
     zero = torch.zeros((), dtype=now.dtype, device=now.device)
-    teacher = torch.where(eligible, teacher_logps.to(now.dtype), now)
-    selected = select_sdl(now, teacher, eligible, seq_ids, o)
-    ratio = torch.where(eligible, now - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+    teacher = torch.where(c.eligible, c.teacher, now)
+    selected = select_sdl(now, teacher, c.eligible, c.seq_ids, o)
+    ratio = torch.where(c.eligible, now - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
     rho = ratio.exp().clamp(max=o.sdl_rho_cap)
     gap = (logps - teacher).clamp(-o.sdl_clamp, o.sdl_clamp)
     k3 = torch.exp(-gap) - 1 + gap
     if o.sdl_grad == "k3":
         loss = w * rho * k3
     else:
-        constant = (w * rho * gap).detach()
-        loss = (w * rho * k3).detach() + constant * (logps - now)
+        slope = (w * rho * gap).detach()
+        loss = (w * rho * k3).detach() + slope * (logps - now)
     return torch.where(selected, loss, zero), gap, selected, rho
 
 
@@ -210,7 +270,8 @@ def _denominator(
     return one * n
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask holds, 0 where it holds nowhere; in fp32 (fp64)."""
     count = mask.sum().clamp(min=1)
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum() / count

@@ -1,0 +1,276 @@
+"""The head's operations against autograd through full logits in float64: values, gradients, GEMMs, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genevolve_fast.ops import Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops.reference import logprobs
+
+D = torch.float64
+TOLERANCE = 1e-10
+HEADS = {
+    "plain": {},
+    "temperature": dict(temperature=0.7),
+    "temperature per row": dict(temperature="rows"),
+    "bias": dict(bias=True),
+    "softcap, scale, bias, temperature per row": dict(softcap=3.0, logit_scale=1.3, bias=True, temperature="rows"),
+}
+
+
+class Gemms(TorchDispatchMode):
+    """2·rows·H·V products, in units of one over `rows` rows."""
+
+    def __init__(self, hidden, weight) -> None:
+        super().__init__()
+        self.unit = hidden.numel() * len(weight)
+        self.count = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.count += a.numel() * b.shape[1] / self.unit
+        return func(*args, **(kwargs or {}))
+
+
+def head_inputs(rows, seed, name, weight_grad=True):
+    torch.manual_seed(seed)
+    options = dict(HEADS[name])
+    h = torch.randn(rows, 12, dtype=D, requires_grad=True)
+    w = torch.randn(37, 12, dtype=D, requires_grad=weight_grad)
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(37, dtype=D, requires_grad=weight_grad)
+    if options.get("temperature") == "rows":
+        options["temperature"] = torch.rand(rows, dtype=D) + 0.3
+    y = torch.randint(37, (rows,))
+    y[0], y[-1] = 36, 0
+    return h, w, y, options
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("used", [("logps",), ("entropy",), ("lse",), ("logps", "entropy", "lse")])
+def test_frozen_head_gives_the_same_gradient(name, used):
+    h, w, y, options = head_inputs(21, 0, name, weight_grad=False)
+    mine = linear_logprob(h, w, y, return_entropy=True, return_lse=True, block_rows=8, **options)
+    logps, entropy, lse = logprobs(h, w, y, **options)
+    theirs = dict(logps=logps, entropy=entropy, lse=lse)
+    g = torch.randn(3, 21, dtype=D)
+    got = torch.autograd.grad(sum((getattr(mine, n) * v).sum() for n, v in zip(used, g, strict=False)), h)[0]
+    want = torch.autograd.grad(sum((theirs[n] * v).sum() for n, v in zip(used, g, strict=False)), h)[0]
+    assert (got - want).abs().max() < TOLERANCE
+
+
+def test_detached_entropy_has_no_gradient():
+    h, w, y, _ = head_inputs(5, 0, "plain")
+    assert not linear_logprob(h, w, y, return_entropy="detached").entropy.requires_grad
+    assert linear_logprob(h, w, y, return_entropy=True).entropy.requires_grad
+    with pytest.raises(ValueError, match="return_entropy"):
+        linear_logprob(h, w, y, return_entropy="no")
+
+
+@pytest.mark.parametrize(
+    ("trains", "entropy", "want"),
+    [("nothing", False, 1), ("hidden", False, 2), ("hidden", True, 3), ("hidden", "detached", 2), ("both", False, 4)],
+)
+def test_logprob_gemm_budget(trains, entropy, want):
+    h, w = torch.randn(32, 8, requires_grad=trains != "nothing"), torch.randn(50, 8, requires_grad=trains == "both")
+    y = torch.randint(50, (32,))
+    with Gemms(h, w) as gemms:
+        out = linear_logprob(h, w, y, return_entropy=entropy, block_rows=8)
+        if trains != "nothing":
+            (out.logps.sum() + (out.entropy.sum() if entropy is True else 0)).backward()
+    assert gemms.count == want
+
+
+def test_ignored_rows_enter_no_gemm():
+    h, w = torch.randn(64, 8, requires_grad=True), torch.randn(50, 8)
+    y = torch.where(torch.arange(64) % 4 == 0, torch.arange(64) % 50, -100)
+    with Gemms(h, w) as gemms:
+        linear_logprob(h, w, y, block_rows=8).logps.sum().backward()
+    assert gemms.count == 2 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_fp32_logits(dtype):
+    torch.manual_seed(0)
+    h, w = torch.randn(40, 64).to(dtype).requires_grad_(), (torch.randn(300, 64) / 4).to(dtype).requires_grad_()
+    y = torch.randint(300, (40,))
+    truth_h, truth_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    truth = logprobs(truth_h, truth_w, y)
+    mine = linear_logprob(h, w, y, return_entropy=True, block_rows=16)
+    assert mine.logps.dtype == torch.float32 and (mine.logps - truth[0]).abs().max() < 1e-5
+    plain_h, plain_w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    plain = logprobs(plain_h, plain_w, y)
+    g = torch.randn(40)
+    for out in (mine[:2], plain[:2], truth[:2]):
+        (out[0] * g).sum().backward(retain_graph=True)
+        (out[1] * g).sum().backward()
+    for mine_x, plain_x, true_x in ((h, plain_h, truth_h), (w, plain_w, truth_w)):
+        error, theirs = (
+            (x.grad.double() - true_x.grad).square().mean().sqrt() for x in (mine_x, plain_x)
+        )  # fmt: skip
+        assert error <= 1.1 * theirs
+
+
+def test_workspace_below_one_block_names_what_it_needs():
+    h, w, y, _ = head_inputs(5, 0, "plain")
+    with pytest.raises(ValueError, match="workspace_mb 0.01 .* at least 1"):
+        linear_logprob(h, w, y, workspace_mb=0.01)
+    for mb in (1, 2, None):
+        assert torch.equal(linear_logprob(h, w, y, workspace_mb=mb).logps, linear_logprob(h, w, y).logps)
+
+
+# --- the fused objective ----------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "on policy": dict(kl_coef=0.0),
+    "everything": dict(kl_coef=0.1, rollout_is="token", dual_clip=3.0),
+    "sequence correction, token mean": dict(kl_coef=0.1, rollout_is="sequence", loss_agg_mode="token-mean"),
+    "sequence mean of token means, all selected": dict(
+        kl_coef=0.0, loss_agg_mode="seq-mean-token-mean", sdl_permille=1000
+    ),
+    "k3, half selected": dict(kl_coef=0.0, sdl_grad="k3", sdl_permille=500),
+    "no distillation": dict(kl_coef=0.2, sdl_coef=0.0),
+}
+LENGTHS = (5, 1, 9, 0, 6)
+
+
+def fused_inputs(name, head, seed=0, weight_grad=True):
+    rows = sum(LENGTHS)
+    h, w, y, options = head_inputs(rows, seed, head, weight_grad)
+    o = Objective(**OBJECTIVES[name])
+    now = logprobs(h, w, y, **options)[0].detach()
+    rest = dict(advantages=torch.tensor([1.0, -0.5, 0.0, 2.0, -1.5], dtype=D), teacher_logps=now + torch.randn(rows))
+    rest["sdl_mask"] = torch.rand(rows) < 0.8
+    if o.kl_coef:
+        rest["ref_logps"] = now + 0.3 * torch.randn(rows)
+    if o.rollout_is != "none":
+        rest |= dict(old_logps=now + 0.2 * torch.randn(rows), rollout_logps=now + 0.2 * torch.randn(rows))
+    if o.sdl_coef == 0:
+        del rest["teacher_logps"], rest["sdl_mask"]
+    return h, w, y, options, rest, o
+
+
+def sequence_ids():
+    return torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+
+
+def by_autograd(h, w, y, options, rest, o, ignored=None):
+    logps = logprobs(h, w, y.clamp(min=0), **options)[0]
+    loss, stats = grpo_sdl(logps, seq_ids=sequence_ids(), loss_mask=ignored, objective=o, **rest)
+    inputs = [x for x in (h, w, options.get("bias")) if x is not None and x.requires_grad]
+    return loss, stats, torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trains", ["both", "hidden"])
+def test_fused_objective_equals_autograd_through_full_logits(name, head, trains):
+    h, w, y, options, rest, o = fused_inputs(name, head, weight_grad=trains == "both")
+    want, stats, grads = by_autograd(h, w, y, options, rest, o)
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0)
+    loss, mine = linear_grpo_sdl(h, w, y, cu_seqlens=cu, objective=o, block_rows=4, **options, **rest)
+    inputs = [x for x in (h, w, options.get("bias")) if x is not None and x.requires_grad]
+    got = torch.autograd.grad(loss, inputs)
+    assert (loss - want).abs() < TOLERANCE
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got, grads, strict=True))
+    for key in ("pg_loss", "kl_loss", "sdl_loss", "sdl_kl", "sdl_rho_saturated", "sdl_selected_fraction"):
+        assert (mine[key] - stats[key]).abs() < TOLERANCE, key
+
+
+def test_teacher_rows_go_through_the_same_head():
+    h, w, y, options, rest, o = fused_inputs("on policy", "temperature per row")
+    rest.pop("teacher_logps"), rest.pop("sdl_mask")
+    t = torch.randn(9, 12, dtype=D)
+    index = torch.full((len(h),), -1)
+    index[4:13] = torch.randperm(9)
+    has = index >= 0
+    tau = options["temperature"]
+    teacher = torch.where(has, logprobs(t[index.clamp(min=0)], w, y, temperature=tau)[0].detach(), 0)
+    want, _, grads = by_autograd(h, w, y, options, rest | dict(teacher_logps=teacher, sdl_mask=has), o)
+    loss, _ = linear_grpo_sdl(
+        h, w, y, seq_ids=sequence_ids(), teacher_hidden=t, teacher_index=index, objective=o, block_rows=4,
+        **options, **rest,
+    )  # fmt: skip
+    assert (loss - want).abs() < TOLERANCE
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(torch.autograd.grad(loss, [h, w]), grads, strict=True))
+
+
+def test_ignored_rows_may_hold_anything():
+    h, w, y, options, rest, o = fused_inputs("everything", "bias")
+    y[[2, 7]] = -100
+    want, _, grads = by_autograd(h, w, y, options, rest, o, y != -100)
+    poisoned = h.detach().clone()
+    poisoned[[2, 7]] = torch.nan
+    poisoned.requires_grad_()
+    rest["old_logps"][2] = torch.inf
+    loss, _ = linear_grpo_sdl(poisoned, w, y, seq_ids=sequence_ids(), objective=o, block_rows=4, **options, **rest)
+    got = torch.autograd.grad(loss, [poisoned, w, options["bias"]])
+    assert (loss - want).abs() < TOLERANCE
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got, grads, strict=True))
+
+
+@pytest.mark.parametrize(("teacher", "permille", "want"), [(False, 100, 3), (True, 1000, 4), (True, 250, 4.75)])
+def test_fused_gemm_budget(teacher, permille, want):
+    h, w = torch.randn(32, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    y, advantages = torch.randint(50, (32,)), torch.tensor([1.0, -1.0])
+    more = dict(teacher_hidden=torch.randn(32, 8), teacher_index=torch.arange(32)) if teacher else {}
+    o = Objective(kl_coef=0, sdl_permille=permille)
+    with Gemms(h, w) as gemms:
+        loss, _ = linear_grpo_sdl(
+            h, w, y, advantages=advantages, cu_seqlens=[0, 16, 32], objective=o, block_rows=8, **more
+        )
+        loss.backward()
+    assert gemms.count == want
+
+
+def test_rows_without_gradient_enter_no_gemm():
+    h, w, y = torch.randn(32, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (32,))
+    with Gemms(h, w) as gemms:
+        loss, _ = linear_grpo_sdl(
+            h, w, y, advantages=torch.tensor([0.0, 1.0]), cu_seqlens=[0, 16, 32], objective=Objective(kl_coef=0),
+            block_rows=8,
+        )  # fmt: skip
+        loss.backward()
+    assert gemms.count == 1.5 and not h.grad[:16].any() and h.grad[16:].any()
+    with torch.no_grad(), Gemms(h, w) as gemms:
+        linear_grpo_sdl(
+            h, w, y, advantages=torch.tensor([1.0, 1.0]), cu_seqlens=[0, 16, 32], objective=Objective(kl_coef=0),
+            block_rows=8,
+        )  # fmt: skip
+    assert gemms.count == 1
+
+
+def test_main_grad_takes_the_weight_gradient_and_the_scale_is_the_callers():
+    h, w, y, options, rest, o = fused_inputs("on policy", "plain")
+    _, _, (d_hidden, d_weight) = by_autograd(h, w, y, options, rest, o)
+    main = torch.ones_like(w)
+    loss, _ = linear_grpo_sdl(
+        h, w, y, seq_ids=sequence_ids(), objective=o, main_grad=main, loss_scale=0.5, block_rows=4, **rest
+    )
+    loss.backward()
+    assert w.grad is None and (main - 1 - 0.5 * d_weight).abs().max() < TOLERANCE
+    assert (h.grad - 0.5 * d_hidden).abs().max() < TOLERANCE
+    h.grad = None
+    loss, _ = linear_grpo_sdl(h, w, y, seq_ids=sequence_ids(), objective=o, **rest)
+    (2 * loss).backward()
+    assert h.grad.isnan().all()
+
+
+def test_fused_arguments_are_named():
+    h, w, y, options, rest, o = fused_inputs("on policy", "plain")
+    good = dict(hidden=h, weight=w, targets=y, seq_ids=sequence_ids(), objective=o, **rest)
+    for wrong, message in (
+        (dict(seq_ids=None), "cu_seqlens or seq_ids"),
+        (dict(teacher_hidden=h), "teacher_index"),
+        (dict(teacher_logps=None, teacher_index=y), "teacher_hidden"),
+        (dict(teacher_logps=None, teacher_hidden=h[:, :3], teacher_index=y), "teacher_hidden"),
+        (dict(teacher_logps=None, teacher_hidden=h, teacher_index=y[:3]), "teacher_index"),
+        (dict(main_grad=torch.zeros(3, 3)), "main_grad"),
+        (dict(old_logps=h[:3, 0]), "old_logps"),
+        (dict(targets=y + 37), "targets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_grpo_sdl(**good | wrong)
