@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import peak_bytes
 from genevolve_fast.ops import Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
 from genevolve_fast.ops.reference import logprobs
 
@@ -274,3 +275,47 @@ def test_fused_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             linear_grpo_sdl(**good | wrong)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_meter_counts_what_is_alive():
+    def run():
+        a = torch.zeros(1000)
+        b = a + 1  # two of 4000 bytes at once
+        del a
+        return [b * 2]
+
+    assert peak_bytes(run, torch.device("cpu")) == 8000 - 4000
+
+
+@pytest.mark.parametrize("mode", ["logprob", "frozen", "trainable", "objective"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_bytes_stay_below_the_formula(mode, dtype):
+    rows, hidden, vocabulary, block = 3000, 64, 20_000, 512
+    torch.manual_seed(0)
+    h = torch.randn(rows, hidden).to(dtype).requires_grad_(mode != "logprob")
+    w = torch.randn(vocabulary, hidden).to(dtype).requires_grad_(mode in ("trainable", "objective"))
+    y = torch.randint(vocabulary, (rows,))
+
+    def run():
+        if mode == "objective":
+            teacher = torch.zeros(rows)
+            loss, _ = linear_grpo_sdl(
+                h, w, y, advantages=torch.randn(rows), cu_seqlens=[0, rows], teacher_logps=teacher, block_rows=block,
+                objective=Objective(kl_coef=0),
+            )  # fmt: skip
+        else:
+            loss = linear_logprob(h, w, y, block_rows=block).logps.sum()
+        if loss.requires_grad:
+            loss.backward()
+        made = [x.grad for x in (h, w) if x.grad is not None]
+        h.grad = w.grad = None
+        return [loss, *made]
+
+    formula = 4 * vocabulary * block + 40 * rows + 12 * 2**20
+    formula += 4 * vocabulary * hidden if w.requires_grad else rows * hidden * h.element_size()
+    if mode == "objective":
+        formula += 100 * rows
+    assert peak_bytes(run, torch.device("cpu")) <= formula

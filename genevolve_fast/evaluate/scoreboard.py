@@ -26,6 +26,8 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "loop/grad_error": ("relative", "<=", 1e-5),
     "loop/objective_error_f64": ("absolute", "<=", 1e-10),
     "loop/fuzz_failures": ("count", "==", 0),
+    "head/cpu_time_vs_naive": ("ratio", "<=", 1),
+    "head/cpu_memory_vs_naive": ("ratio", "<=", 0.1),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

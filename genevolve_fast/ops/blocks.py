@@ -15,7 +15,7 @@ from torch import Tensor
 
 _STRIP_BYTES = 2 << 20  # elementwise work on this much at a time stays in a core's cache
 _CAST_COLUMNS = 4096  # vocabulary rows of the head cast at a time where a GEMM cannot mix dtypes
-DEFAULT_BLOCKS = 4  # blocks of a visit where no workspace_mb is given
+_DEFAULT_BLOCKS = {"cpu": 1, "cuda": 4}  # of a visit: a GPU's gradient GEMMs want more rows, a CPU's do not
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -64,11 +64,13 @@ class Softmax:
         return self.maximum + self.log_sum
 
 
-def rows_per_visit(rows: int, vocabulary: int, block_rows: int, workspace_mb: float | None, itemsize: int) -> int:
+def rows_per_visit(
+    rows: int, vocabulary: int, block_rows: int, workspace_mb: float | None, itemsize: int, device: str
+) -> int:
     """Rows whose logits exist at once, a multiple of block_rows. Raises ValueError where not one block fits."""
     block = block_rows * vocabulary * itemsize
     if workspace_mb is None:
-        blocks = DEFAULT_BLOCKS
+        blocks = _DEFAULT_BLOCKS.get(device, 4)
     else:
         blocks = int(workspace_mb * 2**20) // block
         if blocks < 1:
@@ -108,7 +110,7 @@ class Workspace:
         vocabulary = len(head.weight)
         apart = two and hidden.dtype == self.kind
         bytes_each = self.kind.itemsize * (2 if apart else 1)
-        self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each)
+        self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each, hidden.device.type)
         self.logits = torch.empty(self.per_visit, vocabulary, dtype=self.kind, device=hidden.device)
         self.second = torch.empty_like(self.logits) if apart else None
         self.strip = max(1, _STRIP_BYTES // max(1, vocabulary * self.kind.itemsize))

@@ -45,8 +45,8 @@ def linear_logprob(
     made in the forward and scaled in the backward), 3 with a differentiable entropy; 4 where weight or bias need one
     (the backward recomputes the logits), dW accumulated in fp32. `return_entropy="detached"` saves the third GEMM.
 
-    Peak bytes above inputs and results: the workspace 4·V·min(workspace_mb, ⌈rows⌉), 4 blocks unless `workspace_mb`
-    says otherwise, + 4·rows·10 + 12 MiB, + 4·V·H for dW, + hidden's bytes (twice with entropy) without dW.
+    Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
+    a GPU) + 40·rows + 12 MiB, + 4·V·H for dW, + without dW hidden's bytes (twice with entropy).
     Raises ValueError naming the argument of a wrong shape, dtype or value. Targets are checked where that costs no
     synchronisation, on a CPU, or with `check_targets`; else a wrong one is the device's assertion.
     """
