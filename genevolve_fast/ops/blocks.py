@@ -93,7 +93,7 @@ class Upstream(NamedTuple):
 class Workspace:
     """fp32 (fp64) logits [rows of a visit, V], allocated once and reused by every visit.
 
-    `two`: room for two gradients of the logits at once; half-precision ones share the rows of the logits.
+    `two`: room for two gradients of the logits at once. The first one overlays the logits.
     """
 
     def __init__(
@@ -101,19 +101,20 @@ class Workspace:
         rows: int,
         hidden: Tensor,
         head: Head,
+        impl: str,
         workspace_mb: float | None,
         block_rows: int,
         two: bool = False,
     ) -> None:
         self.kind = accumulator(hidden)
+        self.dtype = hidden.dtype
         self.block_rows = block_rows
         vocabulary = len(head.weight)
-        apart = two and hidden.dtype == self.kind
-        bytes_each = self.kind.itemsize * (2 if apart else 1)
+        bytes_each = self.kind.itemsize + (self.dtype.itemsize if two else 0)
         self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each, hidden.device.type)
         self.logits = torch.empty(self.per_visit, vocabulary, dtype=self.kind, device=hidden.device)
-        self.second = torch.empty_like(self.logits) if apart else None
-        self.strip = max(1, _STRIP_BYTES // max(1, vocabulary * self.kind.itemsize))
+        self.second = torch.empty_like(self.logits, dtype=self.dtype) if two else None
+        self.epilogue = _EPILOGUES[choose(impl, hidden)]
 
     def visits(self, rows: int) -> Iterator[slice]:
         """Row ranges of the visits, in order."""
@@ -121,18 +122,65 @@ class Workspace:
             yield slice(first, min(first + self.per_visit, rows))
 
     def softmax(self, hidden: Tensor, targets: Tensor, head: Head, rows: slice | Tensor, entropy: bool) -> Softmax:
-        """Fill the workspace with z - max of `hidden` [n, H] and reduce each row; `targets` [n] in [0, V)."""
+        """Logits of `hidden` [n, H] into the workspace, each row reduced; `targets` [n] in [0, V)."""
         n = len(hidden)
         for first in range(0, n, self.block_rows):
             block = hidden[first : first + self.block_rows]
             if len(block) < self.block_rows:
                 block = torch.cat([block, block.new_zeros(self.block_rows - len(block), block.shape[1])])
             mm_logits(block, head.weight, self.logits[first : first + self.block_rows])
-        out = torch.empty(4 if entropy else 3, n, dtype=self.kind, device=hidden.device)
-        tau = head.tau(rows)
-        for s in self._strips(n):
-            z = self.logits[s]
-            to_logits(z, head, tau[s] if isinstance(tau, Tensor) and tau.ndim else tau)
+        return self.epilogue.softmax(self.logits[:n], targets, head, head.tau(rows), entropy)
+
+    def d_logits(
+        self, softmax: Softmax, targets: Tensor, head: Head, rows: slice | Tensor, *upstream: Upstream
+    ) -> list[Tensor]:
+        """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in hidden's dtype; logits are lost."""
+        n, vocabulary = len(targets), self.logits.shape[1]
+        out = [self.logits.view(self.dtype)[:n, :vocabulary]]
+        if len(upstream) == 2:
+            out.append(self.second[:n])
+        self.epilogue.d_logits(self.logits[:n], out, softmax, targets, head, head.tau(rows), upstream)
+        return out
+
+
+# --- epilogues --------------------------------------------------------------------------------------------------------
+
+
+def supported(impl: str, hidden: Tensor) -> str | None:
+    """Why `impl` ("torch" or "triton") cannot run on hidden's device and dtype; None where it can."""
+    if impl == "torch":
+        return None
+    if impl != "triton":
+        return f"impl must be auto, torch or triton, not {impl!r}"
+    if hidden.dtype == torch.float64:
+        return "triton computes in fp32, not fp64"
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
+        return f"triton needs a GPU, hidden is on {hidden.device}"
+    return None
+
+
+def choose(impl: str, hidden: Tensor) -> str:
+    """The implementation that runs; auto is triton on a GPU. Raises ValueError with the reason where it cannot."""
+    if impl == "auto":
+        return "triton" if hidden.is_cuda and supported("triton", hidden) is None else "torch"
+    if reason := supported(impl, hidden):
+        raise ValueError(f"impl {impl!r}: {reason}")
+    return impl
+
+
+class _TorchEpilogue:
+    """Strips of a few rows stay in a core's cache; the logits become z - maximum."""
+
+    @staticmethod
+    def softmax(logits: Tensor, targets: Tensor, head: Head, tau, entropy: bool) -> Softmax:
+        out = logits.new_empty(4 if entropy else 3, len(logits))
+        for s in _strips(logits):
+            z = logits[s]
+            to_logits(z, head, _part(tau, s))
             maximum = z.amax(1, keepdim=True)
             z.sub_(maximum)
             e = z.exp()
@@ -143,60 +191,76 @@ class Workspace:
             out[2, s] = log_sum
             if entropy:
                 out[3, s] = log_sum - e.mul_(z).sum(1) / total
-        return Softmax(out[0], out[1], out[2], out[3] if entropy else None)
+        return Softmax(*out, *([] if entropy else [None]))
 
+    @staticmethod
     def d_logits(
-        self,
-        softmax: Softmax,
-        targets: Tensor,
-        head: Head,
-        rows: slice | Tensor,
-        dtype: torch.dtype,
-        *upstream: Upstream,
-    ) -> list[Tensor]:
-        """For each upstream gradient [n, V] `dtype`: that of h·Wᵀ + b. The logits are overwritten.
-
-        Half-precision results overlay the fp32 logits, the first in the left half of each row and a second in the
-        right half; a strip is read whole before it is written.
-        """
-        n, vocabulary = len(targets), self.logits.shape[1]
-        overlay = self.logits.view(dtype)
-        out = [overlay[:n, :vocabulary], overlay[:n, vocabulary:]] if dtype != self.kind else [self.logits[:n]]
-        if len(upstream) > len(out):
-            out.append(self.second[:n])
-        tau = head.tau(rows)
-        for s in self._strips(n):
-            log_p = self.logits[s].sub_(softmax.log_sum[s, None])
-            slope = self._slope(log_p, softmax, s, head, tau[s] if isinstance(tau, Tensor) and tau.ndim else tau)
+        logits: Tensor, out: list[Tensor], softmax: Softmax, targets: Tensor, head: Head, tau, upstream
+    ) -> None:
+        for s in _strips(logits):  # a strip is read whole before half-width results overlay it
+            log_p = logits[s].sub_(softmax.log_sum[s, None])
+            slope = _slope(log_p, softmax, s, head, _part(tau, s))
             p = log_p.exp()
-            made = [self._strip_gradient(g, p, log_p, softmax, targets, s) for g in upstream]
-            for into, d in zip(out, made, strict=False):
+            made = [_strip_gradient(g, p, log_p, softmax, targets, s) for g in upstream]
+            for into, d in zip(out, made, strict=True):
                 into[s] = d.mul_(slope)
-        return out[: len(upstream)]
 
-    def _strip_gradient(self, g: Upstream, p: Tensor, log_p: Tensor, softmax: Softmax, targets: Tensor, s: slice):
-        """d/dz of logps·logp + lse·lse + entropy·H for one strip [strip, V]."""
-        zero = torch.zeros((), dtype=self.kind, device=p.device)
-        g_logp = zero.expand(len(targets))[s] if g.logps is None else g.logps[s].to(self.kind)
-        share = -g_logp if g.lse is None else g.lse[s].to(self.kind) - g_logp
-        if g.entropy is None:
-            d = p * share[:, None]
-        else:
-            d = (log_p + softmax.entropy[s, None]).mul_(-g.entropy[s, None].to(self.kind)).add_(share[:, None]).mul_(p)
-        if g.logps is not None:
-            d.scatter_add_(1, targets[s, None], g_logp[:, None])
-        return d
 
-    def _slope(self, log_p: Tensor, softmax: Softmax, s: slice, head: Head, tau) -> Tensor | float:
-        """dz / d(h·Wᵀ + b); tanh' = 1 - (z·tau/softcap)²."""
-        if head.softcap is None:
-            return head.scale / tau
-        z = log_p + (softmax.log_sum[s] + softmax.maximum[s])[:, None]
-        return z.mul_(tau / head.softcap).square_().neg_().add_(1).mul_(head.scale).div_(tau)
+class _TritonEpilogue:
+    """kernels/logprob_epilogue.py: one read of the products for the softmax, one in-place pass for the gradient."""
 
-    def _strips(self, n: int) -> Iterator[slice]:
-        for first in range(0, n, self.strip):
-            yield slice(first, min(first + self.strip, n))
+    @staticmethod
+    def _options(head: Head, tau) -> dict:
+        tau = tau[:, 0] if isinstance(tau, Tensor) and tau.ndim else tau
+        return dict(bias=head.bias, temperature=tau, softcap=head.softcap, logit_scale=head.scale)
+
+    @classmethod
+    def softmax(cls, logits: Tensor, targets: Tensor, head: Head, tau, entropy: bool) -> Softmax:
+        from genevolve_fast.kernels.logprob_epilogue import softmax_epilogue
+
+        return Softmax(*softmax_epilogue(logits, targets, **cls._options(head, tau)))
+
+    @classmethod
+    def d_logits(cls, logits, out: list[Tensor], softmax: Softmax, targets: Tensor, head: Head, tau, upstream) -> None:
+        from genevolve_fast.kernels.logprob_epilogue import d_logits_epilogue
+
+        for into, g in reversed(list(zip(out, upstream, strict=True))):  # the first overwrites what the second reads
+            d_logits_epilogue(logits, into, targets, softmax, **g._asdict(), **cls._options(head, tau))
+
+
+_EPILOGUES = {"torch": _TorchEpilogue, "triton": _TritonEpilogue}
+
+
+def _strips(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, _STRIP_BYTES // max(1, logits.shape[1] * logits.element_size()))
+    for first in range(0, len(logits), rows):
+        yield slice(first, min(first + rows, len(logits)))
+
+
+def _part(tau, s: slice):
+    return tau[s] if isinstance(tau, Tensor) and tau.ndim else tau
+
+
+def _strip_gradient(g: Upstream, p: Tensor, log_p: Tensor, softmax: Softmax, targets: Tensor, s: slice) -> Tensor:
+    """d/dz of logps·logp + lse·lse + entropy·H for one strip [strip, V]."""
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    g_logp = zero.expand(len(targets))[s] if g.logps is None else g.logps[s].to(p.dtype)
+    share = -g_logp if g.lse is None else g.lse[s].to(p.dtype) - g_logp
+    if g.entropy is None:
+        d = p * share[:, None]
+    else:
+        d = (log_p + softmax.entropy[s, None]).mul_(-g.entropy[s, None].to(p.dtype)).add_(share[:, None]).mul_(p)
+    if g.logps is not None:
+        d.scatter_add_(1, targets[s, None], g_logp[:, None])
+    return d
+
+
+def _slope(log_p: Tensor, softmax: Softmax, s: slice, head: Head, tau) -> Tensor | float:
+    """dz / d(h·Wᵀ + b); tanh' = 1 - (z·tau/softcap)²."""
+    if head.softcap is None:
+        return head.scale / tau
+    z = log_p + (softmax.log_sum[s] + softmax.maximum[s])[:, None]
+    return z.mul_(tau / head.softcap).square_().neg_().add_(1).mul_(head.scale).div_(tau)
 
 
 def to_logits(z: Tensor, head: Head, tau) -> None:

@@ -39,6 +39,7 @@ def linear_grpo_sdl(
     loss_scale: float = 1.0,
     main_grad: Tensor | None = None,
     objective: Objective | None = None,
+    impl: str = "auto",
     workspace_mb: float | None = None,
     block_rows: int = 1024,
     check_targets: bool = False,
@@ -72,7 +73,7 @@ def linear_grpo_sdl(
     if main_grad is not None and not weight.requires_grad:
         raise ValueError("main_grad is given, but weight requires no gradient")
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    size = (workspace_mb, block_rows)
+    size = (impl, workspace_mb, block_rows)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if teacher_hidden is not None:
             if teacher_logps is not None or teacher_index is None:
@@ -130,8 +131,8 @@ def _teacher(hidden, index, targets, head: Head, ignore_index: int, size) -> tup
         tau = by_teacher_row(tau, 1.0)
     logps = linear_logprob(
         hidden.detach(), head.weight, by_teacher_row(targets, ignore_index), bias=head.bias, temperature=tau,
-        softcap=head.softcap, logit_scale=head.scale, ignore_index=ignore_index, workspace_mb=size[0],
-        block_rows=size[1],
+        softcap=head.softcap, logit_scale=head.scale, ignore_index=ignore_index, impl=size[0], workspace_mb=size[1],
+        block_rows=size[2],
     ).logps  # fmt: skip
     return torch.cat([logps, logps.new_zeros(1)])[slot], has
 
@@ -219,9 +220,7 @@ class _Sweep:
         return torch.sort(selected.byte(), descending=True, stable=True).indices[: min(self.rows, bound)]
 
     def _add(self, rows: slice | Tensor, softmax, slope: Tensor) -> None:
-        (d,) = self.work.d_logits(
-            softmax, self.targets[rows], self.head, self._place(rows), self.hidden.dtype, Upstream(logps=slope)
-        )
+        (d,) = self.work.d_logits(softmax, self.targets[rows], self.head, self._place(rows), Upstream(logps=slope))
         if self.need_hidden:
             made, place = mm_hidden(d, self.head.weight), self._place(rows)
             if isinstance(rows, slice):

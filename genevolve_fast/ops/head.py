@@ -31,6 +31,7 @@ def linear_logprob(
     ignore_index: int = -100,
     return_entropy: bool | Literal["detached"] = False,
     return_lse: bool = False,
+    impl: str = "auto",
     workspace_mb: float | None = None,
     block_rows: int = 1024,
     check_targets: bool = False,
@@ -47,6 +48,7 @@ def linear_logprob(
 
     Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
     a GPU) + 40·rows + 12 MiB, + 4·V·H for dW, + without dW hidden's bytes (twice with entropy).
+    impl "torch" runs everywhere, "triton" on a GPU, "auto" takes the faster one that runs (`supported` says why not).
     Raises ValueError naming the argument of a wrong shape, dtype or value. Targets are checked where that costs no
     synchronisation, on a CPU, or with `check_targets`; else a wrong one is the device's assertion.
     """
@@ -63,7 +65,7 @@ def linear_logprob(
         head = head.rows(live)
         hidden, targets = hidden[live], targets[live]
     out = _LinearLogprob.apply(
-        hidden, weight, bias, targets, head, ignore_index, return_entropy, block_rows, workspace_mb
+        hidden, weight, bias, targets, head, ignore_index, return_entropy, (impl, workspace_mb, block_rows)
     )
     if live is not None:
         out = tuple(x if x is None else x.new_zeros(len(dropped)).index_put((live,), x) for x in out)
@@ -127,12 +129,12 @@ def _kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: slice) 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @_full_precision
-    def forward(ctx, hidden, weight, bias, targets, head, ignore_index, entropy, block_rows, workspace_mb):
+    def forward(ctx, hidden, weight, bias, targets, head, ignore_index, entropy, size):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
         ctx.frozen = need_hidden and not (need_weight or need_bias)
         units = [torch.empty_like(hidden) for _ in range(2 if entropy is True else 1)] if ctx.frozen else []
-        work = Workspace(len(hidden), hidden, head, workspace_mb, block_rows, two=len(units) == 2)
+        work = Workspace(len(hidden), hidden, head, *size, two=len(units) == 2)
         logps, lse = torch.empty(2, len(hidden), dtype=work.kind, device=hidden.device)
         entropies = torch.empty_like(logps) if entropy else None
         for visit in work.visits(len(hidden)):
@@ -144,9 +146,9 @@ class _LinearLogprob(torch.autograd.Function):
                 entropies[visit] = torch.where(kept, softmax.entropy, 0)
             if units:
                 each = (Upstream(logps=kept.to(work.kind)), Upstream(entropy=kept.to(work.kind)))[: len(units)]
-                for unit, d in zip(units, work.d_logits(softmax, y, head, visit, hidden.dtype, *each), strict=True):
+                for unit, d in zip(units, work.d_logits(softmax, y, head, visit, *each), strict=True):
                     unit[visit] = mm_hidden(d, head.weight)
-        ctx.options = (head, ignore_index, block_rows, workspace_mb, need_weight, need_bias)
+        ctx.options = (head, ignore_index, size, need_weight, need_bias)
         ctx.save_for_backward(*((logps, lse, targets, *units) if ctx.frozen else (hidden, targets)))
         if entropy == "detached":
             ctx.mark_non_differentiable(entropies)
@@ -157,13 +159,13 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, *upstream):
         g = Upstream(upstream[0], upstream[2], upstream[1])
         grads = _frozen_gradient(ctx, g) if ctx.frozen else _gradients(ctx, g)
-        return (*grads, *[None] * 6)
+        return (*grads, *[None] * 5)
 
 
 def _frozen_gradient(ctx, g: Upstream) -> tuple[Tensor | None, None, None]:
     """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
     logps, lse, targets, *units = ctx.saved_tensors
-    head, ignore_index, block_rows = ctx.options[:3]
+    head, ignore_index, (*_, block_rows) = ctx.options[:3]
     d_hidden = torch.zeros_like(units[0])
     for first in range(0, len(d_hidden), block_rows):
         rows = slice(first, first + block_rows)
@@ -184,9 +186,9 @@ def _frozen_gradient(ctx, g: Upstream) -> tuple[Tensor | None, None, None]:
 
 def _gradients(ctx, g: Upstream) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, targets = ctx.saved_tensors
-    head, ignore_index, block_rows, workspace_mb, need_weight, need_bias = ctx.options
+    head, ignore_index, size, need_weight, need_bias = ctx.options
     need_hidden = ctx.needs_input_grad[0]
-    work = Workspace(len(hidden), hidden, head, workspace_mb, block_rows)
+    work = Workspace(len(hidden), hidden, head, *size)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = torch.zeros(head.weight.shape, dtype=work.kind, device=hidden.device) if need_weight else None
     d_bias = torch.zeros(head.bias.shape, dtype=work.kind, device=hidden.device) if need_bias else None
@@ -194,7 +196,7 @@ def _gradients(ctx, g: Upstream) -> tuple[Tensor | None, Tensor | None, Tensor |
         h, y, kept = _kept_rows(hidden, targets, ignore_index, visit)
         softmax = work.softmax(h, y, head, visit, g.entropy is not None)
         own = Upstream(*(None if x is None else torch.where(kept, x[visit], 0) for x in g))
-        (d,) = work.d_logits(softmax, y, head, visit, hidden.dtype, own)
+        (d,) = work.d_logits(softmax, y, head, visit, own)
         if need_hidden:
             d_hidden[visit] = mm_hidden(d, head.weight)
         if need_weight:

@@ -46,12 +46,16 @@ class Device:
 
 
 def launches():
-    f, i = torch.zeros(8, 151936), torch.zeros(8, dtype=torch.int64)
-    x = torch.zeros(8)
-    for softcap in (False, True):
-        for per_row in (False, True):
-            args = (f, i, x if per_row else x[0], x, x, x, 151936, 151936, 1.0, 1.0, -100)
-            yield epilogue._epilogue, args, dict(HAS_SOFTCAP=softcap, PER_ROW=per_row, BLOCK=4096, num_warps=8)
+    products, targets = torch.zeros(8, 151936), torch.zeros(8, dtype=torch.int64)
+    x, bias = torch.zeros(8), torch.zeros(151936, dtype=torch.bfloat16)
+    for rich in (False, True):
+        shared = dict(HAS_BIAS=rich, HAS_SOFTCAP=rich, PER_ROW=rich, BLOCK=4096, num_warps=8)
+        b, tau = (bias, x) if rich else (products, x[0])
+        yield epilogue._softmax, (products, b, targets, tau, x, x, x, x, 151936, 151936, 1.0, 1.0), shared
+        for out in (products, products.view(torch.bfloat16)[:, :151936]):
+            args = (products, out, b, targets, tau, x, x, x, x, x, x, 151936, 151936, out.stride(0), 1.0, 1.0)
+            for more in (False, True):
+                yield epilogue._d_logits, args, shared | dict(HAS_LOGPS=True, HAS_LSE=more, HAS_ENTROPY=more)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")

@@ -1,4 +1,4 @@
-"""The Triton epilogue in the interpreter against float64 (TRITON_INTERPRET=1 in a process of its own)."""
+"""The Triton epilogues in the interpreter against float64 (TRITON_INTERPRET=1 in a process of its own)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 
-from genevolve_fast.kernels.logprob_epilogue import logprob_epilogue
+from bf16 import mend
 
+from genevolve_fast.kernels.logprob_epilogue import d_logits_epilogue, softmax_epilogue
+from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
+
+mend()
 DISTRIBUTIONS = {
     "flat": lambda rows, v: 1e-3 * torch.randn(rows, v),
     "normal": lambda rows, v: 3 * torch.randn(rows, v),
     "peaked": lambda rows, v: 60 * torch.randn(rows, v),
     "shifted": lambda rows, v: torch.randn(rows, v) - 14,
 }
+OPTIONS = {
+    "plain": {},
+    "softcap, scale, temperature per row, bias": dict(softcap=5.0, logit_scale=1.7, temperature="rows", bias=True),
+}
 
 
-def truth(logits, targets, temperature=1.0, softcap=None, scale=1.0):
-    z = logits.double() * scale
+def truth(products, targets, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+    z = logit_scale * (products if bias is None else products + bias.double())
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     z = z / (temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature)
@@ -30,46 +38,118 @@ def truth(logits, targets, temperature=1.0, softcap=None, scale=1.0):
     return log_p[torch.arange(len(targets)), targets], z.logsumexp(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def options_of(name, rows, vocabulary):
+    options = dict(OPTIONS[name])
+    if "bias" in options:
+        options |= dict(bias=torch.randn(vocabulary), temperature=torch.rand(rows) + 0.4)
+    return options
+
+
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("vocabulary", [1, 97, 1000, pytest.param(32003, marks=pytest.mark.slow)])
-def test_against_float64(kind, vocabulary):
+def test_softmax_against_float64(kind, vocabulary):
     torch.manual_seed(0)
-    logits = DISTRIBUTIONS[kind](5, vocabulary)
+    products = DISTRIBUTIONS[kind](5, vocabulary)
     targets = torch.randint(vocabulary, (5,))
-    targets[0], targets[1] = vocabulary - 1, logits[1].argmax()
-    got = logprob_epilogue(logits, targets, block=1024)
-    for mine, want in zip(got, truth(logits, targets), strict=True):
-        assert ((mine - want).abs() <= 2e-6 * (got[1].abs().double() / 16).clamp(min=1) * want.abs().clamp(min=1)).all()
-    assert (got[0] <= 0).all()
+    targets[0], targets[1] = vocabulary - 1, products[1].argmax()
+    got = softmax_epilogue(products, targets, block=1024)
+    lse = got.maximum + got.log_sum
+    for mine, want in zip((got.logps, lse, got.entropy), truth(products.double(), targets), strict=True):
+        assert ((mine - want).abs() <= 2e-6 * (lse.abs().double() / 16).clamp(min=1) * want.abs().clamp(min=1)).all()
+    assert (got.logps <= 0).all()
 
 
-def test_options_and_ignored_rows():
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("used", [("logps",), ("lse",), ("entropy",), ("logps", "lse", "entropy")])
+def test_d_logits_against_float64(name, used):
     torch.manual_seed(1)
-    logits, targets = 4 * torch.randn(6, 301), torch.randint(301, (6,))
-    tau = torch.rand(6) + 0.4
-    got = logprob_epilogue(logits, targets, temperature=tau, softcap=5.0, logit_scale=1.7, block=128)
-    want = truth(logits, targets, tau, 5.0, 1.7)
-    assert all((a - b).abs().max() < 4e-6 for a, b in zip(got, want, strict=True))
-    targets[2] = -100
-    ignored = logprob_epilogue(logits, targets, temperature=tau, softcap=5.0, logit_scale=1.7, block=128)
-    assert all(x[2] == 0 for x in ignored) and torch.equal(ignored[0][3:], got[0][3:])
+    products, targets = 4 * torch.randn(6, 301), torch.randint(301, (6,))
+    targets[0] = 300
+    options = options_of(name, 6, 301)
+    exact = products.double().requires_grad_()
+    want = dict(zip(("logps", "lse", "entropy"), truth(exact, targets, **options), strict=True))
+    got = softmax_epilogue(products, targets, block=128, **options)
+    assert (got.logps - want["logps"]).abs().max() < 4e-6 and (got.entropy - want["entropy"]).abs().max() < 4e-6
+    upstream = {n: torch.randn(6) for n in used}
+    (gradient,) = torch.autograd.grad(sum((want[n] * g.double()).sum() for n, g in upstream.items()), exact)
+    d_logits_epilogue(products, products, targets, got, block=128, **upstream, **options)
+    assert (products - gradient).abs().max() < 4e-6
+
+
+def test_half_width_results_overlay_the_products():
+    torch.manual_seed(2)
+    products, targets = 3 * torch.randn(5, 333), torch.randint(333, (5,))
+    got, g = softmax_epilogue(products, targets, block=64), torch.randn(5)
+    apart = torch.full((5, 333), torch.nan)
+    d_logits_epilogue(products, apart, targets, got, logps=g, block=64)
+    d_logits_epilogue(products, products.view(torch.bfloat16)[:, :333], targets, got, logps=g, block=64)
+    assert torch.equal(products.view(torch.bfloat16)[:, :333], apart.bfloat16())
 
 
 def test_equal_rows_give_equal_bits_and_strides_are_followed():
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     wide = torch.randn(8, 500)
     wide[5] = wide[1]
     view, targets = wide[:, :333], torch.full((8,), 17)
-    got = logprob_epilogue(view, targets, block=64)
+    got = softmax_epilogue(view, targets, block=64)
     assert all(x[5] == x[1] for x in got)
-    assert all(
-        torch.equal(a, b) for a, b in zip(got, logprob_epilogue(view.contiguous(), targets, block=64), strict=True)
-    )
-    assert logprob_epilogue(view[:0], targets[:0])[0].shape == (0,)
+    again = softmax_epilogue(view.contiguous(), targets, block=64)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert softmax_epilogue(view[:0], targets[:0]).logps.shape == (0,)
 
 
 def test_wrong_inputs_are_named():
-    with pytest.raises(ValueError, match="logits"):
-        logprob_epilogue(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="products"):
+        softmax_epilogue(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="targets"):
-        logprob_epilogue(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
+        softmax_epilogue(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="out"):
+        got = softmax_epilogue(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        d_logits_epilogue(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), got)
+
+
+# --- the operations on these kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", ["hidden", "both"])
+def test_linear_logprob_by_triton_equals_torch(dtype, trains):
+    results = []
+    for impl in ("triton", "torch"):
+        torch.manual_seed(4)
+        h, w = torch.randn(21, 16).to(dtype).requires_grad_(), torch.randn(97, 16).to(dtype)
+        w.requires_grad_(trains == "both")
+        y = torch.randint(97, (21,))
+        y[3] = -100
+        out = linear_logprob(h, w, y, return_entropy=True, return_lse=True, temperature=0.8, block_rows=8, impl=impl)
+        (out.logps.sum() + 0.3 * out.entropy.sum() - 0.1 * out.lse.sum()).backward()
+        results.append([*(x.detach() for x in out), *(x.grad.float() for x in (h, w) if x.grad is not None)])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_grpo_sdl_by_triton_equals_torch(dtype):
+    results = []
+    for impl in ("triton", "torch"):
+        torch.manual_seed(5)
+        h, w = torch.randn(20, 16).to(dtype).requires_grad_(), torch.randn(97, 16).to(dtype).requires_grad_()
+        loss, stats = linear_grpo_sdl(
+            h, w, torch.randint(97, (20,)), advantages=torch.randn(3), cu_seqlens=[0, 6, 13, 20],
+            teacher_hidden=torch.randn(20, 16).to(dtype), teacher_index=torch.arange(20), softcap=4.0,
+            objective=Objective(kl_coef=0, sdl_permille=300), block_rows=8, impl=impl,
+        )  # fmt: skip
+        loss.backward()
+        results.append([loss.detach(), stats["entropy"], h.grad.float(), w.grad.float()])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)
+
+
+def test_what_cannot_run_says_why():
+    h, w, y = torch.randn(2, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), torch.zeros(2).long()
+    with pytest.raises(ValueError, match="impl 'triton': triton computes in fp32"):
+        linear_logprob(h, w, y, impl="triton")
+    with pytest.raises(ValueError, match="auto, torch or triton"):
+        linear_logprob(h, w, y, impl="fast")
