@@ -277,6 +277,76 @@ def test_fused_arguments_are_named():
             linear_grpo_sdl(**good | wrong)
 
 
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary"), [(1, 1), (1, 97), (65_537, 97), (3, 32_003), (2, 151_936), (2, 152_064)]
+)
+def test_any_shape(rows, vocabulary):
+    torch.manual_seed(0)
+    h = torch.randn(rows, 4, requires_grad=True)
+    w = torch.randn(vocabulary, 4, requires_grad=True)
+    y = torch.randint(vocabulary, (rows,))
+    y[-1] = vocabulary - 1
+    mine = linear_logprob(h, w, y, return_entropy=True, return_lse=True, block_rows=256)
+    theirs = logprobs(h.double(), w.double(), y)
+    assert (mine.logps <= 0).all()
+    bound = 2e-6 * (theirs[2].abs() / 16).clamp(min=1)
+    for a, b in zip(mine, (theirs[0], theirs[1], theirs[2]), strict=True):
+        assert ((a - b).abs() <= bound * b.abs().clamp(min=1)).all()
+    exact = [x.detach().double().requires_grad_() for x in (h, w)]
+    truth = torch.autograd.grad(logprobs(*exact, y)[0].sum(), exact)
+    plain = torch.autograd.grad(logprobs(h, w, y)[0].sum(), [h, w])
+    for a, b, want in zip(torch.autograd.grad(mine.logps.sum(), [h, w]), plain, truth, strict=True):
+        assert (a - want).norm() <= 1.1 * (b - want).norm() + 1e-6 * want.norm()
+
+
+def test_peaked_flat_and_shifted_logits():
+    torch.manual_seed(0)
+    for scale, shift in ((1e-3, 0.0), (60.0, 0.0), (1.0, -14.0)):
+        h, w = torch.randn(16, 8), torch.randn(1000, 8) * scale
+        bias = torch.full((1000,), shift)
+        y = torch.randint(1000, (16,))
+        y[0] = (h[0] @ w.T).argmax()
+        mine = linear_logprob(h, w, y, bias=bias, return_lse=True)
+        theirs = logprobs(h.double(), w.double(), y, bias=bias.double())
+        plain = torch.log_softmax((h @ w.T + bias).double(), -1).gather(1, y[:, None])[:, 0]
+        error, gemm = (mine.logps - theirs[0]).abs().max(), (plain - theirs[0]).abs().max()
+        assert error <= 2 * gemm + 1e-6 * (theirs[2].abs().max() / 16).clamp(min=1) and (mine.logps <= 0).all()
+
+
+def test_strided_inputs_tied_weights_and_nothing_to_learn():
+    torch.manual_seed(0)
+    wide = torch.randn(10, 24, dtype=D)
+    h, w, y = wide[:, ::2], torch.randn(12, 37, dtype=D).T, torch.randint(37, (10,))
+    assert (linear_logprob(h, w, y).logps - logprobs(h, w, y)[0]).abs().max() < TOLERANCE
+    embedding = torch.randn(37, 12, dtype=D, requires_grad=True)  # input embedding and head in one
+    kwargs = dict(advantages=torch.ones(1, dtype=D), objective=Objective(kl_coef=0))
+    loss, _ = linear_grpo_sdl(embedding[y], embedding, y, cu_seqlens=[0, 10], **kwargs)
+    want = grpo_sdl(
+        logprobs(embedding[y], embedding, y)[0], seq_ids=torch.zeros(10, dtype=torch.int64), **kwargs
+    )[0]  # fmt: skip
+    got, expected = (torch.autograd.grad(x, embedding)[0] for x in (loss, want))
+    assert (got - expected).abs().max() < TOLERANCE
+    for targets in (torch.full((10,), -100), y[:0]):
+        states = h[: len(targets)].detach().requires_grad_()
+        loss, stats = linear_grpo_sdl(states, embedding, targets, cu_seqlens=[0, len(targets)], **kwargs)
+        loss.backward()
+        assert loss == 0 and not states.grad.any() and all(torch.isfinite(v) for v in stats.values())
+
+
+def test_log_probs_pass_gradcheck():
+    for weight_grad in (False, True):
+        h, w, y, options = head_inputs(6, 3, "softcap, scale, bias, temperature per row", weight_grad)
+        bias = options.pop("bias")
+
+        def run(h, w, b, y=y, options=options):
+            return linear_logprob(h, w, y, bias=b, return_entropy=True, return_lse=True, block_rows=4, **options)
+
+        assert torch.autograd.gradcheck(run, (h, w, bias))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -112,8 +112,8 @@ def _full_precision(method):
 
     @functools.wraps(method)
     def run(ctx, *args):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
+        devices = {a.device.type for a in args if isinstance(a, Tensor)} or {"cpu"}
+        with torch.autocast(devices.pop(), enabled=False):
             return method(ctx, *args)
 
     return run
