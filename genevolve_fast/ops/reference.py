@@ -45,14 +45,22 @@ def select_sdl(logps: Tensor, teacher_logps: Tensor, eligible: Tensor, seq_ids: 
     order = torch.sort(gap, descending=True, stable=True).indices
     order = order[torch.sort(groups[order], stable=True).indices]  # by group, widest gap first, then position
     sorted_groups = groups[order]
-    first = torch.searchsorted(sorted_groups, sorted_groups)
-    rank = torch.arange(len(order), device=order.device) - first
-    length = int(groups.max()) + 1 if len(groups) else 0
-    n = torch.zeros(length, dtype=torch.int64, device=order.device).index_add(0, groups, eligible.long())
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(sorted_groups, sorted_groups)
+    n = sequence_sums(eligible.long(), groups)
     keep = torch.clamp(-(-n * objective.sdl_permille // 1000), min=1).where(n > 0, 0)
     selected = torch.zeros_like(eligible)
-    selected[order] = rank < keep[sorted_groups]
+    selected[order] = rank < keep[order]
     return selected & eligible
+
+
+def sequence_sums(values: Tensor, seq_ids: Tensor) -> Tensor:
+    """[rows] the sum of `values` [rows] over each row's sequence, in int64 or fp64; nothing is synchronised."""
+    order = torch.sort(seq_ids, stable=True).indices
+    ids = seq_ids[order]
+    first = torch.searchsorted(ids, ids)  # a sequence is named by its first place in the order
+    kind = torch.float64 if values.is_floating_point() else torch.int64
+    sums = torch.zeros(len(ids), dtype=kind, device=ids.device).index_add(0, first, values[order].to(kind))
+    return torch.empty_like(sums).scatter(0, order, sums[first])
 
 
 def grpo_sdl(
@@ -216,9 +224,7 @@ def _rollout_weight(old: Tensor, c: Constants, o: Objective) -> Tensor:
 
 
 def _sequence_weight(old: Tensor, rollout: Tensor, seq_ids: Tensor, o: Objective) -> Tensor:
-    count = int(seq_ids.max()) + 1 if len(seq_ids) else 0
-    sums = torch.zeros(count, dtype=old.dtype, device=old.device).index_add(0, seq_ids, old - rollout)
-    return _truncated(sums[seq_ids], o)
+    return _truncated(sequence_sums(old - rollout, seq_ids).to(old.dtype), o)
 
 
 def _truncated(difference: Tensor, o: Objective) -> Tensor:
@@ -258,13 +264,13 @@ def _denominator(
 ) -> Tensor:
     """What every row is divided by: a number, or [rows] for seq-mean-token-mean."""
     one = torch.ones((), dtype=torch.float64, device=seq_ids.device)
-    length = int(seq_ids.max()) + 1 if len(seq_ids) else 0
-    counts = torch.zeros(length, dtype=torch.int64, device=seq_ids.device).index_add(0, seq_ids, keep.long())
     if o.loss_agg_mode == "token-mean":
-        return one * (num_tokens if num_tokens is not None else max(1, int(keep.sum())))
-    n = num_sequences if num_sequences is not None else max(1, int((counts > 0).sum()))
+        return one * (num_tokens if num_tokens is not None else keep.sum().clamp(min=1))
+    counts = sequence_sums(keep.long(), seq_ids).clamp(min=1)
+    # every loss row of a sequence of n holds 1/n of it, so that the sum counts the sequences
+    n = num_sequences if num_sequences is not None else (keep / counts.double()).sum().round().clamp(min=1)
     if o.loss_agg_mode == "seq-mean-token-mean":
-        return one * n * counts.clamp(min=1)[seq_ids]
+        return one * n * counts
     if o.loss_agg_mode == "seq-mean-token-sum-norm":
         return one * n * o.max_length
     return one * n
