@@ -29,6 +29,7 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "data": {"agent", "experience"},
     "train": {"agent", "batch", "data", "experience", "ops", "policy", "report", "reward", "rollout"},
     "evaluate": {"agent", "train"},
+    "integrations": {"ops", "policy"},
     "sandbox": {"agent", "data", "experience", "policy", "train"},
 }
 NO_TORCH = {"agent", "reward", "experience", "report", "render"}

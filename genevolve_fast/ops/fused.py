@@ -145,7 +145,7 @@ class _Sweep:
     ) -> None:
         self.hidden, self.head, self.sequences, self.o, self.scale = hidden, head, sequences, o, scale
         self.need_hidden, self.need_weight, self.need_bias = needs
-        self.live = _live_rows(c, o)
+        self.live, self.kept = _live_rows(c, o), c.keep.sum()
         self.c = c if self.live is None else c.rows(self.live)
         self.rows = len(self.c.keep)
         self.targets = torch.where(self.c.keep, targets if self.live is None else targets[self.live], 0)
@@ -175,6 +175,8 @@ class _Sweep:
                 self._add(chosen[part], self._softmax(chosen[part]), slope[chosen[part]])
         loss, stats = reference.total(self.logps, self.c, self.o)
         stats["entropy"] = reference.mean(self.entropy, self.c.keep)
+        for name in ("pg_clipfrac_low", "pg_clipfrac_high"):  # rows left out are not clipped, but they count
+            stats[name] = stats[name] * (self.c.keep.sum() / self.kept.clamp(min=1))
         return loss * self.scale, stats
 
     def weight_gradient(self) -> Tensor | None:
