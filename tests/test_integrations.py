@@ -49,7 +49,7 @@ def test_liger_grpo_loss(options, given):
         loss, metrics = loss_of(x, w, ids, mask, advantages, **more)
         results.append([loss, *metrics, *torch.autograd.grad(loss, [x, w])])
     for mine, theirs in zip(*results, strict=True):
-        assert (mine - theirs).abs().max() < 1e-5
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)
 
 
 def test_the_teacher_is_what_liger_has_not():
