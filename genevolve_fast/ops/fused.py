@@ -145,7 +145,7 @@ class _Sweep:
     ) -> None:
         self.hidden, self.head, self.sequences, self.o, self.scale = hidden, head, sequences, o, scale
         self.need_hidden, self.need_weight, self.need_bias = needs
-        self.live, self.kept = _live_rows(c, o), c.keep.sum()
+        self.live, self.kept = _live_rows(c), c.keep.sum()
         self.c = c if self.live is None else c.rows(self.live)
         self.rows = len(self.c.keep)
         self.targets = torch.where(self.c.keep, targets if self.live is None else targets[self.live], 0)
@@ -235,11 +235,11 @@ class _Sweep:
             self.d_bias += d.sum(0, dtype=self.work.kind)
 
 
-def _live_rows(c: Constants, o: Objective) -> Tensor | None:
+def _live_rows(c: Constants) -> Tensor | None:
     """Rows that can have a gradient, where finding out costs no synchronisation; None: all of them."""
     if c.keep.device.type != "cpu":
         return None
-    live = c.keep & ((c.advantages != 0) | c.eligible | bool(c.ref is not None))
+    live = c.keep if c.ref is not None else c.keep & ((c.advantages != 0) | c.eligible)
     return None if bool(live.all()) else live.nonzero()[:, 0]
 
 

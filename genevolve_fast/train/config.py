@@ -65,14 +65,7 @@ class OptimConfig(_Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps spent warming up linearly")
     schedule: Literal["constant", "cosine"] = Field("constant", description="After the warm-up")
-    cycles: int = Field(1, ge=1, description="Equal parts of the run in which the cosine falls to zero")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
-
-    @model_validator(mode="after")
-    def _refuse(self) -> OptimConfig:
-        if self.cycles > 1 and self.schedule != "cosine":
-            raise ValueError("cycles belong to schedule 'cosine'")
-        return self
 
 
 class CheckpointConfig(_Section):

@@ -65,14 +65,12 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
             )  # arXiv 2502.16982
         )
     warmup = max(1, math.ceil(config.warmup_ratio * total_steps))
-    cycle = math.ceil(total_steps / config.cycles)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if config.schedule == "constant":
             return 1.0
-        begin = warmup if step < cycle else 0  # only the first cycle starts with a warm-up
-        return 0.5 * (1 + math.cos(math.pi * ((step % cycle - begin) / max(1, cycle - begin))))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
     return Optimizer(parts, factor)
