@@ -48,7 +48,7 @@ class Run:
         self._phase_seconds: dict[str, float] = {}
         self._phase_memory: dict[str, float] = {}
         self._settle(config, resume)
-        self._total = total
+        self._total, self._minutes = total, getattr(config, "minutes", None)
         self._bar: tqdm | None = None
         self._board = None
 
@@ -76,8 +76,16 @@ class Run:
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line cut by the crash
             write_atomic(path, "".join(f"{line}\n" for line in kept))
+        # a run that ends by the clock cannot tell from its steps when
+        timed = f"{{desc}}: {{n_fmt}} steps [{{elapsed}} of {self._minutes} min, {{rate_fmt}}{{postfix}}]"
         self._bar = tqdm(
-            total=self._total, initial=step, desc=self.folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
+            total=self._total,
+            initial=step,
+            desc=self.folder.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            bar_format=timed if self._minutes else None,
         )
 
     @contextmanager
