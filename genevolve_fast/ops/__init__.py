@@ -1,6 +1,6 @@
 """Differentiable operations for anyone's trainer: torch is all they need."""
 
-from genevolve_fast.ops.blocks import supported
+from genevolve_fast.ops.epilogues import supported
 from genevolve_fast.ops.fused import linear_grpo_sdl
 from genevolve_fast.ops.head import LogProbs, linear_logprob
 from genevolve_fast.ops.objective import Objective

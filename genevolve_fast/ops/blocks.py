@@ -1,4 +1,4 @@
-"""Logits a few blocks at a time: the workspace, its GEMMs and the softmax epilogue in plain PyTorch.
+"""Logits a few blocks at a time: the workspace and the head's GEMMs.
 
 Forward GEMMs always run on `block_rows` rows, so that equal hidden rows give equal bits wherever they stand; gradient
 GEMMs run on all blocks of a visit at once and on the true row count.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_STRIP_BYTES = 2 << 20  # elementwise work on this much at a time stays in a core's cache
+from genevolve_fast.ops.epilogues import EPILOGUES, Softmax, Upstream, choose
+from genevolve_fast.ops.shards import merge, summed
+
 _CAST_COLUMNS = 4096  # vocabulary rows of the head cast at a time where a GEMM cannot mix dtypes
 _DEFAULT_BLOCKS = {"cpu": 1, "cuda": 4}  # of a visit: a GPU's gradient GEMMs want more rows, a CPU's do not
+
+Rows = slice | Tensor  # some rows of a call: a range, or their indices
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -25,43 +28,50 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Head:
-    """z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature; temperature a number or [rows]."""
+    """z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature; temperature a number or [rows].
+
+    With `group`, the name of a process group, weight and bias are this rank's rows of the vocabulary, from `first` on.
+    """
 
     weight: Tensor
     bias: Tensor | None
     temperature: float | Tensor
     softcap: float | None
     scale: float
+    group: str | None = None
+    first: int = 0
+
+    # Head.arguments as a custom operator's schema spells them
+    SCHEMA = (
+        "Tensor weight, Tensor? bias, Tensor? row_temperature, float temperature, float? softcap, float logit_scale, "
+        "str? group, int vocab_start"
+    )
 
     @classmethod
-    def of(cls, weight, bias, temperature, softcap, scale) -> Head:
-        """Without the graphs that its tensors may belong to."""
-        bare = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
-        return cls(bare(weight), bare(bias), bare(temperature), softcap, scale)
+    def of(cls, weight, bias, row_temperature, temperature, softcap, scale, group, first) -> Head:
+        """From a custom operator's arguments."""
+        return cls(
+            weight, bias, temperature if row_temperature is None else row_temperature, softcap, scale, group, first
+        )
 
-    def rows(self, part: Tensor) -> Head:
-        """The head of some rows."""
+    def arguments(self) -> tuple:
+        """For a custom operator; without the graphs that the tensors may belong to, except weight's and bias'."""
         t = self.temperature
-        return replace(self, temperature=t[part]) if isinstance(t, Tensor) and t.ndim else self
+        by_row, number = (t.detach(), 1.0) if isinstance(t, Tensor) else (None, float(t))
+        softcap = None if self.softcap is None else float(self.softcap)
+        return (self.weight, self.bias, by_row, number, softcap, float(self.scale), self.group, self.first)
 
-    def tau(self, rows: slice | Tensor) -> float | Tensor:
+    def tau(self, rows: Rows) -> float | Tensor:
         """The temperature of some rows: a number, or [rows, 1]."""
         t = self.temperature
         return t[rows][:, None] if isinstance(t, Tensor) and t.ndim else t
 
-
-@dataclass(frozen=True)
-class Softmax:
-    """What the epilogue keeps of each row [rows]; the workspace then holds z - maximum."""
-
-    logps: Tensor
-    maximum: Tensor
-    log_sum: Tensor
-    entropy: Tensor | None
-
-    @property
-    def lse(self) -> Tensor:
-        return self.maximum + self.log_sum
+    def at(self, targets: Tensor) -> Tensor:
+        """Targets as row numbers of `weight`; -1 where another rank has them."""
+        if self.group is None:
+            return targets
+        own = targets - self.first
+        return torch.where((own >= 0) & (own < len(self.weight)), own, -1)
 
 
 def rows_per_visit(
@@ -82,19 +92,14 @@ def rows_per_visit(
     return block_rows * min(blocks, max(1, -(-rows // block_rows)))
 
 
-class Upstream(NamedTuple):
-    """Gradients [n] of the loss with respect to logps, lse and entropy; None: the loss does not use it."""
-
-    logps: Tensor | None = None
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-
-
 class Workspace:
     """fp32 (fp64) logits [rows of a visit, V], allocated once and reused by every visit.
 
     `two`: room for two gradients of the logits at once. The first one overlays the logits.
     """
+
+    # Workspace.__init__'s last arguments as a custom operator's schema spells them
+    SCHEMA = "str impl, float? workspace_mb, int block_rows"
 
     def __init__(
         self,
@@ -108,178 +113,98 @@ class Workspace:
     ) -> None:
         self.kind = accumulator(hidden)
         self.dtype = hidden.dtype
-        self.block_rows = block_rows
+        self.head, self.block_rows = head, block_rows
         vocabulary = len(head.weight)
         bytes_each = self.kind.itemsize + (self.dtype.itemsize if two else 0)
         self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each, hidden.device.type)
         self.logits = torch.empty(self.per_visit, vocabulary, dtype=self.kind, device=hidden.device)
         self.second = torch.empty_like(self.logits, dtype=self.dtype) if two else None
-        self.epilogue = _EPILOGUES[choose(impl, hidden)]
+        self.epilogue = EPILOGUES[choose(impl, hidden)]
 
     def visits(self, rows: int) -> Iterator[slice]:
         """Row ranges of the visits, in order."""
         for first in range(0, rows, self.per_visit):
             yield slice(first, min(first + self.per_visit, rows))
 
-    def softmax(self, hidden: Tensor, targets: Tensor, head: Head, rows: slice | Tensor, entropy: bool) -> Softmax:
-        """Logits of `hidden` [n, H] into the workspace, each row reduced; `targets` [n] in [0, V)."""
+    def softmax(self, hidden: Tensor, targets: Tensor, rows: Rows, entropy: bool) -> Softmax:
+        """Logits of `hidden` [n, H], which are the call's `rows`, into the workspace, each row reduced.
+
+        A target outside the vocabulary gives NaN.
+        """
         n = len(hidden)
         for first in range(0, n, self.block_rows):
             block = hidden[first : first + self.block_rows]
             if len(block) < self.block_rows:
                 block = torch.cat([block, block.new_zeros(self.block_rows - len(block), block.shape[1])])
-            mm_logits(block, head.weight, self.logits[first : first + self.block_rows])
-        return self.epilogue.softmax(self.logits[:n], targets, head, head.tau(rows), entropy)
+            mm_logits(block, self.head.weight, self.logits[first : first + self.block_rows])
+        own = self.head.at(targets)
+        entropy = entropy or self.head.group is not None  # the shards' merge is one message either way
+        made = self.epilogue.softmax(self.logits[:n], own, self.head, self.head.tau(rows), entropy)
+        here = (own >= 0) & (own < self.logits.shape[1])
+        if self.head.group is not None:
+            return merge(made, here, self.head.group)
+        return replace(made, logps=torch.where(here, made.logps, torch.nan))
 
-    def d_logits(
-        self, softmax: Softmax, targets: Tensor, head: Head, rows: slice | Tensor, *upstream: Upstream
-    ) -> list[Tensor]:
+    def d_logits(self, softmax: Softmax, targets: Tensor, rows: Rows, *upstream: Upstream) -> list[Tensor]:
         """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in hidden's dtype; logits are lost."""
         n, vocabulary = len(targets), self.logits.shape[1]
         out = [self.logits.view(self.dtype)[:n, :vocabulary]]
         if len(upstream) == 2:
             out.append(self.second[:n])
-        self.epilogue.d_logits(self.logits[:n], out, softmax, targets, head, head.tau(rows), upstream)
+        head = self.head
+        self.epilogue.d_logits(self.logits[:n], out, softmax, head.at(targets), head, head.tau(rows), upstream)
         return out
 
+    def softmax_and_d_logits(
+        self, hidden: Tensor, targets: Tensor, rows: Rows, entropy: bool, *upstream: Upstream
+    ) -> tuple[Softmax, list[Tensor]]:
+        """Both, for upstream gradients that are known before the log-probs are."""
+        softmax = self.softmax(hidden, targets, rows, entropy or any(g.entropy is not None for g in upstream))
+        return softmax, self.d_logits(softmax, targets, rows, *upstream) if upstream else []
 
-# --- epilogues --------------------------------------------------------------------------------------------------------
-
-
-def supported(impl: str, hidden: Tensor) -> str | None:
-    """Why `impl` ("torch" or "triton") cannot run on hidden's device and dtype; None where it can."""
-    if impl == "torch":
-        return None
-    if impl != "triton":
-        return f"impl must be auto, torch or triton, not {impl!r}"
-    if hidden.dtype == torch.float64:
-        return "triton computes in fp32, not fp64"
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed"
-    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
-        return f"triton needs a GPU, hidden is on {hidden.device}"
-    return None
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        """[n, H] of d_logits [n, V], all shards of the vocabulary together."""
+        return summed(mm_hidden(d_logits, self.head.weight, wide=self.head.group is not None), self.head.group)
 
 
-def choose(impl: str, hidden: Tensor) -> str:
-    """The implementation that runs; auto is triton on a GPU. Raises ValueError with the reason where it cannot."""
-    if impl == "auto":
-        return "triton" if hidden.is_cuda and supported("triton", hidden) is None else "torch"
-    if reason := supported(impl, hidden):
-        raise ValueError(f"impl {impl!r}: {reason}")
-    return impl
+class Gradients:
+    """dH [rows, H] in hidden's dtype, dW [V, H] and dbias [V] in fp32 (fp64), from d logits a visit at a time."""
 
-
-class _TorchEpilogue:
-    """Strips of a few rows stay in a core's cache; the logits become z - maximum."""
-
-    @staticmethod
-    def softmax(logits: Tensor, targets: Tensor, head: Head, tau, entropy: bool) -> Softmax:
-        out = logits.new_empty(4 if entropy else 3, len(logits))
-        for s in _strips(logits):
-            z = logits[s]
-            to_logits(z, head, _part(tau, s))
-            maximum = z.amax(1, keepdim=True)
-            z.sub_(maximum)
-            e = z.exp()
-            total = e.sum(1)
-            log_sum = total.log()
-            out[0, s] = z.gather(1, targets[s, None])[:, 0] - log_sum
-            out[1, s] = maximum[:, 0]
-            out[2, s] = log_sum
-            if entropy:
-                out[3, s] = log_sum - e.mul_(z).sum(1) / total
-        return Softmax(*out, *([] if entropy else [None]))
-
-    @staticmethod
-    def d_logits(
-        logits: Tensor, out: list[Tensor], softmax: Softmax, targets: Tensor, head: Head, tau, upstream
+    def __init__(
+        self, work: Workspace, hidden: Tensor, needs: tuple[bool, bool, bool], main_grad: Tensor | None = None
     ) -> None:
-        for s in _strips(logits):  # a strip is read whole before half-width results overlay it
-            log_p = logits[s].sub_(softmax.log_sum[s, None])
-            slope = _slope(log_p, softmax, s, head, _part(tau, s))
-            p = log_p.exp()
-            made = [_strip_gradient(g, p, log_p, softmax, targets, s) for g in upstream]
-            for into, d in zip(out, made, strict=True):
-                into[s] = d.mul_(slope)
+        need_hidden, need_weight, need_bias = needs
+        self.work, head, kind = work, work.head, work.kind
+        self.hidden = torch.zeros_like(hidden) if need_hidden else None
+        self.main_grad = main_grad
+        self.weight = torch.zeros_like(head.weight, dtype=kind) if need_weight and main_grad is None else main_grad
+        self.bias = torch.zeros_like(head.bias, dtype=kind) if need_bias else None
+
+    def add(self, d_logits: Tensor, block: Tensor, rows: Rows, again: bool = False) -> None:
+        """The d logits [n, V] of the call's `rows`, whose hidden states are `block` [n, H]; `again`: a second time."""
+        if self.hidden is not None:
+            made = self.work.d_hidden(d_logits)
+            if again:
+                made = made.to(self.work.kind) + self.hidden[rows]
+            self.hidden[rows] = made.to(self.hidden.dtype)
+        if self.weight is not None:
+            add_weight_gradient(self.weight, d_logits, block)
+        if self.bias is not None:
+            self.bias += d_logits.sum(0, dtype=self.work.kind)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dH, dW, dbias) in the arguments' dtypes; empty where not needed: a custom operator must return tensors."""
+        head, weight = self.work.head, None if self.main_grad is not None else self.weight
+        pairs = ((self.hidden, self.hidden), (weight, head.weight), (self.bias, head.bias))
+        return tuple(self.work.logits.new_empty(0) if x is None else x.to(like.dtype) for x, like in pairs)
 
 
-class _TritonEpilogue:
-    """kernels/logprob_epilogue.py: one read of the products for the softmax, one in-place pass for the gradient."""
-
-    @staticmethod
-    def _options(head: Head, tau) -> dict:
-        tau = tau[:, 0] if isinstance(tau, Tensor) and tau.ndim else tau
-        return dict(bias=head.bias, temperature=tau, softcap=head.softcap, logit_scale=head.scale)
-
-    @classmethod
-    def softmax(cls, logits: Tensor, targets: Tensor, head: Head, tau, entropy: bool) -> Softmax:
-        from genevolve_fast.kernels.logprob_epilogue import softmax_epilogue
-
-        return Softmax(*softmax_epilogue(logits, targets, **cls._options(head, tau)))
-
-    @classmethod
-    def d_logits(cls, logits, out: list[Tensor], softmax: Softmax, targets: Tensor, head: Head, tau, upstream) -> None:
-        from genevolve_fast.kernels.logprob_epilogue import d_logits_epilogue
-
-        for into, g in reversed(list(zip(out, upstream, strict=True))):  # the first overwrites what the second reads
-            d_logits_epilogue(logits, into, targets, softmax, **g._asdict(), **cls._options(head, tau))
-
-
-_EPILOGUES = {"torch": _TorchEpilogue, "triton": _TritonEpilogue}
-
-
-def _strips(logits: Tensor) -> Iterator[slice]:
-    rows = max(1, _STRIP_BYTES // max(1, logits.shape[1] * logits.element_size()))
-    for first in range(0, len(logits), rows):
-        yield slice(first, min(first + rows, len(logits)))
-
-
-def _part(tau, s: slice):
-    return tau[s] if isinstance(tau, Tensor) and tau.ndim else tau
-
-
-def _strip_gradient(g: Upstream, p: Tensor, log_p: Tensor, softmax: Softmax, targets: Tensor, s: slice) -> Tensor:
-    """d/dz of logps·logp + lse·lse + entropy·H for one strip [strip, V]."""
-    zero = torch.zeros((), dtype=p.dtype, device=p.device)
-    g_logp = zero.expand(len(targets))[s] if g.logps is None else g.logps[s].to(p.dtype)
-    share = -g_logp if g.lse is None else g.lse[s].to(p.dtype) - g_logp
-    if g.entropy is None:
-        d = p * share[:, None]
-    else:
-        d = (log_p + softmax.entropy[s, None]).mul_(-g.entropy[s, None].to(p.dtype)).add_(share[:, None]).mul_(p)
-    if g.logps is not None:
-        d.scatter_add_(1, targets[s, None], g_logp[:, None])
-    return d
-
-
-def _slope(log_p: Tensor, softmax: Softmax, s: slice, head: Head, tau) -> Tensor | float:
-    """dz / d(h·Wᵀ + b); tanh' = 1 - (z·tau/softcap)²."""
-    if head.softcap is None:
-        return head.scale / tau
-    z = log_p + (softmax.log_sum[s] + softmax.maximum[s])[:, None]
-    return z.mul_(tau / head.softcap).square_().neg_().add_(1).mul_(head.scale).div_(tau)
-
-
-def to_logits(z: Tensor, head: Head, tau) -> None:
-    """h·Wᵀ to z, in place."""
-    if head.bias is not None:
-        z += head.bias.to(z.dtype)
-    if head.scale != 1:
-        z *= head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    if isinstance(tau, Tensor) or tau != 1:
-        z /= tau
-
-
-def target_slope(z: Tensor, head: Head, rows: slice) -> Tensor:
-    """dz/d(h·Wᵀ + b) [n] at logits z [n]."""
-    tau = head.temperature[rows] if isinstance(head.temperature, Tensor) and head.temperature.ndim else head.temperature
-    slope = torch.full_like(z, head.scale) / tau
-    return slope if head.softcap is None else slope * (1 - (z * tau / head.softcap).square())
+def kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden, targets, kept) of some rows; what is ignored becomes 0, because 0 · NaN would reach every gradient."""
+    y = targets[rows]
+    kept = y != ignore_index
+    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+    return torch.where(kept[:, None], hidden[rows], zero), torch.where(kept, y, 0), kept
 
 
 # --- GEMMs ------------------------------------------------------------------------------------------------------------
@@ -297,13 +222,16 @@ def mm_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, weight[part].to(out.dtype).T, out=out[:, part])
 
 
-def mm_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """[rows, H] = d_logits [rows, V] · weight [V, H], in d_logits' dtype."""
-    if weight.dtype == d_logits.dtype:
+def mm_hidden(d_logits: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    """[rows, H] = d_logits [rows, V] · weight [V, H], in d_logits' dtype, or with `wide` in fp32 (fp64)."""
+    kind = accumulator(d_logits) if wide else d_logits.dtype
+    if weight.dtype == d_logits.dtype == kind:
         return torch.mm(d_logits, weight)
-    out = d_logits.new_zeros(len(d_logits), weight.shape[1])
+    if weight.dtype == d_logits.dtype and d_logits.is_cuda:
+        return torch.mm(d_logits, weight, out_dtype=kind)
+    out = d_logits.new_zeros(len(d_logits), weight.shape[1], dtype=kind)
     for part in weight_tiles(weight):
-        out.addmm_(d_logits[:, part], weight[part].to(out.dtype))
+        out.addmm_(d_logits[:, part].to(kind), weight[part].to(kind))
     return out
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from genevolve_fast.ops.blocks import Head, Upstream, Workspace, add_weight_gradient, mm_hidden, target_slope
+from genevolve_fast.ops.blocks import Gradients, Head, Rows, Workspace, accumulator, kept_rows
+from genevolve_fast.ops.epilogues import Upstream
+from genevolve_fast.ops.shards import group_name, summed, whole_weight
 
 
 class LogProbs(NamedTuple):
@@ -35,6 +39,8 @@ def linear_logprob(
     workspace_mb: float | None = None,
     block_rows: int = 1024,
     check_targets: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> LogProbs:
     """log softmax(z)[target] of z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature, differentiable.
 
@@ -48,28 +54,29 @@ def linear_logprob(
 
     Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
     a GPU) + 40·rows + 12 MiB, + 4·V·H for dW, + without dW hidden's bytes (twice with entropy).
+
+    With `process_group`, weight and bias are this rank's rows of the vocabulary, from token `vocab_start` on (shards
+    may be uneven); all ranks give the same hidden and targets and get the same results, dH summed over the group. An
+    FSDP2 weight (DTensor) is gathered once.
+
     impl "torch" runs everywhere, "triton" on a GPU, "auto" takes the faster one that runs (`supported` says why not).
-    Raises ValueError naming the argument of a wrong shape, dtype or value. Targets are checked where that costs no
-    synchronisation, on a CPU, or with `check_targets`; else a wrong one is the device's assertion.
+    Raises ValueError naming the argument of a wrong shape, dtype or value. Targets and NaN in `hidden` are checked
+    where that costs no synchronisation, on a CPU, or with `check_targets`; else both give NaN for their rows.
     """
-    head = Head.of(weight, bias, temperature, softcap, logit_scale)
+    weight = whole_weight(weight)
+    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(process_group), vocab_start)
     check_head(hidden, head, targets, block_rows)
     if return_entropy not in (True, False, "detached"):
         raise ValueError(f"return_entropy must be True, False or 'detached', got {return_entropy!r}")
-    on_cpu = targets.device.type == "cpu"
-    if on_cpu or check_targets:
-        check_target_range(targets, len(weight), ignore_index)
-    live = None
-    if on_cpu and bool((dropped := targets == ignore_index).any()):
-        live = (~dropped).nonzero()[:, 0]
-        head = head.rows(live)
-        hidden, targets = hidden[live], targets[live]
-    out = _LinearLogprob.apply(
-        hidden, weight, bias, targets, head, ignore_index, return_entropy, (impl, workspace_mb, block_rows)
-    )
-    if live is not None:
-        out = tuple(x if x is None else x.new_zeros(len(dropped)).index_put((live,), x) for x in out)
-    logps, entropy, lse = out
+    trains = torch.is_grad_enabled() and hidden.requires_grad
+    trains_head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    units = 0 if trains_head or not trains else 2 if return_entropy is True else 1
+    logps, entropy, lse, *_ = _forward(
+        hidden, *head.arguments(), targets, ignore_index, bool(return_entropy), units, check_targets, impl,
+        workspace_mb, block_rows,
+    )  # fmt: skip
+    if return_entropy == "detached":
+        entropy = entropy.detach()
     return LogProbs(logps, entropy if return_entropy else None, lse if return_lse else None)
 
 
@@ -99,109 +106,200 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, block_rows: int) -> 
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
 
 
-def check_target_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raises ValueError naming the first target outside the vocabulary; synchronises a GPU."""
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
-    if wrong.any():
+def check_values(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> None:
+    """Raises ValueError naming the first target outside the vocabulary, or NaN; synchronises a GPU."""
+    kept = targets != ignore_index
+    vocabulary = len(head.weight) if head.group is None else torch.iinfo(torch.int64).max
+    if (wrong := kept & ((targets < 0) | (targets >= vocabulary))).any():
         row = int(wrong.nonzero()[0])
         raise ValueError(f"targets[{row}] is {int(targets[row])}: neither in [0, {vocabulary}) nor {ignore_index}")
 
 
-def _full_precision(method):
-    """Run a method of an autograd function without autocast: bf16 logits would be silently inexact."""
-
-    @functools.wraps(method)
-    def run(ctx, *args):
-        devices = {a.device.type for a in args if isinstance(a, Tensor)} or {"cpu"}
-        with torch.autocast(devices.pop(), enabled=False):
-            return method(ctx, *args)
-
-    return run
-
-
-def _kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, targets, kept) of some rows; what is ignored becomes 0, because 0 · NaN would reach every gradient."""
-    kept = targets[rows] != ignore_index
-    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-    return torch.where(kept[:, None], hidden[rows], zero), torch.where(kept, targets[rows], 0), kept
+def check_result(logps: Tensor, hidden: Tensor, head: Head, rows: Rows) -> None:
+    """Raises ValueError naming the argument that made some of the log-probs of `rows` NaN; synchronises a GPU."""
+    if not logps.isnan().any():
+        return
+    where = torch.arange(len(hidden), device=hidden.device)[rows][logps.isnan()]
+    if (bad := ~hidden[where].isfinite().all(1)).any():
+        raise ValueError(f"hidden[{int(where[bad][0])}] holds NaN or infinity")
+    for name, x in (("weight", head.weight), ("bias", head.bias), ("temperature", head.temperature)):
+        if isinstance(x, Tensor) and not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    raise ValueError(f"the log-prob of row {int(where[0])} is NaN: its logits overflow, or no rank holds its target")
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    @_full_precision
-    def forward(ctx, hidden, weight, bias, targets, head, ignore_index, entropy, size):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
-        ctx.frozen = need_hidden and not (need_weight or need_bias)
-        units = [torch.empty_like(hidden) for _ in range(2 if entropy is True else 1)] if ctx.frozen else []
-        work = Workspace(len(hidden), hidden, head, *size, two=len(units) == 2)
-        logps, lse = torch.empty(2, len(hidden), dtype=work.kind, device=hidden.device)
-        entropies = torch.empty_like(logps) if entropy else None
-        for visit in work.visits(len(hidden)):
-            h, y, kept = _kept_rows(hidden, targets, ignore_index, visit)
-            softmax = work.softmax(h, y, head, visit, bool(entropy))
-            logps[visit] = torch.where(kept, softmax.logps, 0)
-            lse[visit] = torch.where(kept, softmax.lse, 0)
+def full_precision(hidden: Tensor) -> contextlib.AbstractContextManager:
+    """Without autocast: bf16 logits would be silently inexact."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def entering_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the rows that enter the GEMMs, where finding out costs no synchronisation; None: all."""
+    if targets.device.type != "cpu" or not bool((dropped := targets == ignore_index).any()):
+        return None
+    return (~dropped).nonzero()[:, 0]
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "genevolve_fast::linear_logprob",
+    mutates_args=(),
+    schema=f"(Tensor hidden, {Head.SCHEMA}, Tensor targets, int ignore_index, bool entropy, int units, bool check, "
+    f"{Workspace.SCHEMA}) -> (Tensor logps, Tensor entropy, Tensor lse, Tensor unit_logp, Tensor unit_entropy)",
+)
+def _forward(
+    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
+    ignore_index, entropy, units, check, impl, workspace_mb, block_rows,
+):  # fmt: skip
+    """`units`: how many of the gradients of logps and of entropy with respect to hidden are made, for a frozen head."""
+    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    logps, entropies, lse, *made = _outputs(hidden, entropy, units)
+    with full_precision(hidden):
+        check = check or hidden.device.type == "cpu"
+        if check:
+            check_values(hidden, head, targets, ignore_index)
+        entering = entering_rows(targets, ignore_index)
+        count = len(hidden) if entering is None else len(entering)
+        work = Workspace(count, hidden, head, impl, workspace_mb, block_rows, two=units == 2)
+        for visit in work.visits(count):
+            rows = visit if entering is None else entering[visit]
+            h, y, kept = kept_rows(hidden, targets, ignore_index, rows)
+            one = kept.to(work.kind)
+            each = (Upstream(logps=one), Upstream(entropy=one))[:units]
+            softmax, d_logits = work.softmax_and_d_logits(h, y, rows, entropy, *each)
+            logps[rows] = torch.where(kept, softmax.logps, 0)
+            lse[rows] = torch.where(kept, softmax.lse, 0)
             if entropy:
-                entropies[visit] = torch.where(kept, softmax.entropy, 0)
-            if units:
-                each = (Upstream(logps=kept.to(work.kind)), Upstream(entropy=kept.to(work.kind)))[: len(units)]
-                for unit, d in zip(units, work.d_logits(softmax, y, head, visit, *each), strict=True):
-                    unit[visit] = mm_hidden(d, head.weight)
-        ctx.options = (head, ignore_index, size, need_weight, need_bias)
-        ctx.save_for_backward(*((logps, lse, targets, *units) if ctx.frozen else (hidden, targets)))
-        if entropy == "detached":
-            ctx.mark_non_differentiable(entropies)
-        return logps, entropies, lse
-
-    @staticmethod
-    @_full_precision
-    def backward(ctx, *upstream):
-        g = Upstream(upstream[0], upstream[2], upstream[1])
-        grads = _frozen_gradient(ctx, g) if ctx.frozen else _gradients(ctx, g)
-        return (*grads, *[None] * 5)
+                entropies[rows] = torch.where(kept, softmax.entropy, 0)
+            for unit, d in zip(made, d_logits, strict=False):
+                unit[rows] = work.d_hidden(d).to(unit.dtype)
+            if check:
+                check_result(torch.where(kept, softmax.logps, 0), hidden, head, rows)
+    return logps, entropies, lse, *made
 
 
-def _frozen_gradient(ctx, g: Upstream) -> tuple[Tensor | None, None, None]:
+def _outputs(hidden: Tensor, entropy: bool, units: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kind, rows = accumulator(hidden), len(hidden)
+    each = [hidden.new_zeros(rows if wanted else 0, dtype=kind) for wanted in (True, entropy, True)]
+    return (*each, *(hidden.new_zeros(rows if units > i else 0, hidden.shape[1]) for i in range(2)))
+
+
+@_forward.register_fake
+def _(hidden, *arguments):
+    return _outputs(hidden, entropy=arguments[10], units=arguments[11])
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, bias, row_temperature, *_, targets, ignore_index, _, units, _, impl, workspace_mb, block_rows = (
+        inputs
+    )
+    logps, _, lse, *made = output
+    ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
+    ctx.head, ctx.ignore_index, ctx.units, ctx.size = inputs[4:9], ignore_index, units, (impl, workspace_mb, block_rows)
+    kept = (logps, lse, *made) if units else (hidden,)
+    ctx.save_for_backward(weight, bias, row_temperature, targets, *kept)
+
+
+def _backward(ctx, g_logps, g_entropy, g_lse, *_):
+    weight, bias, row_temperature, targets, *kept = ctx.saved_tensors
+    head = (weight, bias, row_temperature, *ctx.head)
+    if ctx.units:
+        grads = (_scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse), None, None)
+    else:
+        needs = [ctx.needs_input_grad[i] for i in range(3)]
+        made = _recompute(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, *needs, *ctx.size)
+        grads = [x if need else None for x, need in zip(made, needs, strict=True)]
+    return (*grads, *[None] * 14)
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "genevolve_fast::linear_logprob_frozen_backward",
+    mutates_args=(),
+    schema=f"(Tensor logps, Tensor lse, Tensor unit_logp, Tensor unit_entropy, {Head.SCHEMA}, Tensor targets, "
+    "int ignore_index, Tensor? g_logps, Tensor? g_entropy, Tensor? g_lse) -> Tensor",
+)
+def _scale_units(
+    logps, lse, unit_logp, unit_entropy, weight, bias, row_temperature, temperature, softcap, logit_scale, group,
+    vocab_start, targets, ignore_index, g_logps, g_entropy, g_lse,
+):  # fmt: skip
     """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
-    logps, lse, targets, *units = ctx.saved_tensors
-    head, ignore_index, (*_, block_rows) = ctx.options[:3]
-    d_hidden = torch.zeros_like(units[0])
-    for first in range(0, len(d_hidden), block_rows):
-        rows = slice(first, first + block_rows)
+    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    d_hidden = torch.zeros_like(unit_logp)
+    for first in range(0, len(d_hidden), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
         kept = targets[rows] != ignore_index
-        up = Upstream(*(None if x is None else torch.where(kept, x[rows], 0)[:, None] for x in g))
+        up = Upstream(
+            *(None if x is None else torch.where(kept, x[rows], 0)[:, None] for x in (g_logps, g_lse, g_entropy))
+        )
         total = torch.zeros((), dtype=logps.dtype, device=logps.device)
         if up.logps is not None:
-            total = total + up.logps * units[0][rows]
+            total = total + up.logps * unit_logp[rows]
         if up.entropy is not None:
-            total = total + up.entropy * units[1][rows]
+            total = total + up.entropy * unit_entropy[rows]
         if up.lse is not None:  # logp = z_y - lse, so the gradient of lse is that of z_y less the one kept for logp
-            slope = target_slope((logps + lse)[rows], head, rows)[:, None]
-            own = head.weight[torch.where(kept, targets[rows], 0)]
-            total = total + up.lse * (slope * own - units[0][rows])
+            own = _target_gradient(head, (logps + lse)[rows], torch.where(kept, targets[rows], 0), rows)
+            total = total + up.lse * (own - unit_logp[rows])
         d_hidden[rows] = total
-    return d_hidden, None, None
+    return d_hidden
 
 
-def _gradients(ctx, g: Upstream) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden, targets = ctx.saved_tensors
-    head, ignore_index, size, need_weight, need_bias = ctx.options
-    need_hidden = ctx.needs_input_grad[0]
-    work = Workspace(len(hidden), hidden, head, *size)
-    d_hidden = torch.empty_like(hidden) if need_hidden else None
-    d_weight = torch.zeros(head.weight.shape, dtype=work.kind, device=hidden.device) if need_weight else None
-    d_bias = torch.zeros(head.bias.shape, dtype=work.kind, device=hidden.device) if need_bias else None
-    for visit in work.visits(len(hidden)):
-        h, y, kept = _kept_rows(hidden, targets, ignore_index, visit)
-        softmax = work.softmax(h, y, head, visit, g.entropy is not None)
-        own = Upstream(*(None if x is None else torch.where(kept, x[visit], 0) for x in g))
-        (d,) = work.d_logits(softmax, y, head, visit, own)
-        if need_hidden:
-            d_hidden[visit] = mm_hidden(d, head.weight)
-        if need_weight:
-            add_weight_gradient(d_weight, d, h)
-        if need_bias:
-            d_bias += d.sum(0, dtype=work.kind)
-    cast = lambda x, like: None if x is None else x.to(like.dtype)  # noqa: E731
-    return d_hidden, cast(d_weight, head.weight), cast(d_bias, head.bias)
+_ROWS_AT_ONCE = 1024  # of fp32 gradients between the 16-bit ones
+
+
+@_scale_units.register_fake
+def _(logps, lse, unit_logp, *_):
+    return torch.empty_like(unit_logp)
+
+
+def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Tensor:
+    """dz/dh [n, H] of the targets' logits z [n]."""
+    tau = head.tau(rows)
+    z = z[:, None]
+    slope = torch.full_like(z, head.scale) / tau
+    if head.softcap is not None:
+        slope = slope * (1 - (z * tau / head.softcap).square())
+    own = head.at(targets)
+    here = torch.where((own >= 0)[:, None], head.weight[own.clamp(min=0)].to(z.dtype), 0)
+    return slope * summed(here, head.group)
+
+
+@torch.library.custom_op(
+    "genevolve_fast::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"(Tensor hidden, {Head.SCHEMA}, Tensor targets, int ignore_index, Tensor? g_logps, Tensor? g_entropy, "
+    f"Tensor? g_lse, bool need_hidden, bool need_weight, bool need_bias, {Workspace.SCHEMA}) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+)
+def _recompute(
+    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
+    ignore_index, g_logps, g_entropy, g_lse, need_hidden, need_weight, need_bias, impl, workspace_mb, block_rows,
+):  # fmt: skip
+    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    with full_precision(hidden):
+        entering = entering_rows(targets, ignore_index)
+        count = len(hidden) if entering is None else len(entering)
+        work = Workspace(count, hidden, head, impl, workspace_mb, block_rows)
+        grads = Gradients(work, hidden, (need_hidden, need_weight, need_bias))
+        for visit in work.visits(count):
+            rows = visit if entering is None else entering[visit]
+            h, y, kept = kept_rows(hidden, targets, ignore_index, rows)
+            up = Upstream(*(None if x is None else torch.where(kept, x[rows], 0) for x in (g_logps, g_lse, g_entropy)))
+            _, (d,) = work.softmax_and_d_logits(h, y, rows, g_entropy is not None, up)
+            grads.add(d, h, rows)
+    return grads.results()
+
+
+@_recompute.register_fake
+def _(hidden, weight, bias, *arguments):
+    return empty_gradients(hidden, weight, bias, arguments[-6:-3])
+
+
+def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What `Gradients.results` looks like."""
+    pairs = zip((hidden, weight, bias), needs, strict=True)
+    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 LossAggregation = Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
@@ -32,6 +34,7 @@ class Objective:
     loss_agg_mode: LossAggregation = "seq-mean-token-sum"
     max_length: int | None = None  # L_max of seq-mean-token-sum-norm
     log_ratio_clamp: float = 20.0  # bound of every log-ratio that enters exp
+    encoded: str = field(init=False, repr=False, compare=False)  # as a custom operator takes it
 
     def __post_init__(self) -> None:
         choices = {
@@ -60,3 +63,11 @@ class Objective:
             raise ValueError(f"max_length must be positive, got {self.max_length}")
         if (self.loss_agg_mode == "seq-mean-token-sum-norm") != (self.max_length is not None):
             raise ValueError("max_length belongs to loss_agg_mode seq-mean-token-sum-norm: set both or neither")
+        options = {name: value for name, value in vars(self).items() if name != "encoded"}
+        object.__setattr__(self, "encoded", json.dumps(options))
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def decode(cls, encoded: str) -> Objective:
+        """The objective of an `encoded` string."""
+        return cls(**json.loads(encoded))

@@ -10,6 +10,10 @@ from torch import Tensor
 from genevolve_fast.ops.objective import Objective
 
 Stats = dict[str, Tensor]
+STATS = (
+    "pg_loss", "kl_loss", "sdl_loss", "pg_clipfrac_low", "pg_clipfrac_high", "kl", "sdl_kl", "sdl_rho_saturated",
+    "sdl_selected_fraction", "ratio_max", "rollout_is_mean",
+)  # fmt: skip
 
 
 def logprobs(
@@ -194,6 +198,32 @@ def policy_losses(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Te
         return pg, torch.zeros_like(pg), ratio, w
     d = torch.where(c.keep, c.ref - logps, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
     return pg, torch.where(c.keep, d.exp() - 1 - d, zero), ratio, w
+
+
+def policy_slope(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Tensor]:
+    """(d/d logp of L_pg + kl_coef · KL, rollout weight) [rows] in closed form, for a pass that makes d logits."""
+    old = logps if c.old is None else c.old
+    w = _rollout_weight(old, c, o)
+    difference = logps - old
+    ratio = difference.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+    surrogate, bound = ratio * c.advantages, ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high) * c.advantages
+    moves = (surrogate <= bound) & (difference.abs() <= o.log_ratio_clamp)
+    if o.dual_clip is not None:
+        moves &= (c.advantages >= 0) | (surrogate >= o.dual_clip * c.advantages)
+    slope = torch.where(moves & c.keep, -w * surrogate, 0)
+    if c.ref is not None:
+        d = c.ref - logps
+        slope += torch.where(c.keep & (d.abs() <= o.log_ratio_clamp), o.kl_coef * (1 - d.exp()), 0)
+    return slope, w
+
+
+def distillation_slope(logps: Tensor, c: Constants, w: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
+    """(d/d logp of sdl_coef · L_sdl, selected) [rows] in closed form; rows of whole sequences only."""
+    _, gap, selected, rho = distillation(logps, c, w, o)
+    slope = gap
+    if o.sdl_grad == "k3":
+        slope = torch.where((logps - c.teacher).abs() <= o.sdl_clamp, 1 - torch.exp(-gap), 0)
+    return torch.where(selected, o.sdl_coef * w * rho * slope, 0), selected
 
 
 def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, loss_mask) -> None:

@@ -1,0 +1,69 @@
+"""Heads whose vocabulary lies on several ranks: softmax and dH merged over a group, sharded weights gathered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from genevolve_fast.ops.epilogues import Softmax
+
+
+def group_name(group: dist.ProcessGroup | None) -> str | None:
+    """A process group as a custom operator takes it."""
+    return None if group is None else group.group_name
+
+
+def merge(own: Softmax, here: Tensor, group: str) -> Softmax:
+    """The softmax over all shards from each rank's own (with entropy); `here` [n]: the target is in this shard.
+
+    Two reductions: the maximum, then sum, first moment, target and the count of shards that hold it. A target that no
+    shard holds gives NaN.
+    """
+    ranks = _resolve(group)
+    maximum = own.maximum.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, ranks)
+    shift = own.maximum - maximum
+    log_sum = own.log_sum + shift
+    total = log_sum.exp()
+    target = torch.where(here, own.logps + log_sum, 0)  # z_y - maximum
+    parts = torch.stack([total, total * (log_sum - own.entropy), target, here.to(total.dtype)])
+    dist.all_reduce(parts, dist.ReduceOp.SUM, ranks)
+    total, moment, target, holders = parts
+    log_sum = total.log()
+    logps = torch.where(holders == 1, (target - log_sum).clamp(max=0), torch.nan)
+    return replace(own, logps=logps, maximum=maximum, log_sum=log_sum, entropy=log_sum - moment / total)
+
+
+def summed(x: Tensor, group: str | None) -> Tensor:
+    """x summed over the group, in place; x itself without a group."""
+    if group is not None:
+        dist.all_reduce(x, dist.ReduceOp.SUM, _resolve(group))
+    return x
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """The whole head of a weight sharded by FSDP2 (a DTensor), gathered once; its gradient is averaged over the mesh
+    and comes back sharded, as `fully_shard` does it. Any other weight as it is.
+
+    Raises ValueError for a ZeRO-3 parameter that is not gathered.
+    """
+    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+        raise ValueError("weight is partitioned by ZeRO-3: call inside deepspeed.zero.GatheredParameters([weight])")
+    if not dist.is_available():
+        return weight
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(weight, DTensor):
+        return weight
+    whole = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    if whole.requires_grad:
+        ranks = weight.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / ranks)  # gloo knows sums, no averages
+    return whole
+
+
+def _resolve(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
