@@ -181,7 +181,7 @@ def _forward(
 
 
 def _outputs(hidden: Tensor, entropy: bool, units: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kind, rows = accumulator(hidden), len(hidden)
+    kind, rows = accumulator(hidden), hidden.shape[0]  # len() would fix the size of a symbolic shape
     each = [hidden.new_zeros(rows if wanted else 0, dtype=kind) for wanted in (True, entropy, True)]
     return (*each, *(hidden.new_zeros(rows if units > i else 0, hidden.shape[1]) for i in range(2)))
 

@@ -1,0 +1,149 @@
+"""Heads on two ranks (gloo): vocabulary-parallel with uneven shards, and FSDP2 weights gathered once."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
+
+D = torch.float64
+ROWS, HIDDEN, VOCABULARY, SPLIT = 14, 6, 29, 11
+SEQUENCES = [0, 4, 9, 14]
+
+
+def problem(dtype=D):
+    torch.manual_seed(0)
+    h, t = torch.randn(2, ROWS, HIDDEN, dtype=dtype)
+    w, b = torch.randn(VOCABULARY, HIDDEN, dtype=dtype), torch.randn(VOCABULARY, dtype=dtype)
+    y = torch.randint(VOCABULARY, (ROWS,))
+    y[:4] = torch.tensor([0, SPLIT - 1, SPLIT, VOCABULARY - 1])
+    y[5] = -100
+    return h, t, w, b, y
+
+
+def logprob_loss(h, w, b, y, **more):
+    out = linear_logprob(
+        h, w, y, bias=b, temperature=0.8, softcap=9.0, return_entropy=True, return_lse=True, block_rows=4, **more
+    )
+    return out.logps.sum() + 0.3 * out.entropy.sum() - 0.2 * out.lse.square().sum(), out.logps.detach()
+
+
+def objective_loss(h, w, b, y, t, **more):
+    objective = Objective(kl_coef=0, sdl_permille=300)
+    index = torch.where(y >= 0, torch.arange(ROWS), -1)
+    loss, stats = linear_grpo_sdl(
+        h, w, y, bias=b, advantages=torch.tensor([1.0, 0.0, -0.5], dtype=h.dtype), cu_seqlens=SEQUENCES,
+        teacher_hidden=t, teacher_index=index, objective=objective, block_rows=4, **more,
+    )  # fmt: skip
+    return loss, torch.stack(list(stats.values()))
+
+
+def leaves(*tensors, trains_head=True):
+    first, *rest = (x.clone() for x in tensors)
+    return first.requires_grad_(), *(x.requires_grad_(trains_head) for x in rest)
+
+
+def vocabulary_parallel(rank, dtype, tolerance):
+    h, t, w, b, y = problem(dtype)
+    mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCABULARY)
+    group = dict(process_group=dist.group.WORLD, vocab_start=mine.start)
+    for trains_head in (True, False):
+        for run, more in ((logprob_loss, ()), (objective_loss, (t,))):
+            whole, part = leaves(h, w, b, trains_head=trains_head), leaves(h, w[mine], b[mine], trains_head=trains_head)
+            want, values = run(*whole, y, *more)
+            got, own = run(*part, y, *more, **group)
+            want.backward()
+            got.backward()
+            close(own, values, tolerance)
+            close(got, want, tolerance)
+            close(part[0].grad, whole[0].grad, tolerance)
+            if trains_head:
+                close(part[1].grad, whole[1].grad[mine], tolerance)
+                close(part[2].grad, whole[2].grad[mine], tolerance)
+    nobody = y.clone()
+    nobody[2] = VOCABULARY  # on no rank
+    try:
+        linear_logprob(h, w[mine], nobody, bias=b[mine], **group)
+    except ValueError as error:
+        assert "row 2" in str(error), error
+    else:
+        raise AssertionError("a target that no rank holds was accepted")
+
+
+def fsdp2(rank):
+    """Each rank has its own rows; the gradient is the average over ranks, sharded, from one all-gather."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    h, t, w, _, y = problem(torch.float32)
+    head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    head.weight.data.copy_(w)
+    fully_shard(head, mesh=dist.init_device_mesh("cpu", (2,)))
+    assert isinstance(head.weight, DTensor)
+    own = h + rank
+    gathers = count_gathers(lambda: objective_loss(own, head.weight, None, y, t)[0].backward())
+    assert gathers == 1, gathers
+    want = torch.zeros_like(w)
+    for r in range(2):
+        plain = w.clone().requires_grad_()
+        objective_loss(h + r, plain, None, y, t)[0].backward()
+        want += plain.grad / 2
+    assert head.weight.grad.placements == head.weight.placements
+    close(head.weight.grad.full_tensor(), want, 1e-5)
+
+
+def count_gathers(run) -> int:
+    class Gathers(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += "all_gather" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    with Gathers() as mode:
+        run()
+    return mode.seen
+
+
+def close(mine, want, tolerance):
+    error = (mine.detach().double() - want.detach().double()).abs().max()
+    assert error <= tolerance * want.abs().max().clamp(min=1), float(error)
+
+
+def worker(rank, function, arguments, address, failures):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        function(rank, *arguments)
+    except Exception:
+        failures.put(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_ranks(tmp_path, function, *arguments):
+    context = mp.get_context("spawn")
+    failures = context.Queue()
+    address = f"file://{tmp_path}/rendezvous"
+    ranks = [context.Process(target=worker, args=(r, function, arguments, address, failures)) for r in range(2)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+    told = "" if failures.empty() else failures.get()
+    assert all(p.exitcode == 0 for p in ranks), told or [p.exitcode for p in ranks]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(D, 1e-10), (torch.bfloat16, 1e-2)])
+def test_vocabulary_parallel_gives_what_one_rank_gives(tmp_path, dtype, tolerance):
+    on_two_ranks(tmp_path, vocabulary_parallel, dtype, tolerance)
+
+
+def test_an_fsdp2_weight_is_gathered_once(tmp_path):
+    on_two_ranks(tmp_path, fsdp2)
