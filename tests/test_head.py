@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import body_of, peak_bytes
-from genevolve_fast.ops import Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, fused, grpo_sdl, linear_grpo_sdl, linear_logprob
 from genevolve_fast.ops.reference import logprobs
 
 D = torch.float64
@@ -288,6 +290,105 @@ def test_fused_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             linear_grpo_sdl(**good | wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_call_equals_the_reference(data):
+    """Shapes, options and masks drawn by hypothesis: one call of each operation against autograd in float64."""
+    draw = lambda what, name: data.draw(what, label=name)  # noqa: E731
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5), "sequences")
+    rows, hidden, vocabulary = sum(lengths), draw(st.integers(1, 9), "H"), draw(st.integers(1, 40), "V")
+    torch.manual_seed(draw(st.integers(0, 99), "seed"))
+    scale = draw(st.sampled_from([1e-3, 1.0, 30.0]), "spread")
+    trains = draw(st.sampled_from(["both", "hidden"]), "trains") == "both"
+    h, w = torch.randn(rows, hidden, dtype=D), scale * torch.randn(vocabulary, hidden, dtype=D)
+    options = dict(
+        temperature=draw(st.sampled_from([1.0, 0.6, torch.rand(rows, dtype=D) + 0.4]), "temperature"),
+        softcap=draw(st.sampled_from([None, 7.0]), "softcap"),
+        logit_scale=draw(st.sampled_from([1.0, 1.4]), "logit_scale"),
+        bias=draw(st.sampled_from([None, torch.randn(vocabulary, dtype=D)]), "bias"),
+    )
+    y = torch.randint(vocabulary, (rows,))
+    keep = torch.rand(rows) < draw(st.sampled_from([0.0, 0.5, 1.0]), "kept")
+    size = dict(block_rows=draw(st.integers(1, 12), "block_rows"))
+    targets = torch.where(keep, y, -100)
+    leaves = lambda: [x.clone().requires_grad_(i == 0 or trains) for i, x in enumerate((h, w))]  # noqa: E731
+    wanted = slice(0, 2 if trains else 1)
+
+    mine, theirs = leaves(), leaves()
+    got = linear_logprob(mine[0], mine[1], targets, return_entropy=True, return_lse=True, **options, **size)
+    want = [torch.where(keep, x, 0) for x in logprobs(theirs[0], theirs[1], y, **options)]
+    g = torch.randn(3, rows, dtype=D)
+    loss, expected = (
+        sum((x * v).sum() for x, v in zip(out, g, strict=True)) for out in ((got[0], got[1], got[2]), want)
+    )
+    for a, b in zip(
+        torch.autograd.grad(loss, mine[wanted]), torch.autograd.grad(expected, theirs[wanted]), strict=True
+    ):
+        assert (a - b).abs().sum() <= TOLERANCE * (1 + b.abs().sum())
+
+    permille = draw(st.sampled_from([1, 300, 1000]), "permille")
+    by, slope = draw(st.sampled_from(["sequence", "batch"]), "by"), draw(st.sampled_from(["reverse_kl", "k3"]), "slope")
+    o = Objective(kl_coef=0.1, rollout_is="token", sdl_permille=permille, sdl_select=by, sdl_grad=slope)
+    near = lambda width: want[0].detach() + width * torch.randn(rows, dtype=D)  # noqa: E731
+    rest = dict(old_logps=near(0.3), rollout_logps=near(0.3), ref_logps=near(0.5), teacher_logps=near(3.0))
+    rest |= dict(advantages=torch.randn(len(lengths), dtype=D), sdl_mask=torch.rand(rows) < 0.7, objective=o)
+    seq_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    shuffled = draw(st.booleans(), "seq_ids in any order")
+    order = torch.randperm(rows) if shuffled else torch.arange(rows)
+    rest |= {k: x[order] for k, x in rest.items() if k.endswith(("logps", "mask"))}
+    by = dict(seq_ids=seq_ids[order]) if shuffled else dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    tau = options["temperature"]
+    moved = options | dict(temperature=tau[order] if isinstance(tau, torch.Tensor) else tau)
+    mine, theirs = leaves(), leaves()
+    loss, _ = linear_grpo_sdl(mine[0][order], mine[1], targets[order], **rest, **by, **moved, **size)
+    logps = logprobs(theirs[0][order], theirs[1], y[order], **moved)[0]
+    expected, _ = grpo_sdl(logps, loss_mask=keep[order], seq_ids=seq_ids[order], **rest)
+    assert (loss - expected).abs() <= TOLERANCE * (1 + expected.abs())
+    for a, b in zip(
+        torch.autograd.grad(loss, mine[wanted]), torch.autograd.grad(expected, theirs[wanted]), strict=True
+    ):
+        assert (a - b).abs().sum() <= TOLERANCE * (1 + b.abs().sum())
+
+
+def test_sequences_that_only_the_host_drops_enter_no_gemm(monkeypatch):
+    """As on a GPU: nothing is read back from the device, the advantages of a list of sequences lie on the host."""
+    torch.manual_seed(0)
+    h, w, y = torch.randn(32, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (32,))
+    given = dict(advantages=torch.tensor([0.0, 0.0, 1.0]), cu_seqlens=[0, 16, 16, 32], objective=Objective(kl_coef=0))
+    want = torch.autograd.grad(linear_grpo_sdl(h, w, y, **given)[0], [h, w])
+    monkeypatch.setattr(fused, "_live_rows", lambda c: None)
+    monkeypatch.setattr(fused, "_host_zeros", lambda advantages, *_: ([0, 1], advantages))
+    with Gemms(h, w) as gemms:
+        loss, _ = linear_grpo_sdl(h, w, y, block_rows=8, **given)
+    assert gemms.count == 1.5
+    for a, b in zip(torch.autograd.grad(loss, [h, w]), want, strict=True):
+        torch.testing.assert_close(a, b)
+    monkeypatch.setattr(fused, "_host_zeros", lambda advantages, *_: ([0, 1, 2], advantages))
+    loss, stats = linear_grpo_sdl(h, w, y, block_rows=8, **given)
+    assert not any(x.any() for x in torch.autograd.grad(loss, [h, w])) and all(v.isfinite() for v in stats.values())
+
+
+def test_values_that_cannot_be_right_are_named():
+    h, w, y = torch.randn(6, 8), torch.randn(50, 8), torch.randint(50, (6,))
+    given = dict(advantages=torch.ones(2), cu_seqlens=[0, 3, 6], objective=Objective(kl_coef=0))
+    bad_h, bad_w = h.clone(), w.clone()
+    bad_h[4, 1], bad_w[2, 2] = torch.nan, torch.inf
+    for run in (linear_logprob, lambda *x: linear_grpo_sdl(*x, **given)):
+        with pytest.raises(ValueError, match=r"hidden\[4\] holds NaN"):
+            run(bad_h, w, y)
+        with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+            run(h, bad_w, y)
+    for wrong, message in (
+        (dict(cu_seqlens=[0, 3, 5]), "cu_seqlens must rise from 0 to the number of rows 6"),
+        (dict(cu_seqlens=[0, 4, 3, 6]), "cu_seqlens"),
+        (dict(cu_seqlens=torch.tensor([0, 6])), r"advantages must be \[1\]"),
+        (dict(cu_seqlens=None, seq_ids=torch.full((6,), 2)), "seq_ids"),
+        (dict(teacher_hidden=h.double(), teacher_index=y), "teacher_hidden"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_grpo_sdl(h, w, y, **(given | wrong))
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.memory import body_of
 from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
 
 ROWS, HIDDEN, VOCABULARY = 12, 8, 31
@@ -130,3 +131,43 @@ def test_autocast_and_uninitialised_memory_change_nothing():
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert all(torch.equal(a, b) for x, y in zip(again, grads, strict=True) for a, b in zip(x, y, strict=True))
+
+
+class OnTheDevice(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a tensor of the host enters an operation: on a GPU that is a copy, and a wait for it.
+
+    Reading a value back needs no check here: on the meta device there is none to read.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert all(x.is_meta for x in tensors), func
+        with self:
+            if body := body_of(func):
+                return body(*args, **(kwargs or {}))
+            parts = func.decompose(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if parts is NotImplemented else parts
+
+
+@pytest.mark.parametrize("trains", ["both", "hidden", "nothing"])
+@pytest.mark.parametrize("borders", ["host", "device", "ids"])
+def test_nothing_passes_between_host_and_device(trains, borders):
+    h, w, y = (x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs(trains))
+    tau, bias, rows = (torch.empty(n, device="meta") for n in (ROWS, VOCABULARY, ROWS))
+    given = dict(
+        advantages=torch.empty(3, device="meta"), old_logps=rows, rollout_logps=rows, ref_logps=rows, bias=bias,
+        temperature=tau, teacher_hidden=h.detach(), teacher_index=y, sdl_mask=rows > 0, softcap=4.0, block_rows=4,
+        objective=Objective(rollout_is="token", dual_clip=3.0, loss_agg_mode="seq-mean-token-mean"),
+    )  # fmt: skip
+    given |= {
+        "host": dict(cu_seqlens=[0, 5, 5, 12]),
+        "device": dict(cu_seqlens=torch.empty(4, dtype=torch.int64, device="meta")),
+        "ids": dict(seq_ids=y, objective=Objective(rollout_is="sequence", sdl_select="batch")),
+    }[borders]
+    with OnTheDevice():
+        out = linear_logprob(h, w, y, return_entropy=True, return_lse=True, temperature=tau, bias=bias, block_rows=4)
+        loss, stats = linear_grpo_sdl(h, w, y, **given)
+        if trains != "nothing":
+            (out.logps.sum() + out.entropy.sum() + out.lse.sum()).backward()
+            loss.backward()
+    assert loss.is_meta and out.logps.shape == (ROWS,) and all(v.is_meta for v in stats.values())

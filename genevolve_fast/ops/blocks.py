@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from genevolve_fast.ops.epilogues import EPILOGUES, Softmax, Upstream, choose
+from genevolve_fast.ops.masks import Rows, where
 from genevolve_fast.ops.shards import merge, summed
 
 _CAST_COLUMNS = 4096  # vocabulary rows of the head cast at a time where a GEMM cannot mix dtypes
 _DEFAULT_BLOCKS = {"cpu": 1, "cuda": 4}  # of a visit: a GPU's gradient GEMMs want more rows, a CPU's do not
-
-Rows = slice | Tensor  # some rows of a call: a range, or their indices
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -71,7 +70,7 @@ class Head:
         if self.group is None:
             return targets
         own = targets - self.first
-        return torch.where((own >= 0) & (own < len(self.weight)), own, -1)
+        return where((own >= 0) & (own < len(self.weight)), own, -1)
 
 
 def rows_per_visit(
@@ -143,7 +142,7 @@ class Workspace:
         here = (own >= 0) & (own < self.logits.shape[1])
         if self.head.group is not None:
             return merge(made, here, self.head.group)
-        return replace(made, logps=torch.where(here, made.logps, torch.nan))
+        return replace(made, logps=where(here, made.logps, torch.nan))
 
     def d_logits(self, softmax: Softmax, targets: Tensor, rows: Rows, *upstream: Upstream) -> list[Tensor]:
         """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in hidden's dtype; logits are lost."""
@@ -197,14 +196,6 @@ class Gradients:
         head, weight = self.work.head, None if self.main_grad is not None else self.weight
         pairs = ((self.hidden, self.hidden), (weight, head.weight), (self.bias, head.bias))
         return tuple(self.work.logits.new_empty(0) if x is None else x.to(like.dtype) for x, like in pairs)
-
-
-def kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, targets, kept) of some rows; what is ignored becomes 0, because 0 · NaN would reach every gradient."""
-    y = targets[rows]
-    kept = y != ignore_index
-    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-    return torch.where(kept[:, None], hidden[rows], zero), torch.where(kept, y, 0), kept
 
 
 # --- GEMMs ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genevolve_fast.ops.masks import where
+
 _STRIP_BYTES = 2 << 20  # elementwise work on this much at a time stays in a core's cache
 IMPLEMENTATIONS = ("torch", "triton")
 
@@ -149,8 +151,7 @@ def _to_logits(z: Tensor, head, tau) -> None:
 
 def _strip_gradient(g: Upstream, p: Tensor, log_p: Tensor, softmax: Softmax, targets: Tensor, s: slice) -> Tensor:
     """d/dz of logps·logp + lse·lse + entropy·H for one strip [strip, V]."""
-    zero = torch.zeros((), dtype=p.dtype, device=p.device)
-    g_logp = zero.expand(len(targets))[s] if g.logps is None else g.logps[s].to(p.dtype)
+    g_logp = p.new_zeros(len(p)) if g.logps is None else g.logps[s].to(p.dtype)
     share = -g_logp if g.lse is None else g.lse[s].to(p.dtype) - g_logp
     if g.entropy is None:
         d = p * share[:, None]
@@ -158,7 +159,7 @@ def _strip_gradient(g: Upstream, p: Tensor, log_p: Tensor, softmax: Softmax, tar
         d = (log_p + softmax.entropy[s, None]).mul_(-g.entropy[s, None].to(p.dtype)).add_(share[:, None]).mul_(p)
     if g.logps is not None:
         here = (targets[s] >= 0) & (targets[s] < p.shape[1])  # another rank's shard may hold the target
-        d.scatter_add_(1, torch.where(here, targets[s], 0)[:, None], torch.where(here, g_logp, zero)[:, None])
+        d.scatter_add_(1, where(here, targets[s])[:, None], where(here, g_logp)[:, None])
     return d
 
 

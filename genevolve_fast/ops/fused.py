@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from genevolve_fast.ops import reference
-from genevolve_fast.ops.blocks import Gradients, Head, Rows, Workspace, accumulator
+from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Softmax, Upstream
 from genevolve_fast.ops.head import (
     check_head,
@@ -19,6 +19,7 @@ from genevolve_fast.ops.head import (
     empty_gradients,
     full_precision,
 )
+from genevolve_fast.ops.masks import Rows, mean, where
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.ops.reference import Constants
 from genevolve_fast.ops.shards import group_name, whole_weight
@@ -301,7 +302,7 @@ def _check_sequences(advantages: Tensor, targets: Tensor, seq_ids: Tensor, borde
 def _teacher(hidden, index, targets, head: Head, ignore_index: int, size) -> tuple[Tensor, Tensor]:
     """(the teacher's log-probs of the student's targets [rows], which rows have one), from one GEMM over its rows."""
     has = (index >= 0) & (targets != ignore_index)
-    slot = torch.where(has, index, len(hidden))  # rows without a teacher go to one slot behind the last
+    slot = where(has, index, len(hidden))  # rows without a teacher go to one slot behind the last
 
     def by_teacher_row(x: Tensor, fill) -> Tensor:
         return torch.full((len(hidden) + 1,), fill, dtype=x.dtype, device=x.device).scatter(0, slot, x)[:-1]
@@ -327,7 +328,7 @@ class _Sweep:
         self.live, self.kept = live, c.keep.sum()
         self.c = c if live is None else c.rows(live)
         self.rows = len(self.c.keep)
-        self.targets = torch.where(self.c.keep, targets if live is None else targets[live], 0)
+        self.targets = where(self.c.keep, targets if live is None else targets[live])
         # selecting over the call is selecting within one sequence that holds all of it
         self.borders = [0, self.rows] if o.sdl_select == "batch" else borders
         self.work = Workspace(self.rows, hidden, head, *size)
@@ -343,9 +344,7 @@ class _Sweep:
             softmax, block = self._softmax(visit, entropy=True)
             self.logps[visit], self.entropy[visit] = softmax.logps, softmax.entropy
             if check:
-                check_result(
-                    torch.where(self.c.keep[visit], softmax.logps, 0), self.hidden, self.work.head, self._place(visit)
-                )
+                check_result(where(self.c.keep[visit], softmax.logps), self.hidden, self.work.head, self._place(visit))
             if not self.needs:
                 continue
             slope, w = reference.policy_slope(self.logps[visit], self.c.rows(visit), self.o)
@@ -362,7 +361,7 @@ class _Sweep:
     def total(self) -> tuple[Tensor, Tensor]:
         """(loss, its statistics [STATS])."""
         loss, stats = reference.total(self.logps, self.c, self.o)
-        stats["entropy"] = reference.mean(self.entropy, self.c.keep)
+        stats["entropy"] = mean(self.entropy, self.c.keep)
         for name in ("pg_clipfrac_low", "pg_clipfrac_high"):  # rows left out are not clipped, but they count
             stats[name] = stats[name] * (self.c.keep.sum() / self.kept.clamp(min=1))
         return loss * self.scale, torch.stack([stats[name].to(loss.dtype) for name in STATS])
@@ -373,8 +372,7 @@ class _Sweep:
 
     def _softmax(self, rows: Rows, entropy: bool = False) -> tuple[Softmax, Tensor]:
         place = self._place(rows)
-        kept = self.c.keep[rows][:, None]
-        block = torch.where(kept, self.hidden[place], torch.zeros((), dtype=self.hidden.dtype, device=kept.device))
+        block = where(self.c.keep[rows][:, None], self.hidden[place])
         return self.work.softmax(block, self.targets[rows], place, entropy), block
 
     def _add(self, rows: Rows, softmax: Softmax, block: Tensor, slope: Tensor, again: bool = False) -> None:
@@ -426,5 +424,5 @@ class _HandOut(torch.autograd.Function):
     def backward(ctx, upstream):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None:  # an upstream gradient other than 1 would need dW scaled too: say so, without a sync
-            d_hidden = d_hidden * torch.where(upstream == 1, 1.0, torch.nan).to(d_hidden.dtype)
+            d_hidden = d_hidden * where(upstream == 1, torch.ones_like(upstream), torch.nan).to(d_hidden.dtype)
         return None, d_hidden, d_weight, d_bias, None, None, None

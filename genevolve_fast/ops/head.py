@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from genevolve_fast.ops.blocks import Gradients, Head, Rows, Workspace, accumulator, kept_rows
+from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Upstream
+from genevolve_fast.ops.masks import Rows, kept_rows, where
 from genevolve_fast.ops.shards import group_name, summed, whole_weight
 
 
@@ -130,7 +131,8 @@ def check_result(logps: Tensor, hidden: Tensor, head: Head, rows: Rows) -> None:
 
 def full_precision(hidden: Tensor) -> contextlib.AbstractContextManager:
     """Without autocast: bf16 logits would be silently inexact."""
-    return torch.autocast(hidden.device.type, enabled=False)
+    kind = hidden.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def entering_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
@@ -169,14 +171,14 @@ def _forward(
             one = kept.to(work.kind)
             each = (Upstream(logps=one), Upstream(entropy=one))[:units]
             softmax, d_logits = work.softmax_and_d_logits(h, y, rows, entropy, *each)
-            logps[rows] = torch.where(kept, softmax.logps, 0)
-            lse[rows] = torch.where(kept, softmax.lse, 0)
+            logps[rows] = where(kept, softmax.logps)
+            lse[rows] = where(kept, softmax.lse)
             if entropy:
-                entropies[rows] = torch.where(kept, softmax.entropy, 0)
+                entropies[rows] = where(kept, softmax.entropy)
             for unit, d in zip(made, d_logits, strict=False):
                 unit[rows] = work.d_hidden(d).to(unit.dtype)
             if check:
-                check_result(torch.where(kept, softmax.logps, 0), hidden, head, rows)
+                check_result(where(kept, softmax.logps), hidden, head, rows)
     return logps, entropies, lse, *made
 
 
@@ -233,16 +235,14 @@ def _scale_units(
     for first in range(0, len(d_hidden), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         kept = targets[rows] != ignore_index
-        up = Upstream(
-            *(None if x is None else torch.where(kept, x[rows], 0)[:, None] for x in (g_logps, g_lse, g_entropy))
-        )
+        up = Upstream(*(None if x is None else where(kept, x[rows])[:, None] for x in (g_logps, g_lse, g_entropy)))
         total = torch.zeros((), dtype=logps.dtype, device=logps.device)
         if up.logps is not None:
             total = total + up.logps * unit_logp[rows]
         if up.entropy is not None:
             total = total + up.entropy * unit_entropy[rows]
         if up.lse is not None:  # logp = z_y - lse, so the gradient of lse is that of z_y less the one kept for logp
-            own = _target_gradient(head, (logps + lse)[rows], torch.where(kept, targets[rows], 0), rows)
+            own = _target_gradient(head, (logps + lse)[rows], where(kept, targets[rows]), rows)
             total = total + up.lse * (own - unit_logp[rows])
         d_hidden[rows] = total
     return d_hidden
@@ -264,7 +264,7 @@ def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Ten
     if head.softcap is not None:
         slope = slope * (1 - (z * tau / head.softcap).square())
     own = head.at(targets)
-    here = torch.where((own >= 0)[:, None], head.weight[own.clamp(min=0)].to(z.dtype), 0)
+    here = where((own >= 0)[:, None], head.weight[own.clamp(min=0)].to(z.dtype))
     return slope * summed(here, head.group)
 
 
@@ -288,7 +288,7 @@ def _recompute(
         for visit in work.visits(count):
             rows = visit if entering is None else entering[visit]
             h, y, kept = kept_rows(hidden, targets, ignore_index, rows)
-            up = Upstream(*(None if x is None else torch.where(kept, x[rows], 0) for x in (g_logps, g_lse, g_entropy)))
+            up = Upstream(*(None if x is None else where(kept, x[rows]) for x in (g_logps, g_lse, g_entropy)))
             _, (d,) = work.softmax_and_d_logits(h, y, rows, g_entropy is not None, up)
             grads.add(d, h, rows)
     return grads.results()

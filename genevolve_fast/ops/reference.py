@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from genevolve_fast.ops.masks import mean, where
 from genevolve_fast.ops.objective import Objective
 
 Stats = dict[str, Tensor]
@@ -45,13 +46,13 @@ def select_sdl(logps: Tensor, teacher_logps: Tensor, eligible: Tensor, seq_ids: 
     """
     groups = torch.zeros_like(seq_ids) if objective.sdl_select == "batch" else seq_ids
     gap = (logps.detach() - teacher_logps).abs()
-    gap = torch.where(eligible, gap, -torch.inf)
+    gap = where(eligible, gap, -torch.inf)
     order = torch.sort(gap, descending=True, stable=True).indices
     order = order[torch.sort(groups[order], stable=True).indices]  # by group, widest gap first, then position
     sorted_groups = groups[order]
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(sorted_groups, sorted_groups)
     n = sequence_sums(eligible.long(), groups)
-    keep = torch.clamp(-(-n * objective.sdl_permille // 1000), min=1).where(n > 0, 0)
+    keep = where(n > 0, torch.clamp(-(-n * objective.sdl_permille // 1000), min=1))
     selected = torch.zeros_like(eligible)
     selected[order] = rank < keep[order]
     return selected & eligible
@@ -97,7 +98,7 @@ def grpo_sdl(
         ref_logps=ref_logps, teacher_logps=teacher_logps, sdl_mask=sdl_mask, loss_mask=loss_mask,
         num_sequences=num_sequences, num_tokens=num_tokens, objective=o,
     )  # fmt: skip
-    return total(torch.where(c.keep, logps, torch.zeros((), dtype=logps.dtype, device=logps.device)), c, o)
+    return total(where(c.keep, logps), c, o)
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,9 @@ def constants(
     if o.kl_coef and ref_logps is None:
         raise ValueError(f"kl_coef {o.kl_coef} needs ref_logps; set kl_coef=0 to drop the term")
     keep = torch.ones_like(seq_ids, dtype=torch.bool) if loss_mask is None else loss_mask
-    zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
 
     def clean(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(keep, x.detach().to(logps.dtype), zero)
+        return None if x is None else where(keep, x.detach().to(logps.dtype))
 
     old, rollout, ref, teacher = map(clean, (old_logps, rollout_logps, ref_logps, teacher_logps))
     per_row = advantages if advantages.shape == logps.shape else advantages[seq_ids]
@@ -186,18 +186,17 @@ def policy_losses(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Te
     """Per row: (L_pg, KL without its coefficient, ratio, rollout weight); each row depends on itself only."""
     now = logps.detach()
     old = now if c.old is None else c.old
-    zero = torch.zeros((), dtype=logps.dtype, device=logps.device)
     w = _rollout_weight(old, c, o)
-    ratio = torch.where(c.keep, logps - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+    ratio = where(c.keep, logps - old).clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
     clipped = ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high)
     surrogate = torch.minimum(ratio * c.advantages, clipped * c.advantages)
     if o.dual_clip is not None:
         surrogate = torch.where(c.advantages < 0, torch.maximum(surrogate, o.dual_clip * c.advantages), surrogate)
-    pg = torch.where(c.keep, -w * surrogate, zero)
+    pg = where(c.keep, -w * surrogate)
     if c.ref is None:
         return pg, torch.zeros_like(pg), ratio, w
-    d = torch.where(c.keep, c.ref - logps, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
-    return pg, torch.where(c.keep, d.exp() - 1 - d, zero), ratio, w
+    d = where(c.keep, c.ref - logps).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+    return pg, where(c.keep, d.exp() - 1 - d), ratio, w
 
 
 def policy_slope(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Tensor]:
@@ -210,10 +209,10 @@ def policy_slope(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Ten
     moves = (surrogate <= bound) & (difference.abs() <= o.log_ratio_clamp)
     if o.dual_clip is not None:
         moves &= (c.advantages >= 0) | (surrogate >= o.dual_clip * c.advantages)
-    slope = torch.where(moves & c.keep, -w * surrogate, 0)
+    slope = where(moves & c.keep, -w * surrogate)
     if c.ref is not None:
         d = c.ref - logps
-        slope += torch.where(c.keep & (d.abs() <= o.log_ratio_clamp), o.kl_coef * (1 - d.exp()), 0)
+        slope += where(c.keep & (d.abs() <= o.log_ratio_clamp), o.kl_coef * (1 - d.exp()))
     return slope, w
 
 
@@ -222,8 +221,8 @@ def distillation_slope(logps: Tensor, c: Constants, w: Tensor, o: Objective) -> 
     _, gap, selected, rho = distillation(logps, c, w, o)
     slope = gap
     if o.sdl_grad == "k3":
-        slope = torch.where((logps - c.teacher).abs() <= o.sdl_clamp, 1 - torch.exp(-gap), 0)
-    return torch.where(selected, o.sdl_coef * w * rho * slope, 0), selected
+        slope = where((logps - c.teacher).abs() <= o.sdl_clamp, 1 - torch.exp(-gap))
+    return where(selected, o.sdl_coef * w * rho * slope), selected
 
 
 def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, loss_mask) -> None:
@@ -249,8 +248,7 @@ def _rollout_weight(old: Tensor, c: Constants, o: Objective) -> Tensor:
         return torch.ones_like(old)
     if c.sequence_weight is not None:
         return c.sequence_weight
-    zero = torch.zeros((), dtype=old.dtype, device=old.device)
-    return _truncated(torch.where(c.keep, old - c.rollout, zero), o)
+    return _truncated(where(c.keep, old - c.rollout), o)
 
 
 def _sequence_weight(old: Tensor, rollout: Tensor, seq_ids: Tensor, o: Objective) -> Tensor:
@@ -274,10 +272,9 @@ def distillation(logps: Tensor, c: Constants, w: Tensor, o: Objective) -> tuple[
         nothing = torch.zeros_like(now)
         return nothing, nothing, torch.zeros_like(c.keep), torch.ones_like(now)
     old = now if c.old is None else c.old
-    zero = torch.zeros((), dtype=now.dtype, device=now.device)
     teacher = torch.where(c.eligible, c.teacher, now)
     selected = select_sdl(now, teacher, c.eligible, c.seq_ids, o)
-    ratio = torch.where(c.eligible, now - old, zero).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
+    ratio = where(c.eligible, now - old).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
     rho = ratio.exp().clamp(max=o.sdl_rho_cap)
     gap = (logps - teacher).clamp(-o.sdl_clamp, o.sdl_clamp)
     k3 = torch.exp(-gap) - 1 + gap
@@ -286,7 +283,7 @@ def distillation(logps: Tensor, c: Constants, w: Tensor, o: Objective) -> tuple[
     else:
         slope = (w * rho * gap).detach()
         loss = (w * rho * k3).detach() + slope * (logps - now)
-    return torch.where(selected, loss, zero), gap, selected, rho
+    return where(selected, loss), gap, selected, rho
 
 
 def _denominator(
@@ -304,10 +301,3 @@ def _denominator(
     if o.loss_agg_mode == "seq-mean-token-sum-norm":
         return one * n * o.max_length
     return one * n
-
-
-def mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask holds, 0 where it holds nowhere; in fp32 (fp64)."""
-    count = mask.sum().clamp(min=1)
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum() / count

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genevolve_fast.ops.epilogues import Softmax
+from genevolve_fast.ops.masks import where
 
 
 def group_name(group: dist.ProcessGroup | None) -> str | None:
@@ -28,12 +29,12 @@ def merge(own: Softmax, here: Tensor, group: str) -> Softmax:
     shift = own.maximum - maximum
     log_sum = own.log_sum + shift
     total = log_sum.exp()
-    target = torch.where(here, own.logps + log_sum, 0)  # z_y - maximum
+    target = where(here, own.logps + log_sum)  # z_y - maximum
     parts = torch.stack([total, total * (log_sum - own.entropy), target, here.to(total.dtype)])
     dist.all_reduce(parts, dist.ReduceOp.SUM, ranks)
     total, moment, target, holders = parts
     log_sum = total.log()
-    logps = torch.where(holders == 1, (target - log_sum).clamp(max=0), torch.nan)
+    logps = where(holders == 1, (target - log_sum).clamp(max=0), torch.nan)
     return replace(own, logps=logps, maximum=maximum, log_sum=log_sum, entropy=log_sum - moment / total)
 
 
