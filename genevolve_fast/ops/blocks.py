@@ -161,9 +161,9 @@ class Workspace:
         softmax = self.softmax(hidden, targets, rows, entropy or any(g.entropy is not None for g in upstream))
         return softmax, self.d_logits(softmax, targets, rows, *upstream) if upstream else []
 
-    def d_hidden(self, d_logits: Tensor) -> Tensor:
-        """[n, H] of d_logits [n, V], all shards of the vocabulary together."""
-        return summed(mm_hidden(d_logits, self.head.weight, wide=self.head.group is not None), self.head.group)
+    def d_hidden(self, d_logits: Tensor, wide: bool = False) -> Tensor:
+        """[n, H] of d_logits [n, V], all shards of the vocabulary together; `wide`: in fp32 (fp64)."""
+        return summed(mm_hidden(d_logits, self.head.weight, wide or self.head.group is not None), self.head.group)
 
 
 class Gradients:

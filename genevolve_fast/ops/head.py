@@ -149,15 +149,15 @@ def entering_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
     "genevolve_fast::linear_logprob",
     mutates_args=(),
     schema=f"(Tensor hidden, {Head.SCHEMA}, Tensor targets, int ignore_index, bool entropy, int units, bool check, "
-    f"{Workspace.SCHEMA}) -> (Tensor logps, Tensor entropy, Tensor lse, Tensor unit_logp, Tensor unit_entropy)",
+    f"{Workspace.SCHEMA}) -> (Tensor logps, Tensor entropy, Tensor lse, Tensor units, Tensor scales)",
 )
 def _forward(
     hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
     ignore_index, entropy, units, check, impl, workspace_mb, block_rows,
 ):  # fmt: skip
-    """`units`: how many of the gradients of logps and of entropy with respect to hidden are made, for a frozen head."""
+    """`units` [0 to 2, rows, H]: gradients of logps (and of entropy) by hidden, kept for a frozen head's backward."""
     head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
-    logps, entropies, lse, *made = _outputs(hidden, entropy, units)
+    logps, entropies, lse, made, scales = _outputs(hidden, entropy, units)
     with full_precision(hidden):
         check = check or hidden.device.type == "cpu"
         if check:
@@ -175,17 +175,27 @@ def _forward(
             lse[rows] = where(kept, softmax.lse)
             if entropy:
                 entropies[rows] = where(kept, softmax.entropy)
-            for unit, d in zip(made, d_logits, strict=False):
-                unit[rows] = work.d_hidden(d).to(unit.dtype)
+            for i, d in enumerate(d_logits):
+                made[i, rows], scales[i, rows] = _packed(work.d_hidden(d, wide=True), made.dtype)
             if check:
                 check_result(where(kept, softmax.logps), hidden, head, rows)
-    return logps, entropies, lse, *made
+    return logps, entropies, lse, made, scales
 
 
 def _outputs(hidden: Tensor, entropy: bool, units: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kind, rows = accumulator(hidden), hidden.shape[0]  # len() would fix the size of a symbolic shape
+    kind, (rows, width) = accumulator(hidden), hidden.shape  # len() would fix the size of a symbolic shape
     each = [hidden.new_zeros(rows if wanted else 0, dtype=kind) for wanted in (True, entropy, True)]
-    return (*each, *(hidden.new_zeros(rows if units > i else 0, hidden.shape[1]) for i in range(2)))
+    packed = torch.float16 if hidden.dtype == torch.bfloat16 else kind
+    return *each, hidden.new_zeros(units, rows, width, dtype=packed), hidden.new_zeros(units, rows, dtype=kind)
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [n, H] as (numbers in dtype, scale [n]). bf16 would be rounded twice, here and after scaling by the loss's
+    gradient; scaled to [-1, 1], fp16 is as small and eight times finer."""
+    if dtype == x.dtype:
+        return x, x.new_ones(len(x))
+    scale = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / scale[:, None]).to(dtype), scale
 
 
 @_forward.register_fake
@@ -194,13 +204,13 @@ def _(hidden, *arguments):
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, row_temperature, *_, targets, ignore_index, _, units, _, impl, workspace_mb, block_rows = (
-        inputs
-    )
-    logps, _, lse, *made = output
+    hidden, weight, bias, row_temperature, *_ = inputs
+    targets, ignore_index, _, units, _, *size = inputs[9:]
+    logps, _, lse, made, scales = output
     ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
-    ctx.head, ctx.ignore_index, ctx.units, ctx.size = inputs[4:9], ignore_index, units, (impl, workspace_mb, block_rows)
-    kept = (logps, lse, *made) if units else (hidden,)
+    ctx.head, ctx.ignore_index, ctx.size = inputs[4:9], ignore_index, size
+    ctx.units, ctx.dtype = units, hidden.dtype
+    kept = (logps, lse, made, scales) if units else (hidden,)
     ctx.save_for_backward(weight, bias, row_temperature, targets, *kept)
 
 
@@ -208,7 +218,8 @@ def _backward(ctx, g_logps, g_entropy, g_lse, *_):
     weight, bias, row_temperature, targets, *kept = ctx.saved_tensors
     head = (weight, bias, row_temperature, *ctx.head)
     if ctx.units:
-        grads = (_scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse), None, None)
+        d_hidden = _scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse)
+        grads = (d_hidden.to(ctx.dtype), None, None)
     else:
         needs = [ctx.needs_input_grad[i] for i in range(3)]
         made = _recompute(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, *needs, *ctx.size)
@@ -222,28 +233,29 @@ _forward.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "genevolve_fast::linear_logprob_frozen_backward",
     mutates_args=(),
-    schema=f"(Tensor logps, Tensor lse, Tensor unit_logp, Tensor unit_entropy, {Head.SCHEMA}, Tensor targets, "
+    schema=f"(Tensor logps, Tensor lse, Tensor units, Tensor scales, {Head.SCHEMA}, Tensor targets, "
     "int ignore_index, Tensor? g_logps, Tensor? g_entropy, Tensor? g_lse) -> Tensor",
 )
 def _scale_units(
-    logps, lse, unit_logp, unit_entropy, weight, bias, row_temperature, temperature, softcap, logit_scale, group,
-    vocab_start, targets, ignore_index, g_logps, g_entropy, g_lse,
+    logps, lse, units, scales, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start,
+    targets, ignore_index, g_logps, g_entropy, g_lse,
 ):  # fmt: skip
     """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
     head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
-    d_hidden = torch.zeros_like(unit_logp)
-    for first in range(0, len(d_hidden), _ROWS_AT_ONCE):
+    d_hidden = _d_hidden_of(units)
+    for first in range(0, len(logps), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         kept = targets[rows] != ignore_index
         up = Upstream(*(None if x is None else where(kept, x[rows])[:, None] for x in (g_logps, g_lse, g_entropy)))
-        total = torch.zeros((), dtype=logps.dtype, device=logps.device)
+        by_logp, *by_entropy = (units[i, rows] * scales[i, rows, None] for i in range(len(units)))
+        total = torch.zeros_like(by_logp)
         if up.logps is not None:
-            total = total + up.logps * unit_logp[rows]
+            total += up.logps * by_logp
         if up.entropy is not None:
-            total = total + up.entropy * unit_entropy[rows]
+            total += up.entropy * by_entropy[0]
         if up.lse is not None:  # logp = z_y - lse, so the gradient of lse is that of z_y less the one kept for logp
             own = _target_gradient(head, (logps + lse)[rows], where(kept, targets[rows]), rows)
-            total = total + up.lse * (own - unit_logp[rows])
+            total += up.lse * (own - by_logp)
         d_hidden[rows] = total
     return d_hidden
 
@@ -251,9 +263,14 @@ def _scale_units(
 _ROWS_AT_ONCE = 1024  # of fp32 gradients between the 16-bit ones
 
 
+def _d_hidden_of(units: Tensor) -> Tensor:
+    """[rows, H] in the dtype whose `_packed` gave units."""
+    return units.new_zeros(units.shape[1:], dtype=torch.bfloat16 if units.dtype == torch.float16 else units.dtype)
+
+
 @_scale_units.register_fake
-def _(logps, lse, unit_logp, *_):
-    return torch.empty_like(unit_logp)
+def _(logps, lse, units, *_):
+    return _d_hidden_of(units)
 
 
 def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Tensor:
