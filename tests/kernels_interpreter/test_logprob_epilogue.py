@@ -12,6 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from bf16 import mend
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from genevolve_fast.kernels.logprob_epilogue import d_logits_epilogue, softmax_epilogue
 from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
@@ -74,6 +76,69 @@ def test_d_logits_against_float64(name, used):
     (gradient,) = torch.autograd.grad(sum((want[n] * g.double()).sum() for n, g in upstream.items()), exact)
     d_logits_epilogue(products, products, targets, got, block=128, **upstream, **options)
     assert (products - gradient).abs().max() < 4e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "vocabulary"), [(65_537, 97), (8, 151_936), (3, 152_064), (3, 128_256)])
+def test_more_rows_than_a_grid_is_high_and_the_vocabularies_of_the_field(rows, vocabulary):
+    torch.manual_seed(6)
+    products, targets = 3 * torch.randn(rows, vocabulary), torch.randint(vocabulary, (rows,))
+    targets[-1] = vocabulary - 1
+    exact = products.double().requires_grad_()
+    logps, lse, entropy = truth(exact, targets)
+    upstream = torch.randn(rows)
+    (want,) = torch.autograd.grad((logps * upstream).sum(), exact)
+    got = softmax_epilogue(products, targets)
+    for mine, true in ((got.logps, logps), (got.maximum + got.log_sum, lse), (got.entropy, entropy)):
+        assert ((mine - true).abs() <= 2e-6 * true.abs().clamp(min=1)).all()
+    d_logits_epilogue(products, products, targets, got, logps=upstream)
+    assert (products - want).abs().max() < 2e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_call_into_poisoned_memory(data):
+    """Shapes, tiles and options drawn by hypothesis; the kernels write every number of what they return."""
+    draw = lambda what, name: data.draw(what, label=name)  # noqa: E731
+    rows, vocabulary = draw(st.integers(0, 4), "rows"), draw(st.integers(1, 300), "V")
+    torch.manual_seed(draw(st.integers(0, 99), "seed"))
+    options = dict(
+        softcap=draw(st.sampled_from([None, 4.0]), "softcap"),
+        logit_scale=draw(st.sampled_from([1.0, 0.3]), "logit_scale"),
+        temperature=draw(st.sampled_from([1.0, 0.7, torch.rand(rows) + 0.4]), "temperature"),
+        bias=draw(st.sampled_from([None, torch.randn(vocabulary)]), "bias"),
+    )
+    block = draw(st.sampled_from([32, 128, 512]), "block")
+    wide = torch.full((rows, vocabulary + draw(st.integers(0, 5), "padding")), torch.nan)
+    products = wide[:, :vocabulary]
+    products.copy_(draw(st.sampled_from([0.01, 3.0, 40.0]), "spread") * torch.randn(rows, vocabulary))
+    targets = torch.randint(vocabulary, (rows,))
+    used = draw(st.sets(st.sampled_from(["logps", "lse", "entropy"]), min_size=1), "upstream")
+    upstream = {name: torch.randn(rows) for name in used}
+    exact = products.double().requires_grad_()
+    want = dict(zip(("logps", "lse", "entropy"), truth(exact, targets, **options), strict=True))
+    (gradient,) = torch.autograd.grad(sum((want[n] * g.double()).sum() for n, g in upstream.items()), exact)
+    torch.use_deterministic_algorithms(True)  # torch.empty is full of NaN
+    try:
+        got = softmax_epilogue(products, targets, block=block, **options)
+        out = torch.empty(rows, vocabulary)
+        d_logits_epilogue(products, out, targets, got, block=block, **upstream, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    scale = want["lse"].abs().clamp(min=1)
+    for name in ("logps", "entropy"):
+        assert ((getattr(got, name) - want[name]).abs() <= 4e-6 * scale).all()
+    assert ((out - gradient).abs() <= 1e-5 * (1 + gradient.abs().amax(1, keepdim=True) * scale[:, None])).all()
+
+
+def test_a_target_of_another_shard_counts_nowhere():
+    products, targets = torch.randn(3, 50), torch.tensor([4, -1, 50])
+    got = softmax_epilogue(products, targets, block=32)
+    want = products.double().softmax(-1)
+    d_logits_epilogue(products, products, targets, got, logps=torch.ones(3), block=32)
+    want = -want
+    want[0, 4] += 1
+    assert (products - want).abs().max() < 2e-6
 
 
 def test_half_width_results_overlay_the_products():
@@ -151,5 +216,5 @@ def test_what_cannot_run_says_why():
     h, w, y = torch.randn(2, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), torch.zeros(2).long()
     with pytest.raises(ValueError, match="impl 'triton': triton computes in fp32"):
         linear_logprob(h, w, y, impl="triton")
-    with pytest.raises(ValueError, match="auto, torch or triton"):
+    with pytest.raises(ValueError, match="one of auto, torch, triton"):
         linear_logprob(h, w, y, impl="fast")
