@@ -58,7 +58,7 @@ def linear_logprob(
 
     With `process_group`, weight and bias are this rank's rows of the vocabulary, from token `vocab_start` on (shards
     may be uneven); all ranks give the same hidden and targets and get the same results, dH summed over the group. An
-    FSDP2 weight (DTensor) is gathered once.
+    FSDP2 weight (DTensor) is gathered once; a ZeRO-3 weight must be gathered, as it is inside its module's forward.
 
     impl "torch" runs everywhere, "triton" on a GPU, "auto" takes the faster one that runs (`supported` says why not).
     Raises ValueError naming the argument of a wrong shape, dtype or value. Targets and NaN in `hidden` are checked

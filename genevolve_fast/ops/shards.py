@@ -52,7 +52,10 @@ def whole_weight(weight: Tensor) -> Tensor:
     Raises ValueError for a ZeRO-3 parameter that is not gathered.
     """
     if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
-        raise ValueError("weight is partitioned by ZeRO-3: call inside deepspeed.zero.GatheredParameters([weight])")
+        raise ValueError(
+            "weight is partitioned by ZeRO-3: read it inside its module's forward, or call inside "
+            "deepspeed.zero.GatheredParameters([weight])"
+        )
     if not dist.is_available():
         return weight
     from torch.distributed.tensor import DTensor, Partial
