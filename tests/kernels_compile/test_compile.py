@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from genevolve_fast.kernels import logprob_epilogue as epilogue  # noqa: E402
+from genevolve_fast.ops import csrc  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have; otherwise only checked at launch
 
 
@@ -75,22 +78,60 @@ def test_triton_kernels_compile_and_fit(arch, tmp_path):
         assert registers <= 255
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_csrc_compiles_and_loads_without_a_gpu(tmp_path):
-    import ctypes
-    import runpy
-
-    root = Path(__file__).parents[2]
-    setup = {}
+@pytest.fixture(scope="module")
+def build():
+    """setup.py's functions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **kw: setup.update(kw))
-        module = runpy.run_path(str(root / "setup.py"))
+        patch.setattr("setuptools.setup", lambda **_: None)
+        yield runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_csrc_compiles_and_loads_without_a_gpu(build, tmp_path):
     library = tmp_path / "libgenevolve.so"
-    assert module["compile_csrc"](library)
-    launch = ctypes.CDLL(str(library)).genevolve_logprob_epilogue
-    launch.restype = ctypes.c_int
-    if not torch.cuda.is_available():
-        pointer = ctypes.c_void_p
-        numbers = [ctypes.c_longlong(n) for n in (1, 8, 8)] + [ctypes.c_float(1)] * 2 + [ctypes.c_longlong(-100)]
-        status = launch(*[pointer(256)] * 6, *numbers, ctypes.c_int(0), ctypes.c_int(0), pointer(0))
-        assert status == 35  # cudaErrorInsufficientDriver: refused, not crashed
+    assert build["compile_csrc"](library)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run([tool, "--list-elf", "--list-ptx", library], capture_output=True, text=True).stdout
+    assert {"sm_80.cubin", "sm_90a.cubin", "sm_90.ptx"} <= set(re.findall(r"sm_\w+\.(?:cubin|ptx)", listed))
+    loaded = csrc.Library(library)
+    if torch.cuda.is_available():
+        return
+    problem, softmax, gradient = csrc._Problem(rows=1, vocabulary=8), csrc._Softmax(), csrc._Gradient()
+    statuses = [
+        loaded.handle.genevolve_softmax(problem, softmax, None),
+        loaded.handle.genevolve_d_logits(problem, softmax, gradient, None, None),
+        loaded.handle.genevolve_softmax_d_logits(problem, softmax, gradient, gradient, None),
+    ]
+    assert set(statuses) <= {35, 100}, statuses  # cudaErrorInsufficientDriver, cudaErrorNoDevice: refused, not crashed
+    loaded.device = "cpu"  # no stream to ask torch for
+    with pytest.raises(RuntimeError, match=r"genevolve_softmax: cudaError\w+ \((35|100)\): \w+"):
+        loaded.launch("genevolve_softmax", torch.device("cpu"), problem, softmax)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_csrc_kernels_fit_without_spilling(arch, tmp_path):
+    (source,) = (ROOT / "csrc").glob("*.cu")
+    code = ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}", "-Xptxas", "-v"]
+    command = ["nvcc", "-O3", "-std=c++17", "-cubin", *code, source, "-o", tmp_path / "k.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True)
+    assert report.returncode == 0, report.stderr
+    kernels = report.stderr.split("Compiling entry function")[1:]
+    names = [re.search(r"\d([a-z_]+_kernel)ILb([01])E", kernel).groups() for kernel in kernels]
+    assert {name for name, _ in names} == {"softmax_kernel", "d_logits_kernel", "one_read_kernel", "two_reads_kernel"}
+    for kernel, (name, rich) in zip(kernels, names, strict=True):
+
+        def number(of, kernel=kernel):
+            found = re.search(of, kernel)
+            return int(found.group(1)) if found else 0
+
+        stack, stores = number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores")
+        loads, registers = number(r"(\d+) bytes spill loads"), number(r"Used (\d+) registers")
+        shared = number(r"(\d+) bytes smem")
+        print(
+            f"{arch} {name}{' with bias or softcap' if rich == '1' else ''}: {registers} registers, {stack} bytes of "
+            f"stack, {stores} + {loads} bytes spilled, {shared} bytes of shared memory"
+        )
+        assert stores == loads == 0
+        assert registers <= 56  # three blocks of 384 threads share a multiprocessor
+        assert name != "one_read_kernel" or shared <= 256  # what csrc/ keeps free beside the row
