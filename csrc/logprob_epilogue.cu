@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (lane == 0) result = finish(r, z_y);  // z_y is rank 0's
   }
   __syncthreads();
-  cluster.barrier_arrive();
+  __cluster_barrier_arrive_relaxed();  // has read the others' sums; a release would wait for all of memory
   const Statistics s = result;
   if (rank == 0 && threadIdx.x == 0) store(softmax, index, s);
 
@@ -522,6 +522,8 @@ cudaError_t fits(Kernel kernel, const Launch& launch, bool* yes) {
   const int dynamic = static_cast<int>(launch.config.dynamicSmemBytes);
   if (status != cudaSuccess || dynamic > shared - 256) return status;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
   int active = 0;
   status = cudaOccupancyMaxActiveClusters(&active, kernel, &launch.config);

@@ -49,9 +49,11 @@ class Emulated(csrc.Library):
 
 
 def compile_for_host(target: Path, source: Path = SOURCE) -> Emulated:
+    """Each library has an emulator of its own: none of its symbols are shared with another's."""
     command = [
-        shutil.which("g++"), "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-extern-tls-init",
-        "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE / 'shim'}", f'-DCSRC="{source}"', HERE / "emulated.cpp", "-o", target,
+        shutil.which("g++"), "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+        "-fPIC", "-shared", "-fno-extern-tls-init", "-fvisibility=hidden", "-fno-gnu-unique",
+        f"-I{HERE / 'shim'}", f'-DCSRC="{source}"', HERE / "emulated.cpp", "-o", target,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

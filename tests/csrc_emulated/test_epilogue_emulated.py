@@ -113,7 +113,7 @@ def test_rows(gpu, rows, capability):
     check_gradient(out.view, want)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=99, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_stride_alignment_dtype_and_order(gpu, data):
     draw = data.draw
@@ -255,6 +255,25 @@ def test_traffic(gpu, dtype):
     assert (counts.bytes_read, counts.wide_reads, counts.wide_writes) == (row, row // 16, out.nbytes // 16)
 
 
+def test_rows_are_addressed_in_64_bits(gpu, tmp_path):
+    stride = 2**31 + 16  # elements, of a file that is all hole
+    memory = torch.from_file(str(tmp_path / "rows"), shared=True, size=stride + 128)
+    products = memory.as_strided((2, 97), (stride, 1))
+    products.copy_(torch.randn(2, 97))
+    targets, up = targets_of(2, 97), upstream_of(("logps",), 2)
+    want, before = truth(products, targets, [up]), products.clone()
+    half = products.view(torch.bfloat16)[:, :97]
+    for capability in CAPABILITIES:
+        gpu.configure(capability)
+        products.copy_(before)
+        softmax = softmax_d_logits_epilogue(products, targets, [(half, up)])
+        check_softmax(softmax, want)
+        check_gradient(half, want)
+    products.copy_(before)
+    d_logits_epilogue(products, targets, softmax, [(half, up)])
+    check_gradient(half, want)
+
+
 def test_a_row_too_long_for_shared_memory_is_read_twice(gpu):
     gpu.configure(90, shared_limit=60 << 10)
     products, targets, up = torch.randn(1, IN_TWO), targets_of(1, IN_TWO), upstream_of(("logps",), 1)
@@ -384,26 +403,43 @@ def test_the_epilogue_class_does_what_torch_does(gpu, dtype, two, per_row):
 
 # --- what these tests notice ------------------------------------------------------------------------------------------
 
-OVERLAY_BARRIER = "before any writes: half-width results lie on tiles already read.\n    __syncthreads();"
-MUTATIONS = {
-    "no barrier before the overlay": (OVERLAY_BARRIER, "before any writes"),
-    "no cluster barrier": ("cluster.sync();", ""),
-    "a cluster barrier that does not wait": ("cluster.sync();", "cluster.barrier_arrive();"),
-    "a block leaves early": ("cluster.barrier_wait();", ""),
-    "no barrier before the warps are merged": ("__syncthreads();\n  if (warp < part", "if (warp < part"),
-    "a barrier that some threads never reach": ("cluster.barrier_arrive();", "if (warp) cluster.barrier_arrive();"),
-    "a divergent barrier": (OVERLAY_BARRIER, "before any writes\n    if (threadIdx.x < 32) __syncthreads();"),
-    "a divergent shuffle": ("    r = across_lanes(r);\n", "    if (lane) r = across_lanes(r);\n"),
-    "the wrong stride": ("p.products + index * p.stride", "p.products + index * p.vocabulary"),
-    "the wrong stride of results": ("row * g.stride *", "row * (g.stride + 1) *"),
-    "a tail read as zero": ("z[i] = i < left ? z[i] : -INFINITY", "z[i] = i < left ? z[i] : 0.f"),
-    "a tail that is dropped": ("vocabulary / kGroup + (vocabulary % kGroup != 0)", "vocabulary / kGroup"),
-    "writes beyond the tail": ("if (i < left) __stcs", "if (i < left + 1) __stcs"),
-    "unaligned wide reads": ("row.wide = aligned(row.x)", "row.wide = true"),
-    "unaligned wide writes": ("aligned(out)};", "true};"),
-    "shared memory too small": ("groups_per_slice) * kGroup * sizeof", "groups_per_slice) * kGroup / 2 * sizeof"),
-    "the first moment is not moved": ("fmaf(r.s, shift, r.t)", "r.t"),
-    "a slice too few": ("lane < part.slices ? of_slice", "lane < part.slices - 1 ? of_slice"),
+BEFORE_OVERLAY = "before any writes: half-width results lie on tiles already read.\n    __syncthreads();"
+ARRIVE = "__cluster_barrier_arrive_relaxed();"
+VALUES = None  # wrong values, the kernel itself runs through
+MUTANTS = {  # what is replaced by what, and what is then said
+    "no barrier before the overlay": ({BEFORE_OVERLAY: "before any writes"}, VALUES),
+    "no barrier before warps are merged": ({"__syncthreads();\n  if (warp < part": "if (warp < part"}, VALUES),
+    "no cluster barrier": ({"cluster.sync();": ""}, VALUES),
+    "a cluster barrier without its wait": ({"cluster.sync();": "cluster.barrier_arrive();"}, "barrier twice"),
+    "a block leaves without waiting": ({"cluster.barrier_wait();": ""}, "leaves without waiting"),
+    "a block leaves before it is read": (
+        {ARRIVE: "", "cluster.barrier_wait();": ""}, "shared memory of a block that has left",
+    ),
+    "a warp that does not arrive": (
+        {ARRIVE: f"if (warp) {ARRIVE}"}, "without having arrived",
+    ),
+    "a divergent barrier": (
+        {BEFORE_OVERLAY: "before any writes\n    if (threadIdx.x < 32) __syncthreads();"}, "deadlock: .* __syncthreads",
+    ),
+    "a divergent shuffle": (
+        {"    r = across_lanes(r);\n": "    if (lane) r = across_lanes(r);\n"}, "deadlock: .* __syncthreads",
+    ),
+    "a shuffle in place of a barrier": (
+        {"__syncthreads();\n  if (warp == 0) {\n    const": "if (warp == 0) {\n if (lane) __syncthreads();\n const"},
+        "deadlock: .* a shuffle",
+    ),
+    "the wrong stride": ({"p.products + index * p.stride": "p.products + index * p.vocabulary"}, VALUES),
+    "the wrong stride of results": ({"row * g.stride *": "row * (g.stride + 1) *"}, VALUES),
+    "a tail read as zero": ({"z[i] = i < left ? z[i] : -INFINITY": "z[i] = i < left ? z[i] : 0.f"}, VALUES),
+    "a tail that is dropped": ({"vocabulary / kGroup + (vocabulary % kGroup != 0)": "vocabulary / kGroup"}, VALUES),
+    "writes beyond the tail": ({"if (i < left) __stcs": "if (i < left + 1) __stcs"}, VALUES),
+    "wide reads of any row": ({"row.wide = aligned(row.x)": "row.wide = true"}, "misaligned for 16 bytes"),
+    "wide writes of any row": ({"aligned(out)};": "true};"}, "misaligned for 16 bytes"),
+    "too little shared memory": (
+        {"groups_per_slice) * kGroup * sizeof": "groups_per_slice) * kGroup / 2 * sizeof"}, "beyond its .* of dynamic",
+    ),
+    "a first moment left behind": ({"fmaf(r.s, shift, r.t)": "r.t"}, VALUES),
+    "a slice too few": ({"lane < part.slices ? of_slice": "lane < part.slices - 1 ? of_slice"}, VALUES),
 }  # fmt: skip
 
 
@@ -424,7 +460,11 @@ def verify(gpu) -> None:
                 laid.view.copy_(copy)
                 check_softmax(softmax_d_logits_epilogue(laid.view, targets, [(overlaid(laid, torch.half), up)]), want)
                 check_gradient(overlaid(laid, torch.half), want)
-                assert laid.untouched_around()
+                apart = Laid.out(laid.view, padding=1)
+                laid.view.copy_(copy)
+                d_logits_epilogue(laid.view, targets, softmax, [(apart.view, up)])
+                check_gradient(apart.view, want)
+                assert laid.untouched_around() and apart.untouched_around()
 
 
 def test_the_kernels_pass_what_their_mutants_fail(gpu):
@@ -432,13 +472,18 @@ def test_the_kernels_pass_what_their_mutants_fail(gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_mutants_are_noticed(name, tmp_path: Path, monkeypatch):
-    old, new = MUTATIONS[name]
+    replacements, said = MUTANTS[name] if name else ({}, None)
     source = SOURCE.read_text()
-    assert source.count(old) == 1
-    (tmp_path / "mutant.cu").write_text(source.replace(old, new))
+    for old, new in replacements.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "mutant.cu").write_text(source)
     mutant = compile_for_host(tmp_path / "libmutant.so", tmp_path / "mutant.cu")
     monkeypatch.setattr(csrc, "installed", lambda: mutant)
-    with pytest.raises((AssertionError, RuntimeError)):
+    if not name:
+        verify(mutant)
+        return
+    with pytest.raises(RuntimeError if said else AssertionError, match=said):
         verify(mutant)

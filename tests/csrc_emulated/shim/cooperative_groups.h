@@ -2,6 +2,10 @@
 
 #include "emulator.h"
 
+inline void __cluster_barrier_arrive_relaxed(emulator::Where where = emulator::Where::current()) {
+  emulator::cluster_arrive(where);
+}
+
 namespace cooperative_groups {
 
 struct cluster_group {

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -330,10 +329,7 @@ inline bool run_grid(int blocks, int cluster_size, int threads, size_t dynamic, 
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int i : in_order(blocks / size))
-    if (!run_cluster(i * size, size, threads, dynamic)) {
-      fprintf(stderr, "emulator: %s\n", message.c_str());
-      return false;
-    }
+    if (!run_cluster(i * size, size, threads, dynamic)) return false;
   return true;
 }
 
