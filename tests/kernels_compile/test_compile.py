@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from genevolve_fast.kernels import logprob_epilogue as epilogue  # noqa: E402
+from genevolve_fast.ops import csrc  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have; otherwise only checked at launch
 
 
@@ -75,22 +78,57 @@ def test_triton_kernels_compile_and_fit(arch, tmp_path):
         assert registers <= 255
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_csrc_compiles_and_loads_without_a_gpu(tmp_path):
-    import ctypes
-    import runpy
-
-    root = Path(__file__).parents[2]
-    setup = {}
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """csrc/ compiled as setup.py does."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **kw: setup.update(kw))
-        module = runpy.run_path(str(root / "setup.py"))
-    library = tmp_path / "libgenevolve.so"
-    assert module["compile_csrc"](library)
-    launch = ctypes.CDLL(str(library)).genevolve_logprob_epilogue
-    launch.restype = ctypes.c_int
-    if not torch.cuda.is_available():
-        pointer = ctypes.c_void_p
-        numbers = [ctypes.c_longlong(n) for n in (1, 8, 8)] + [ctypes.c_float(1)] * 2 + [ctypes.c_longlong(-100)]
-        status = launch(*[pointer(256)] * 6, *numbers, ctypes.c_int(0), ctypes.c_int(0), pointer(0))
-        assert status == 35  # cudaErrorInsufficientDriver: refused, not crashed
+        patch.setattr("setuptools.setup", lambda **_: None)
+        build = runpy.run_path(str(ROOT / "setup.py"))
+    path = tmp_path_factory.mktemp("csrc") / "libgenevolve.so"
+    assert build["compile_csrc"](path)
+    return path
+
+
+def cuobjdump(*arguments) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_csrc_loads_and_is_refused_without_a_gpu(library):
+    loaded = csrc.Library(library)
+    if torch.cuda.is_available():
+        return
+    problem, softmax, gradient = csrc._Problem(rows=1, vocabulary=8), csrc._Softmax(), csrc._Gradient()
+    statuses = [
+        loaded.handle.genevolve_softmax(problem, softmax, None),
+        loaded.handle.genevolve_d_logits(problem, softmax, gradient, None, None),
+        loaded.handle.genevolve_softmax_d_logits(problem, softmax, gradient, gradient, None),
+    ]
+    assert set(statuses) <= {35, 100}, statuses  # cudaErrorInsufficientDriver, cudaErrorNoDevice: refused, not crashed
+    loaded.device = "cpu"  # no stream to ask torch for
+    with pytest.raises(RuntimeError, match=r"genevolve_softmax: cudaError\w+ \((35|100)\): \w+"):
+        loaded.launch("genevolve_softmax", torch.device("cpu"), problem, softmax)
+
+
+def test_csrc_holds_every_architecture_and_spills_nothing(library):
+    assert ".sm_90.ptx" in cuobjdump("--list-ptx", library)  # what later GPUs compile
+    usage = re.split(r"arch = (sm_\w+)", cuobjdump("--dump-resource-usage", library))
+    seen = []
+    for arch, section in zip(usage[1::2], usage[2::2], strict=True):
+        for name, rich, numbers in re.findall(r"Function \w*?\d([a-z_]+_kernel)ILb([01])E\w*:\s*(REG.*)", section):
+            registers, stack, shared, local = (
+                int(re.search(rf"{kind}:(\d+)", numbers).group(1)) for kind in ("REG", "STACK", "SHARED", "LOCAL")
+            )
+            print(
+                f"{arch} {name}{' with bias or softcap' if rich == '1' else ''}: {registers} registers, "
+                f"{stack} bytes of stack, {local} of local memory, {shared} of shared memory"
+            )
+            assert stack == local == 0  # so nothing is spilled
+            assert registers <= 56  # three blocks of 384 threads share a multiprocessor
+            if name == "one_read_kernel":
+                assert shared <= 1024 + 256  # the system's on sm_90, and what csrc/ keeps free beside the row
+            seen.append((arch, name, rich))
+    names = ("softmax_kernel", "d_logits_kernel", "two_reads_kernel", "one_read_kernel")
+    assert sorted(seen) == sorted((a, n, r) for a in ("sm_80", "sm_90a") for n in names for r in "01")
