@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genevolve_fast.ops.epilogues import EPILOGUES, Softmax, Upstream, choose
+from genevolve_fast.ops.epilogues import Softmax, Upstream, choose, epilogue
 from genevolve_fast.ops.masks import Rows, where
 from genevolve_fast.ops.shards import merge, summed
 
@@ -118,7 +118,7 @@ class Workspace:
         self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each, hidden.device.type)
         self.logits = torch.empty(self.per_visit, vocabulary, dtype=self.kind, device=hidden.device)
         self.second = torch.empty_like(self.logits, dtype=self.dtype) if two else None
-        self.epilogue = EPILOGUES[choose(impl, hidden)]
+        self.epilogue = epilogue(choose(impl, hidden))
 
     def visits(self, rows: int) -> Iterator[slice]:
         """Row ranges of the visits, in order."""
@@ -130,36 +130,46 @@ class Workspace:
 
         A target outside the vocabulary gives NaN.
         """
-        n = len(hidden)
-        for first in range(0, n, self.block_rows):
-            block = hidden[first : first + self.block_rows]
-            if len(block) < self.block_rows:
-                block = torch.cat([block, block.new_zeros(self.block_rows - len(block), block.shape[1])])
-            mm_logits(block, self.head.weight, self.logits[first : first + self.block_rows])
-        own = self.head.at(targets)
+        logits, own = self._products(hidden), self.head.at(targets)
         entropy = entropy or self.head.group is not None  # the shards' merge is one message either way
-        made = self.epilogue.softmax(self.logits[:n], own, self.head, self.head.tau(rows), entropy)
-        here = (own >= 0) & (own < self.logits.shape[1])
+        made = self.epilogue.softmax(logits, own, self.head, self.head.tau(rows), entropy)
+        here = (own >= 0) & (own < logits.shape[1])
         if self.head.group is not None:
             return merge(made, here, self.head.group)
         return replace(made, logps=where(here, made.logps, torch.nan))
 
     def d_logits(self, softmax: Softmax, targets: Tensor, rows: Rows, *upstream: Upstream) -> list[Tensor]:
         """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in hidden's dtype; logits are lost."""
-        n, vocabulary = len(targets), self.logits.shape[1]
-        out = [self.logits.view(self.dtype)[:n, :vocabulary]]
-        if len(upstream) == 2:
-            out.append(self.second[:n])
-        head = self.head
-        self.epilogue.d_logits(self.logits[:n], out, softmax, head.at(targets), head, head.tau(rows), upstream)
+        logits, head, out = self.logits[: len(targets)], self.head, self._gradients(len(targets), len(upstream))
+        self.epilogue.d_logits(logits, out, softmax, head.at(targets), head, head.tau(rows), upstream)
         return out
 
     def softmax_and_d_logits(
         self, hidden: Tensor, targets: Tensor, rows: Rows, entropy: bool, *upstream: Upstream
     ) -> tuple[Softmax, list[Tensor]]:
         """Both, for upstream gradients that are known before the log-probs are."""
+        together = getattr(self.epilogue, "softmax_d_logits", None)
+        if together and upstream and self.head.group is None:
+            logits, head, out = self._products(hidden), self.head, self._gradients(len(targets), len(upstream))
+            made = together(logits, out, targets, head, head.tau(rows), upstream)
+            here = (targets >= 0) & (targets < logits.shape[1])
+            return replace(made, logps=where(here, made.logps, torch.nan)), out
         softmax = self.softmax(hidden, targets, rows, entropy or any(g.entropy is not None for g in upstream))
         return softmax, self.d_logits(softmax, targets, rows, *upstream) if upstream else []
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] · Wᵀ in the workspace [n, V], block by block."""
+        for first in range(0, len(hidden), self.block_rows):
+            block = hidden[first : first + self.block_rows]
+            if len(block) < self.block_rows:
+                block = torch.cat([block, block.new_zeros(self.block_rows - len(block), block.shape[1])])
+            mm_logits(block, self.head.weight, self.logits[first : first + self.block_rows])
+        return self.logits[: len(hidden)]
+
+    def _gradients(self, rows: int, count: int) -> list[Tensor]:
+        """Where one or two gradients of the logits [rows, V] go; the first overlays the logits."""
+        first = self.logits.view(self.dtype)[:rows, : self.logits.shape[1]]
+        return [first] if count == 1 else [first, self.second[:rows]]
 
     def d_hidden(self, d_logits: Tensor, wide: bool = False) -> Tensor:
         """[n, H] of d_logits [n, V], all shards of the vocabulary together; `wide`: in fp32 (fp64)."""

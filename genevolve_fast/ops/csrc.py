@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from genevolve_fast.ops.epilogues import Softmax, Upstream
+
 if TYPE_CHECKING:
-    from genevolve_fast.ops.blocks import Head, Softmax, Upstream
+    from genevolve_fast.ops.blocks import Head
 
 _PATH = Path(__file__).parents[1] / "_csrc" / "libgenevolve.so"
 _ABI = 1
@@ -190,7 +192,7 @@ def softmax_d_logits_epilogue(
     return out
 
 
-class _CudaEpilogue:
+class CudaEpilogue:
     """csrc/logprob_epilogue.cu: two gradients in one pass; softmax and gradients in one launch."""
 
     @staticmethod
@@ -200,8 +202,6 @@ class _CudaEpilogue:
 
     @classmethod
     def softmax(cls, logits: Tensor, targets: Tensor, head: Head, tau, entropy: bool) -> Softmax:
-        from genevolve_fast.ops.blocks import Softmax
-
         return Softmax(*softmax_epilogue(logits, targets, **cls._options(head, tau)))
 
     @classmethod
@@ -212,8 +212,6 @@ class _CudaEpilogue:
     @classmethod
     def softmax_d_logits(cls, logits, out: list[Tensor], targets: Tensor, head: Head, tau, upstream) -> Softmax:
         """Both, where the upstream gradients are known before the softmax."""
-        from genevolve_fast.ops.blocks import Softmax
-
         pairs = list(zip(out, upstream, strict=True))
         return Softmax(*softmax_d_logits_epilogue(logits, targets, pairs, **cls._options(head, tau)))
 

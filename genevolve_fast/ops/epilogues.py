@@ -12,7 +12,7 @@ from torch import Tensor
 from genevolve_fast.ops.masks import where
 
 _STRIP_BYTES = 2 << 20  # elementwise work on this much at a time stays in a core's cache
-IMPLEMENTATIONS = ("torch", "triton")
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def supported(impl: str, hidden: Tensor) -> str | None:
         return None
     if impl not in IMPLEMENTATIONS:
         return f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {impl!r}"
+    if impl == "cuda":
+        from genevolve_fast.ops import csrc
+
+        return csrc.reason(hidden)
     if hidden.dtype == torch.float64:
         return f"{impl} computes in fp32, not fp64"
     try:
@@ -56,7 +60,10 @@ def supported(impl: str, hidden: Tensor) -> str | None:
 
 
 def choose(impl: str, hidden: Tensor) -> str:
-    """The implementation that runs; auto is triton on a GPU. Raises ValueError with the reason where it cannot."""
+    """The implementation that runs. Raises ValueError with the reason where it cannot.
+
+    auto is triton on a GPU: cuda has not been measured against it yet.
+    """
     if impl == "auto":
         return "triton" if hidden.is_cuda and supported("triton", hidden) is None else "torch"
     if reason := supported(impl, hidden):
@@ -121,7 +128,13 @@ class TritonEpilogue:
             d_logits_epilogue(logits, into, targets, softmax, **g._asdict(), **cls._options(head, tau))
 
 
-EPILOGUES = {"torch": TorchEpilogue, "triton": TritonEpilogue}
+def epilogue(impl: str):
+    """The class behind an implementation's name."""
+    if impl == "cuda":
+        from genevolve_fast.ops.csrc import CudaEpilogue
+
+        return CudaEpilogue
+    return {"torch": TorchEpilogue, "triton": TritonEpilogue}[impl]
 
 
 # --- torch, strip by strip --------------------------------------------------------------------------------------------

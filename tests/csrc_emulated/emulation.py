@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from genevolve_fast.ops import csrc
-from genevolve_fast.ops.blocks import Upstream
+from genevolve_fast.ops.epilogues import Upstream
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "csrc" / "logprob_epilogue.cu"

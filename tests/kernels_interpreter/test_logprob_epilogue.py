@@ -216,5 +216,5 @@ def test_what_cannot_run_says_why():
     h, w, y = torch.randn(2, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), torch.zeros(2).long()
     with pytest.raises(ValueError, match="impl 'triton': triton computes in fp32"):
         linear_logprob(h, w, y, impl="triton")
-    with pytest.raises(ValueError, match="one of auto, torch, triton"):
+    with pytest.raises(ValueError, match="one of auto, torch, triton, cuda"):
         linear_logprob(h, w, y, impl="fast")
