@@ -168,6 +168,14 @@ def _need_cuda(where: torch.device, capability: int = 0) -> None:
         raise Unavailable(f"needs SM{capability}0 or newer")
 
 
+def _need_triton(where: torch.device) -> None:
+    """A CUDA device, or Triton's interpreter."""
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        _need_cuda(where)
+
+
 def _need(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(name=module)
@@ -249,7 +257,7 @@ def liger_grpo_tf32(where: torch.device) -> dict:
 def liger_triton_grpo(where: torch.device) -> dict:
     """triton_grpo_loss on full logits, its gradient in place, reduced inside."""
     _need("liger_kernel")
-    _need_cuda(where)
+    _need_triton(where)
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     def objective(b: Batch) -> Tensor:
@@ -269,7 +277,7 @@ def liger_triton_grpo(where: torch.device) -> dict:
 def liger_flce(where: torch.device) -> dict:
     """Fused linear cross-entropy (Triton); reduction="none" for log-probs, its gradients then in the backward."""
     _need("liger_kernel")
-    _need_cuda(where)
+    _need_triton(where)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as flce
 
     return dict(
@@ -311,28 +319,39 @@ def quack(where: torch.device) -> dict:
 def _trl() -> dict:
     _need("trl")
     try:
-        from trl.trainer.utils import _ChunkedLogProbFunction as function
-    except ImportError:  # where it stood at first
-        from trl.experimental.async_grpo.chunk_lm_head import _ChunkedLogProbFunction as function
-    known = dict(temperature=1.0, chunk_size=8192)
-    parameters = list(inspect.signature(function.forward).parameters.values())[1:]
-    if [p.name for p in parameters[:3]] != ["last_hidden", "weight", "targets"]:
-        raise Unavailable(f"unknown signature of _ChunkedLogProbFunction: {[p.name for p in parameters]}")
-    more = [known.get(p.name, None if p.default is p.empty else p.default) for p in parameters[3:]]
-    return dict(logprob=lambda b: function.apply(b.hidden, b.weight, b.safe_targets, *more)[0])
+        from trl.kernels import ChunkedLogProbFunction as function
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as columns
+    except ImportError:  # before it had kernels of its own
+        columns = 8192
+        try:
+            from trl.trainer.utils import _ChunkedLogProbFunction as function
+        except ImportError:
+            from trl.experimental.async_grpo.chunk_lm_head import _ChunkedLogProbFunction as function
+    fixed = dict(bias=None, temperature=1.0, chunk_size=columns, final_logit_softcapping=None, logit_scale=1.0)
+    names = list(inspect.signature(function.forward).parameters)[1:]
+    if unknown := set(names) - {*fixed, "hidden", "last_hidden", "weight", "targets", "outputs"}:
+        raise Unavailable(f"its chunked log-prob has unknown arguments: {', '.join(sorted(unknown))}")
+
+    def logprob(b: Batch) -> Tensor:
+        given = dict(hidden=b.hidden, last_hidden=b.hidden, weight=b.weight, targets=b.safe_targets, outputs=())
+        return function.apply(*[(given | fixed)[name] for name in names])[0]
+
+    return dict(logprob=logprob)
 
 
 @peer("trl")
 def trl(where: torch.device) -> dict:
-    """_ChunkedLogProbFunction, 8192 columns at a time as its trainer asks for."""
+    """ChunkedLogProbFunction with the tile that its trainers ask for, log-probs only."""
     return _trl()
 
 
 @peer("trl")
 def trl_tf32(where: torch.device) -> dict:
-    """The same with TF32 on for its fp32 gradient GEMMs."""
+    """The same with TF32 on, for versions whose gradient GEMMs are fp32."""
     _need("trl")
     _need_cuda(where)
+    if importlib.util.find_spec("trl.kernels"):
+        raise Unavailable("its gradient GEMMs read 16-bit operands in this version: TF32 changes nothing")
     return _trl() | dict(context=tf32)
 
 
