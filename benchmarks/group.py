@@ -99,7 +99,7 @@ def _clear(where: torch.device, results: Results, row: Row) -> None:
     try:
         release(where)
     except Exception as e:
-        results.add([row])
+        results.add([row | {"fatal": True}])
         raise DeviceLost(f"{row['impl']} broke the CUDA context: {row['reason']}") from e
 
 

@@ -18,7 +18,7 @@ from benchmarks.store import Row, read
 
 COLOURS = ["#d9480f", "#1c7ed6", "#2f9e44", "#ae3ec9", "#0c8599", "#f08c00", "#5f3dc4", "#868e96", "#c2255c", "#66a80f"]
 LABELS = {"eager": "eager torch", "torch_compile": "torch.compile", "torch_chunked": "F.linear_cross_entropy"}
-WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 300, 62, 74, 84  # of a panel and around it
+WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 300, 62, 92, 84  # of a panel and around it
 INK, PALE = "#343a40", "#dee2e6"
 
 Points = dict[str, list[tuple[float, float]]]
@@ -119,7 +119,7 @@ def draw(rows: list[Row], title: str, subtitle: str) -> str:
         out.append(f'<path d="M{legend} {at}h22" {stroke}/>')
         bold = {"font_weight": 600} if name and name.startswith(OURS) else {}
         out.append(text(legend + 30, at + 4, LABELS.get(name, name) if name else "GEMM floor", **bold))
-    width, height = legend + 230, TOP + HEIGHT + 60
+    width, height = legend + 190, TOP + HEIGHT + 60
     style = 'font-family="Helvetica, Arial, sans-serif" font-size="12.5"'
     size = f'viewBox="0 0 {width} {height}" width="{width}"'
     return (

@@ -46,10 +46,9 @@ def contenders_of(args: argparse.Namespace, dtype: torch.dtype, where: torch.dev
     """Name -> contender, or the reason why it cannot run here; this library's first."""
     found: dict[str, Contender | str] = {}
     probe = torch.empty(1, 8, dtype=dtype, device=where)
-    grads = (False, True) if args.main_grad else (False,)
-    for impl, workspace, main_grad in itertools.product(args.impls, args.workspaces, grads):
+    for impl, workspace in itertools.product(args.impls, args.workspaces):
         try:
-            c = ours(probe, impl, None if workspace == "default" else float(workspace), main_grad)
+            c = ours(probe, impl, None if workspace == "default" else float(workspace), args.main_grad)
             found[c.name] = c
         except Unavailable as e:
             found[f"{OURS} [{impl}]"] = str(e)
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     for group in groups:
         shape = Shape.parse(group["shape"])
         todo = contenders(shape.dtype)
-        known = {name: results.find(group, name, version_of(c)) for name, c in todo.items()}
+        known = {name: known_row(results, group, name, version_of(c)) for name, c in todo.items()}
         if all(known.values()):
             kept = [row for row in known.values() if row["status"] not in ("absent", "not offered")]
             tqdm.write("\n".join(f"kept: {line(row)}" for row in kept))
@@ -119,6 +118,15 @@ def run(args: argparse.Namespace) -> int:
     if where.type == "cpu" and args.file == FILES["cpu"]:
         record_cpu(results, args)
     return OUT_OF_TIME if left else 0
+
+
+def known_row(results: Results, group: Row, name: str, version: str) -> Row | None:
+    """The recorded row that still holds; a contender that has killed a process is not tried again."""
+    row, why = results.find(group, name, version), results.fatal().get(name)
+    if row is None and why:
+        row = results.stamp(group, name, version) | {"status": "failed", "reason": f"not tried again: {why}"}
+        results.add([row])
+    return row
 
 
 def record_cpu(results: Results, args: argparse.Namespace) -> None:
@@ -169,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--impls", nargs="+", default=["auto"], help="of this library: auto torch triton cuda")
     p.add_argument("--workspaces", nargs="+", default=["default"], help="of this library, in MB, or `default`")
-    p.add_argument("--main-grad", action="store_true", help="this library also with d head added into an fp32 buffer")
+    p.add_argument("--main-grad", action="store_true", help="d head goes into the caller's fp32 buffer")
     p.add_argument("--device", default="cuda" if cuda else "cpu")
     p.add_argument("--repeats", type=int, default=20 if cuda else 5, help="rounds (default: %(default)s)")
     p.add_argument(

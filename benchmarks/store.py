@@ -44,7 +44,8 @@ class Results:
         self._witness = file.with_name(f".{file.name}.running")
         if self._witness.exists():
             died = json.loads(self._witness.read_text(encoding="utf-8"))
-            self.add([died | {"status": "failed", "reason": "the process died or was killed while this ran"}])
+            why = f"its process died or was killed in mode {died['mode']}"
+            self.add([died | {"status": "failed", "fatal": True, "reason": why}])
             self._witness.unlink()
 
     @property
@@ -68,6 +69,10 @@ class Results:
             if same and all(row[k] == group[k] for k in GROUP):
                 return row
         return None
+
+    def fatal(self) -> dict[str, str]:
+        """Contender -> how it killed its process, as long as the code is the same."""
+        return {r["impl"]: r["reason"] for r in self.rows if r.get("fatal") and r["code"] == self.code}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Put rows in place of older ones of their contender, and of any of their group that other code measured."""

@@ -199,10 +199,11 @@ def test_a_contender_that_killed_its_process_is_left_out(tmp_path):
     args = run.parser().parse_args(command(file, "--modes", "logprob"))
     (what,) = run.groups_of(args, CPU)
     results.note(results.stamp(what, "eager", find("eager", CPU).version))  # and the process dies here
-    run.main(command(file, "--modes", "logprob", "--peers", "eager"))
-    rows = {r["impl"]: r for r in json.loads(file.read_text())["rows"]}
-    assert rows["eager"]["status"] == "failed" and "died" in rows["eager"]["reason"]
-    assert rows[OURS]["status"] == "timed"
+    run.main(command(file, "--modes", "logprob", "frozen", "--peers", "eager"))
+    rows = {(r["impl"], r["mode"]): r for r in json.loads(file.read_text())["rows"]}
+    assert "died or was killed in mode logprob" in rows["eager", "logprob"]["reason"]
+    assert rows["eager", "frozen"]["reason"].startswith("not tried again")
+    assert [rows[OURS, mode]["status"] for mode in ("logprob", "frozen")] == ["timed", "timed"]
     assert not list(tmp_path.glob(".*"))
 
 
