@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import MODES, OBJECTIVE, SEQUENCES, Inputs, Shape
+from benchmarks.inputs import MODES, OBJECTIVE, Inputs, Shape
 from benchmarks.peers import Contender
 from genevolve_fast.ops import grpo_sdl
 
@@ -23,7 +24,7 @@ def make_run(c: Contender, mode: str, x: Inputs, layout: str, main_grad: Tensor 
     def run() -> list[Tensor]:
         hidden, weight = x.leaves(mode)
         with c.context():
-            loss = c.loss(mode, x.batch(hidden, weight, layout, main_grad))
+            loss = c.loss(mode, x.batch(hidden, weight, mode, layout, main_grad))
             if loss.requires_grad:
                 loss.backward()
         return [loss.detach(), *(t.grad for t in (hidden, weight) if t.grad is not None)]
@@ -39,7 +40,7 @@ def errors(c: Contender, mode: str, truth: Truth, layout: str, main_grad: Tensor
     x, out = truth.inputs, {}
     if MODES[mode][0] == "linear_logprob" and c.logprob:
         with torch.no_grad(), c.context():
-            b = x.batch(x.hidden, x.weight, layout)
+            b = x.batch(x.hidden, x.weight, mode, layout)
             got = c.logprob(b)
         got = got if b.keep is None else got[x.loss_rows]
         out["error_logp"] = float((got.double() - truth.logps).abs().max())
@@ -136,15 +137,19 @@ class Truth:
 
     def decided(self, margin: float) -> Tensor:
         """bool [samples]: rows whose selection by the distillation does not hang on `margin` nats."""
-        gap = (self.logps - self.teacher_logps).abs().view(SEQUENCES, -1)
-        keep = -(-gap.shape[1] * OBJECTIVE.sdl_permille // 1000)
-        border = gap.sort(1, descending=True).values[:, keep - 1 : keep + 1].mean(1, keepdim=True)
-        return ((gap - border).abs() >= margin).flatten()[self.rows]
+        gap = (self.logps - self.teacher_logps).abs()
+        unsure = torch.zeros_like(gap, dtype=torch.bool)
+        borders, _ = self.inputs.sequences(self.inputs.uneven, True)
+        for part in (slice(a, b) for a, b in itertools.pairwise(borders) if b > a):
+            keep = -(-len(gap[part]) * OBJECTIVE.sdl_permille // 1000)
+            border = gap[part].sort(descending=True).values[keep - 1 : keep + 1].mean()
+            unsure[part] = (gap[part] - border).abs() < margin
+        return ~unsure[self.rows]
 
     def _loss_and_slope(self, mode: str) -> tuple[Tensor, Tensor]:
         logps = self.logps.clone().requires_grad_()
         if mode in ("objective", "teacher"):
-            seq_ids = torch.arange(len(logps), device=logps.device) // (len(logps) // SEQUENCES)
+            _, seq_ids = self.inputs.sequences(mode == "teacher" and self.inputs.uneven, True)
             teacher = self.teacher_logps if mode == "teacher" else None
             loss, _ = grpo_sdl(
                 logps, advantages=self.inputs.advantages.double(), seq_ids=seq_ids, teacher_logps=teacher,

@@ -43,7 +43,7 @@ class Section:
 
     def argv(self, changes: dict[str, str]) -> list[str]:
         """`changes` replaces options that the section has; other ones are added."""
-        options = {"shapes": "8b", "rows": "16384", "logits": "peaked"} | self.options | changes
+        options = {"shapes": "8b", "rows": "16384", "logits": "peaked", "lengths": "uneven"} | self.options | changes
         return [part for name, value in options.items() for part in (f"--{name}", *value.split())]
 
 

@@ -64,7 +64,7 @@ SHAPES = {
 class Batch:
     """What one call sees: hidden [n, H], targets [n] (-100 where ignored), keep [n] the loss rows (None: all).
 
-    upstream [n] multiplies the log-probs; SEQUENCES sequences of equal length lie one after the other.
+    upstream [n] multiplies the log-probs. Sequences lie one after the other, from borders[i] to borders[i + 1].
     """
 
     hidden: Tensor
@@ -73,17 +73,10 @@ class Batch:
     upstream: Tensor
     advantages: Tensor
     teacher: Tensor
-    keep: Tensor | None = None
+    keep: Tensor | None
+    borders: list[int]
+    seq_ids: Tensor
     main_grad: Tensor | None = None
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        return torch.linspace(0, len(self.targets), SEQUENCES + 1, device=self.targets.device).long()
-
-    @cached_property
-    def seq_ids(self) -> Tensor:
-        rows = torch.arange(len(self.targets), device=self.targets.device)
-        return rows // (len(self.targets) // SEQUENCES)
 
     @cached_property
     def safe_targets(self) -> Tensor:
@@ -93,7 +86,10 @@ class Batch:
 
 @dataclass
 class Inputs:
-    """One set of inputs; `loss_rows` [n] are the indices of the loss tokens, the same number in every sequence."""
+    """One set of inputs; `loss_rows` [n] are the indices of the loss tokens, as many in each of 16 equal sequences.
+
+    The teacher's mode may see the same rows as 16 uneven sequences instead: real rollouts do not end where blocks do.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -102,9 +98,18 @@ class Inputs:
     advantages: Tensor
     teacher: Tensor
     loss_rows: Tensor
+    uneven: bool = False
 
     @classmethod
-    def make(cls, shape: Shape, rows: int, device: torch.device, logits: str = "normal", ratio: float = 1.0) -> Inputs:
+    def make(
+        cls,
+        shape: Shape,
+        rows: int,
+        device: torch.device,
+        logits: str = "normal",
+        ratio: float = 1.0,
+        lengths: str = "equal",
+    ) -> Inputs:
         """Reproducible for a device. Raises ValueError where the sequences cannot be of equal length."""
         if rows % SEQUENCES:
             raise ValueError(f"rows must be a multiple of {SEQUENCES}, got {rows}")
@@ -122,7 +127,7 @@ class Inputs:
         count = max(1, round(ratio * length))
         order = torch.rand(SEQUENCES, length, device=device).argsort(1)[:, :count].sort(1).values
         loss_rows = (order + length * torch.arange(SEQUENCES, device=device)[:, None]).flatten()
-        return cls(h, w.to(shape.dtype), y, upstream, advantages, t, loss_rows)
+        return cls(h, w.to(shape.dtype), y, upstream, advantages, t, loss_rows, lengths == "uneven")
 
     @property
     def dense(self) -> bool:
@@ -133,15 +138,33 @@ class Inputs:
         hidden = self.hidden.detach().requires_grad_(mode != "logprob")
         return hidden, self.weight.detach().requires_grad_(mode not in ("logprob", "frozen"))
 
-    def batch(self, hidden: Tensor, weight: Tensor, layout: str, main_grad: Tensor | None = None) -> Batch:
+    def batch(self, hidden: Tensor, weight: Tensor, mode: str, layout: str, main_grad: Tensor | None = None) -> Batch:
         """The call's view of `hidden` [rows, H]: all rows with ignored targets, or gathered by the caller (compact)."""
         teacher = self.teacher
-        if layout == "compact" and not self.dense:
+        compact = layout == "compact" and not self.dense
+        if compact:
             hidden, teacher = hidden.index_select(0, self.loss_rows), teacher.index_select(0, self.loss_rows)
-            targets, upstream, keep = self._compact
-        else:
-            targets, upstream, keep = self._whole
-        return Batch(hidden, weight, targets, upstream, self.advantages, teacher, keep, main_grad)
+        targets, upstream, keep = self._compact if compact else self._whole
+        sequences = self.sequences(mode == "teacher" and self.uneven, compact)
+        return Batch(hidden, weight, targets, upstream, self.advantages, teacher, keep, *sequences, main_grad)
+
+    def sequences(self, uneven: bool, compact: bool) -> tuple[list[int], Tensor]:
+        """(borders, seq_ids [n]) over all rows, or over the loss rows."""
+        if (uneven, compact) not in self._sequences:
+            random = torch.Generator().manual_seed(1)
+            lengths = 0.25 + 1.5 * torch.rand(SEQUENCES, generator=random) if uneven else torch.ones(SEQUENCES)
+            ends = (lengths.double().cumsum(0) / lengths.double().sum() * len(self.targets)).round().long()
+            if compact:
+                ends = torch.searchsorted(self.loss_rows.cpu(), ends)
+            borders = [0, *ends.tolist()]
+            counts = torch.tensor(borders).diff()
+            ids = torch.repeat_interleave(torch.arange(SEQUENCES), counts).to(self.targets.device)
+            self._sequences[uneven, compact] = borders, ids
+        return self._sequences[uneven, compact]
+
+    @cached_property
+    def _sequences(self) -> dict[tuple[bool, bool], tuple[list[int], Tensor]]:
+        return {}
 
     @cached_property
     def _compact(self) -> tuple[Tensor, Tensor, None]:

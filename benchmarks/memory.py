@@ -54,7 +54,7 @@ def formula_bytes(
     main_grad: bool = False,
     block_rows: int = 1024,
 ) -> int:
-    """Peak bytes that `linear_logprob`'s docstring promises above inputs and returned gradients."""
+    """Peak bytes that the operations' docstrings promise above inputs and returned gradients."""
     itemsize = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
     blocks = min(1 if device.type == "cpu" else 4, -(-rows // block_rows))
     workspace = blocks * block_rows * vocabulary * itemsize if workspace_mb is None else workspace_mb * 2**20
@@ -63,4 +63,6 @@ def formula_bytes(
         total += rows * hidden * dtype.itemsize
     elif mode != "logprob" and not main_grad:
         total += vocabulary * hidden * itemsize
+    if mode in ("objective", "teacher"):
+        total += 100 * rows
     return int(total)

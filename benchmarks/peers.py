@@ -99,7 +99,7 @@ def ours(hidden: Tensor, impl: str = "auto", workspace_mb: float | None = None, 
 
     def objective(b: Batch, **teacher) -> Tensor:
         return linear_grpo_sdl(
-            b.hidden, b.weight, b.targets, advantages=b.advantages, cu_seqlens=b.cu_seqlens, objective=OBJECTIVE,
+            b.hidden, b.weight, b.targets, advantages=b.advantages, cu_seqlens=b.borders, objective=OBJECTIVE,
             main_grad=b.main_grad, **teacher, **size,
         )[0]  # fmt: skip
 

@@ -37,7 +37,7 @@ modes (GEMMs of the floor):
 """ + "\n".join(f"  {name:10} {floor:3g}  {meaning}" for name, (_, floor, meaning) in MODES.items())  # fmt: skip
 
 TIME_TARGETS = {"frozen": 1.0, "trainable": 1.45, "objective": 1.0, "teacher": 1.0}  # of the naive path, on a CPU
-CPU_CASE = dict(shape="cpu", rows=4096, ratio=1.0, logits="normal")
+CPU_CASE = dict(shape="cpu", rows=4096, ratio=1.0, logits="normal", lengths="equal")
 FILES = {"cpu": Path("benchmarks/results/head.json"), "cuda": Path("benchmarks/results/head_gpu.json")}
 OUT_OF_TIME, DEVICE_LOST = 75, 86  # exit codes
 
@@ -74,7 +74,8 @@ def groups_of(args: argparse.Namespace, where: torch.device) -> Iterator[Row]:
                 dtype = str(Shape.parse(shape).dtype).removeprefix("torch.")
                 yield dict(
                     op=MODES[mode][0], shape=shape, rows=rows, ratio=ratio, layout=layout, logits=logits, mode=mode,
-                    dtype=dtype, device=device_name(where), torch=torch.__version__,
+                    lengths=args.lengths if mode == "teacher" else "equal", dtype=dtype, device=device_name(where),
+                    torch=torch.__version__,
                 )  # fmt: skip
 
 
@@ -103,13 +104,13 @@ def run(args: argparse.Namespace) -> int:
         if until is not None and time.monotonic() > until:
             left.append(group)
             continue
-        wanted = tuple(group[k] for k in ("shape", "logits", "rows", "ratio"))
+        wanted = (group["shape"], group["rows"], where, group["logits"], group["ratio"])
         if (wanted, group["layout"]) != (case, layout):
             torch.compiler.reset()  # else a peer's compiled code turns dynamic, or falls back to eager
         if wanted != case:
             truth = None
             release(where)
-            truth = Truth(Inputs.make(shape, group["rows"], where, group["logits"], group["ratio"]))
+            truth = Truth(Inputs.make(shape, *wanted[1:], args.lengths))
         case, layout = wanted, group["layout"]
         alive = {name: c for name, c in todo.items() if not (known[name] and known[name]["status"] == "failed")}
         measure(group, truth, alive, gate(shape.dtype), results, args.repeats, args.seconds)
@@ -174,6 +175,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--logits", nargs="+", choices=LOGITS, default=["peaked" if cuda else "normal"],
         help="; ".join(f"{k}: {v}" for k, v in LOGITS.items()).replace("%", "%%") + " (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--lengths", choices=("equal", "uneven"), default="uneven" if cuda else "equal",
+        help="of the teacher mode's 16 sequences; equal ones happen to end where blocks of rows do (%(default)s)",
     )  # fmt: skip
     p.add_argument("--impls", nargs="+", default=["auto"], help="of this library: auto torch triton cuda")
     p.add_argument("--workspaces", nargs="+", default=["default"], help="of this library, in MB, or `default`")

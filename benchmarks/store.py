@@ -16,9 +16,20 @@ from genevolve_fast.evaluate.scoreboard import commit, processor, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("genevolve_fast/ops/*.py", "kernels/*.py", "csrc/*.cu") + tuple(
-    f"benchmarks/{name}.py" for name in ("inputs", "timing", "memory", "peers", "run")
+    f"benchmarks/{name}.py" for name in ("inputs", "peers", "check", "memory", "timing", "group")
 )
-GROUP = ("shape", "rows", "ratio", "layout", "logits", "mode", "dtype", "device", "torch")  # measured in one go
+GROUP = (
+    "shape",
+    "rows",
+    "ratio",
+    "layout",
+    "logits",
+    "mode",
+    "lengths",
+    "dtype",
+    "device",
+    "torch",
+)  # measured in one go
 
 Row = dict[str, Any]
 

@@ -38,8 +38,8 @@ def truths():
     """(logits, ratio) -> float64 of toy inputs."""
     torch.manual_seed(0)
     shape = Shape("toy", 32, 1408, torch.float32)
-    cases = {(logits, 1.0): logits for logits in LOGITS} | {("peaked", 0.5): "peaked"}
-    return {case: Truth(Inputs.make(shape, 128, CPU, case[0], case[1])) for case in cases}
+    cases = [*((logits, 1.0) for logits in LOGITS), ("peaked", 0.5)]
+    return {case: Truth(Inputs.make(shape, 128, CPU, *case, lengths="uneven")) for case in cases}
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -105,10 +105,23 @@ def test_loss_tokens_are_as_many_in_every_sequence(truths):
     x = truths["peaked", 0.5].inputs
     per_sequence = torch.bincount(x.loss_rows // (128 // SEQUENCES), minlength=SEQUENCES)
     assert per_sequence.tolist() == [4] * SEQUENCES and len(x.loss_rows.unique()) == 64
-    b = x.batch(x.hidden, x.weight, "ignore")
+    b = x.batch(x.hidden, x.weight, "objective", "ignore")
     assert ((b.targets >= 0) == b.keep).all() and (b.upstream[~b.keep] == 0).all() and b.keep.sum() == 64
-    b = x.batch(x.hidden, x.weight, "compact")
+    b = x.batch(x.hidden, x.weight, "objective", "compact")
     assert torch.equal(b.targets, x.targets[x.loss_rows]) and torch.equal(b.hidden, x.hidden[x.loss_rows])
+
+
+def test_uneven_sequences_are_the_teachers_only(truths):
+    x = truths["peaked", 0.5].inputs
+    for layout, n in (("ignore", 128), ("compact", 64)):
+        teacher = x.batch(x.hidden, x.weight, "teacher", layout)
+        lengths = torch.tensor(teacher.borders).diff()
+        assert teacher.borders[0] == 0 and teacher.borders[-1] == n and len(set(lengths.tolist())) > 3
+        assert torch.equal(torch.bincount(teacher.seq_ids, minlength=SEQUENCES), lengths)
+        equal = x.batch(x.hidden, x.weight, "objective", layout)
+        assert set(torch.tensor(equal.borders).diff().tolist()) == {n // SEQUENCES}
+    rows = x.batch(x.hidden, x.weight, "teacher", "ignore").seq_ids[x.loss_rows]
+    assert torch.equal(rows, x.batch(x.hidden, x.weight, "teacher", "compact").seq_ids)
 
 
 def test_rows_that_make_no_equal_sequences_are_refused():
