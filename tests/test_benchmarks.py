@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -250,6 +251,22 @@ def test_out_of_time_leaves_groups_and_says_so(tmp_path, capsys):
     )
 
 
+def test_the_cpu_ids_are_the_worst_mode_against_its_target(tmp_path, monkeypatch):
+    results, told = store.Results(tmp_path / "head.json", CPU), {}
+    for mode, ms in {"logprob": 9.0, "frozen": 0.8, "trainable": 1.2, "objective": 0.9, "teacher": 1.1}.items():
+        for name, each, peak in ((OURS, ms, 8.0 + ms), ("eager", 1.0, 100.0)):
+            row = run.CPU_CASE | dict(mode=mode, impl=name, ms=each, peak_mib=peak, samples=5, status="timed")
+            results.data["rows"].append(row | {"code": results.code})
+    monkeypatch.setattr(run, "record", lambda name, value, **more: told.update({name: value}))
+    args = run.parser().parse_args([])
+    run.record_cpu(results, args)
+    assert told == {"head/cpu_time_vs_naive": 1.1, "head/cpu_memory_vs_naive": pytest.approx(0.092)}
+    told.clear()
+    results.data["rows"].pop()
+    run.record_cpu(results, args)
+    assert not told, "a mode is missing"
+
+
 def test_runs_take_turns():
     order = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
@@ -284,6 +301,47 @@ def test_the_dry_run_covers_every_section(capsys):
     ids = told.split("ids that a GPU run records: ")[1].split()
     cpu_ids = {"head/cpu_time_vs_naive", "head/cpu_memory_vs_naive", "head/kernels_compiled_sm90"}
     assert set(ids) == {name for name in TARGETS if name.startswith("head/")} - cpu_ids
+
+
+TOY = {"device": "cpu", "shapes": "toy", "rows": "64", "modes": "frozen", "peers": "eager", "repeats": "1"}
+
+
+def gpu_args(file: Path) -> argparse.Namespace:
+    return argparse.Namespace(file=file, tier="core", commit="abc")
+
+
+@pytest.mark.slow
+def test_sections_run_in_order_until_time_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: "green")
+    recorded = {}
+    monkeypatch.setattr(gpu, "record", lambda name, value, **more: recorded.update({name: (value, more)}))
+    monkeypatch.setattr(gpu, "CORE_CASE", dict(shape="toy", rows=64, logits="peaked"))
+    sections = [
+        gpu.Section("first", 0.5, TOY, ""),
+        gpu.Section("unknown", 0.1, TOY | {"modes": "none"}, ""),
+        gpu.Section("long", 60.0, TOY, ""),
+    ]
+    file = tmp_path / "gpu_head.json"
+    assert gpu.measure(gpu_args(file), sections, 3.0) == 1
+    data = json.loads(file.read_text())
+    outcomes = {name: s["outcome"] for name, s in data["sections"].items()}
+    assert outcomes == {
+        "tests": "green", "first": "done", "unknown": "failed: benchmarks.run exits with 2", "long": "left: no time"
+    }  # fmt: skip
+    assert {r["impl"] for r in data["rows"]} == {OURS, "eager"} and {r["commit"] for r in data["rows"]} == {"abc"}
+    assert recorded.keys() == {"head/frozen_vs_2gemm", "head/speedup_frozen_vs_best_peer"}
+    value, more = recorded["head/frozen_vs_2gemm"]
+    assert value > 0 and more == dict(n=1, command="python -m benchmarks.gpu --tier core", at="abc")
+    assert "left or failed: unknown, long" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_on_red_tests(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: "red (pytest exits with 1)")
+    monkeypatch.setattr(gpu, "run_section", lambda *a: pytest.fail("a section ran"))
+    file = tmp_path / "gpu_head.json"
+    assert gpu.measure(gpu_args(file), [gpu.Section("first", 0.1, TOY, "")], 3.0) == 1
+    data = json.loads(file.read_text())
+    assert data["sections"].keys() == {"tests"} and data["sections"]["tests"]["outcome"].startswith("red")
 
 
 def test_a_gpu_is_asked_for(capsys):
