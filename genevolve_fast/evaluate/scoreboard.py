@@ -125,12 +125,12 @@ def commit() -> str:
 def print_table(file: Path = DEFAULT_FILE) -> None:
     """Every measured row, and the ids nobody has measured yet."""
     rows = load(file)
-    print(f"{'id':32} {'value':>10} {'target':>10} {'ok':>5} {'n':>6}  {'date':10}  {'commit':18} device")
+    print(f"{'id':36} {'value':>10} {'target':>10} {'ok':>5} {'n':>6}  {'date':10}  {'commit':18} device")
     for name, row in sorted(rows.items()):
         ok = {None: "", True: "yes", False: "NO"}[row["ok"]]
         low_high = f" [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]" if "interval" in row else ""
         print(
-            f"{name:32} {row['value']:10.4g} {row['target'] or '':>10} {ok:>5} {row['n']:>6}  {row['date']:10}  "
+            f"{name:36} {row['value']:10.4g} {row['target'] or '':>10} {ok:>5} {row['n']:>6}  {row['date']:10}  "
             f"{row['commit']:18} {row['device']}{low_high}"
         )
     if absent := sorted(set(TARGETS) - set(rows)):
