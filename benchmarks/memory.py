@@ -1,14 +1,15 @@
-"""Peak bytes of a computation: the allocator's count on a GPU, every storage seen by the dispatcher on a CPU."""
+"""Peak bytes of a computation, as the allocators report them, and what this library's documentation promises."""
 
 from __future__ import annotations
 
-import weakref
+import os
 from collections.abc import Callable, Iterable
 
 import torch
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
+
+_NUMBERS = 64  # bytes; a Python number in an expression is an allocation too
 
 
 def body_of(operator) -> Callable | None:
@@ -17,41 +18,11 @@ def body_of(operator) -> Callable | None:
     return definition and definition._init_fn
 
 
-class StorageMeter(TorchDispatchMode):
-    """Bytes of the storages made inside the context: `live` now, `peak` at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if body := body_of(func):
-            with self:
-                return body(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage(), known)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage, known: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in known or key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-
 def peak_bytes(run: Callable[[], Iterable[torch.Tensor]], device: torch.device) -> int:
-    """Most bytes that `run` held at once above its inputs and the tensors it returns."""
+    """Most bytes that `run` held at once above its inputs and the tensors it returns.
+
+    On a CPU the profiler listens to the allocator: what compiled code and custom operations allocate counts as well.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -60,7 +31,38 @@ def peak_bytes(run: Callable[[], Iterable[torch.Tensor]], device: torch.device) 
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with StorageMeter() as meter:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and stop
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             returned = list(run())
-        peak = meter.peak
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            if abs(event.nbytes()) >= _NUMBERS:
+                live += event.nbytes()
+                peak = max(peak, live)
     return peak - sum(x.untyped_storage().nbytes() for x in returned)
+
+
+def formula_bytes(
+    mode: str,
+    rows: int,
+    hidden: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace_mb: float | None = None,
+    main_grad: bool = False,
+    block_rows: int = 1024,
+) -> int:
+    """Peak bytes that the operations' docstrings promise above inputs and returned gradients."""
+    itemsize = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
+    blocks = min(1 if device.type == "cpu" else 4, -(-rows // block_rows))
+    workspace = blocks * block_rows * vocabulary * itemsize if workspace_mb is None else workspace_mb * 2**20
+    total = workspace + 40 * rows + (12 << 20)
+    if mode == "frozen":
+        total += rows * hidden * dtype.itemsize
+    elif mode != "logprob" and not main_grad:
+        total += vocabulary * hidden * itemsize
+    if mode in ("objective", "teacher"):
+        total += 100 * rows
+    return int(total)

@@ -28,6 +28,18 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "loop/fuzz_failures": ("count", "==", 0),
     "head/cpu_time_vs_naive": ("ratio", "<=", 1),
     "head/cpu_memory_vs_naive": ("ratio", "<=", 0.1),
+    "head/logprob_vs_1gemm": ("ratio", "<=", 1.13),
+    "head/frozen_vs_2gemm": ("ratio", "<=", 1.15),
+    "head/trainable_vs_3gemm": ("ratio", "<=", 1.18),
+    "head/teacher_vs_4.3gemm": ("ratio", "<=", 1.18),
+    "head/masked30_vs_dense": ("ratio", "<=", 0.36),
+    "head/speedup_trainable_vs_best_peer": ("ratio", ">=", 1.15),
+    "head/speedup_frozen_vs_best_peer": ("ratio", ">=", 1.6),
+    "head/speedup_vs_liger_grpo": ("ratio", ">=", 5),
+    "head/workspace640_peak_mib": ("MiB", "<=", 704),
+    "head/workspace640_vs_floor": ("ratio", "<=", 1.4),
+    "head/peers_dominating": ("count", "==", 0),
+    "head/kernels_compiled_sm90": ("share", "==", 1),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 
@@ -40,8 +52,12 @@ def record(
     command: str,
     interval: tuple[float, float] | None = None,
     file: Path = DEFAULT_FILE,
+    at: str | None = None,
 ) -> dict[str, Any]:
-    """Write the row of `name`, replacing an older one; `ok` follows from TARGETS. Raises KeyError for an unknown id."""
+    """Write the row of `name`, replacing an older one; `ok` follows from TARGETS. Raises KeyError for an unknown id.
+
+    `at` is the commit measured, where the tree is a copy that git does not know.
+    """
     unit, comparison, target = TARGETS[name]
     row: dict[str, Any] = {
         "value": value,
@@ -50,7 +66,7 @@ def record(
         "ok": None if comparison is None else bool(_COMPARE[comparison](value, target)),
         "n": n,
         "device": device(),
-        "commit": commit(),
+        "commit": at or commit(),
         "date": date.today().isoformat(),
         "command": command,
     }
@@ -58,12 +74,17 @@ def record(
         row["interval"] = list(interval)
     rows = load(file)
     rows[name] = row
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_json(file, dict(sorted(rows.items())))
     print(f"{name} = {value:g} {unit}" + ("" if row["ok"] is None else f" (target {row['target']}: {row['ok']})"))
     return row
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write to a temporary file beside `file` and rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, file)
 
 
 def load(file: Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]:
@@ -76,6 +97,11 @@ def device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return processor()
+
+
+def processor() -> str:
+    """Processor model and cores."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -99,12 +125,12 @@ def commit() -> str:
 def print_table(file: Path = DEFAULT_FILE) -> None:
     """Every measured row, and the ids nobody has measured yet."""
     rows = load(file)
-    print(f"{'id':32} {'value':>10} {'target':>10} {'ok':>5} {'n':>6}  {'date':10}  {'commit':18} device")
+    print(f"{'id':36} {'value':>10} {'target':>10} {'ok':>5} {'n':>6}  {'date':10}  {'commit':18} device")
     for name, row in sorted(rows.items()):
         ok = {None: "", True: "yes", False: "NO"}[row["ok"]]
         low_high = f" [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]" if "interval" in row else ""
         print(
-            f"{name:32} {row['value']:10.4g} {row['target'] or '':>10} {ok:>5} {row['n']:>6}  {row['date']:10}  "
+            f"{name:36} {row['value']:10.4g} {row['target'] or '':>10} {ok:>5} {row['n']:>6}  {row['date']:10}  "
             f"{row['commit']:18} {row['device']}{low_high}"
         )
     if absent := sorted(set(TARGETS) - set(rows)):

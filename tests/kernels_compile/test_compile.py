@@ -61,19 +61,23 @@ def launches():
                 yield epilogue._d_logits, args, shared | dict(HAS_LOGPS=True, HAS_LSE=more, HAS_ENTROPY=more)
 
 
+def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """Of each function in a cubin: registers of a thread, bytes of its stack, bytes of static shared memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_triton_kernels_compile_and_fit(arch, tmp_path):
     driver.set_active(Device(arch))
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for kernel, args, options in launches():
         compiled = kernel.warmup(*args, grid=(1,), **options)
         assert compiled.metadata.shared <= SHARED_MEMORY[arch]
         (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True
-        ).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        ((registers, stack, _),) = resources(tmp_path / "k.cubin").values()
         print(f"sm_{arch} {compiled.metadata.name} {options}: {registers} registers, {stack} bytes of stack")
         assert registers <= 255
 
