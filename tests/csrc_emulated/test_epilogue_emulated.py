@@ -25,9 +25,9 @@ from emulation import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genevolve_fast.ops import csrc
-from genevolve_fast.ops.blocks import Head, Upstream, Workspace
+from genevolve_fast.ops import Objective, csrc, linear_grpo_sdl, linear_logprob
 from genevolve_fast.ops.csrc import d_logits_epilogue, softmax_d_logits_epilogue, softmax_epilogue
+from genevolve_fast.ops.epilogues import Upstream
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -371,34 +371,51 @@ def test_why_it_cannot_run(gpu, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("two", [False, True])
-@pytest.mark.parametrize("per_row", [False, True])
-def test_the_epilogue_class_does_what_torch_does(gpu, dtype, two, per_row):
-    rows, vocabulary = 11, 97
-    hidden, targets = torch.randn(rows, 16).to(dtype), torch.randint(vocabulary, (rows,))
-    tau = torch.rand(rows) + 0.5 if per_row else 0.8
-    head = Head.of(torch.randn(vocabulary, 16).to(dtype), torch.randn(vocabulary).to(dtype), tau, 6.0, 1.2)
-    ups = [upstream_of(("logps", "lse"), rows), upstream_of(("entropy",), rows)][: 2 if two else 1]
+@pytest.mark.parametrize("trains", ["nothing", "hidden", "both"])
+@pytest.mark.parametrize("rich", [False, True])
+def test_linear_logprob_by_cuda_equals_torch(gpu, dtype, trains, rich):
     results = []
-    for how in ("torch", "apart", "at once"):
-        work = Workspace(rows, hidden, head, "torch", None, 16, two)
-        if how != "torch":
-            work.epilogue = csrc._CudaEpilogue
-        softmax = work.softmax(hidden, targets, head, slice(0, rows), True)
-        if how == "at once":
-            work.logits.fill_(torch.nan)
-            work.epilogue = type("Products", (), {"softmax": lambda *_: None})
-            work.softmax(hidden, targets, head, slice(0, rows), True)
-            outs = [work.logits.view(dtype)[:rows, :vocabulary], *([work.second[:rows]] if two else [])]
-            softmax = csrc._CudaEpilogue.softmax_d_logits(
-                work.logits[:rows], outs, targets, head, head.tau(slice(0, rows)), ups
-            )
-        else:
-            outs = work.d_logits(softmax, targets, head, slice(0, rows), *ups)
-        results.append([softmax.logps, softmax.lse, softmax.entropy, *(out.float() for out in outs)])
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for torchs, *mine in zip(*results, strict=True):
-        assert all((x - torchs).abs().max() <= tolerance * torchs.abs().max().clamp(min=1) for x in mine)
+    for impl in ("cuda", "torch"):
+        torch.manual_seed(4)
+        h, w, y = torch.randn(21, 16).to(dtype), torch.randn(97, 16).to(dtype), torch.randint(97, (21,))
+        y[3] = -100
+        h.requires_grad_(trains != "nothing")
+        w.requires_grad_(trains == "both")
+        more = dict(bias=torch.randn(97).to(dtype), temperature=torch.rand(21) + 0.5, softcap=6.0) if rich else {}
+        out = linear_logprob(h, w, y, return_entropy=True, return_lse=True, block_rows=8, impl=impl, **more)
+        if trains != "nothing":
+            (out.logps.sum() + 0.3 * out.entropy.sum() - 0.1 * out.lse.sum()).backward()
+        results.append([*(x.detach() for x in out), *(x.grad.float() for x in (h, w) if x.grad is not None)])
+    close(*results, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_grpo_sdl_by_cuda_equals_torch(gpu, dtype):
+    results = []
+    for impl in ("cuda", "torch"):
+        torch.manual_seed(5)
+        h, w = torch.randn(20, 16).to(dtype).requires_grad_(), torch.randn(97, 16).to(dtype).requires_grad_()
+        loss, stats = linear_grpo_sdl(
+            h, w, torch.randint(97, (20,)), advantages=torch.randn(3), cu_seqlens=[0, 6, 13, 20],
+            teacher_hidden=torch.randn(20, 16).to(dtype), teacher_index=torch.arange(20), softcap=4.0,
+            objective=Objective(kl_coef=0, sdl_permille=300), block_rows=8, impl=impl,
+        )  # fmt: skip
+        loss.backward()
+        results.append([loss.detach(), stats["entropy"], h.grad.float(), w.grad.float()])
+    close(*results, dtype)
+
+
+def test_upstream_gradients_known_beforehand_take_one_launch_a_block(gpu):
+    h, w, y = torch.randn(16, 16, requires_grad=True), torch.randn(97, 16), torch.randint(97, (16,))
+    before = gpu.counts().launches
+    linear_logprob(h, w, y, return_entropy=True, block_rows=8, workspace_mb=1, impl="cuda")
+    assert gpu.counts().launches == before + 1
+
+
+def close(mine, theirs, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1)
 
 
 # --- what these tests notice ------------------------------------------------------------------------------------------
