@@ -19,9 +19,9 @@ enum Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
 // z = softcap·tanh(scale·(products + bias)/softcap) / temperature, and the target of every row.
 struct Problem {
-  const float* products;   // [rows, vocabulary], row stride `stride`
-  const long long* targets;  // [rows]; outside [0, vocabulary): the target is not in this shard
-  const void* bias;        // [vocabulary] or null
+  const float* products;      // [rows, vocabulary], row stride `stride`
+  const long long* targets;   // [rows]; outside [0, vocabulary): the target is not in this shard
+  const void* bias;           // [vocabulary] or null
   const float* temperatures;  // [rows] or [1], or null: `temperature` then
   long long rows, vocabulary, stride;
   float temperature, softcap, scale;  // softcap 0: none
@@ -70,12 +70,12 @@ Partition partition(int vocabulary) {
   return {groups, slices, each, threads < 32 ? 32 : threads > kThreads ? kThreads : threads};
 }
 
-// --- one row of logits ------------------------------------------------------------------------------------------------
+// --- one row of logits -----------------------------------------------------------------------------------------------
 
 struct Row {
   const float* x;
   const void* bias;
-  int vocabulary, target;      // target -1: not in this shard
+  int vocabulary, target;  // target -1: not in this shard
   float slope;                 // scale / temperature
   float inner, outer, unbend;  // z = outer·tanh(inner·x), tanh = unbend·z
   int bias_dtype;
@@ -211,7 +211,7 @@ __device__ __forceinline__ float target_logit(const Row& row) {
   return to_logit<kRich>(row, __ldcg(row.x + row.target), b);
 }
 
-// --- its softmax ------------------------------------------------------------------------------------------------------
+// --- its softmax -----------------------------------------------------------------------------------------------------
 
 // Of the logits seen so far: maximum m, s = sum of exp(z - m), t = sum of exp(z - m)·(z - m).
 struct Running {
@@ -303,7 +303,7 @@ __device__ __forceinline__ void store(const Softmax& softmax, long long row, con
   softmax.entropy[row] = s.entropy;
 }
 
-// --- the gradient of its logits ---------------------------------------------------------------------------------------
+// --- the gradient of its logits --------------------------------------------------------------------------------------
 
 // dz = p·((g_lse - g_logp) - g_H·(log p + H)), + g_logp at the target.
 struct Upstream {
@@ -407,10 +407,11 @@ __device__ __forceinline__ void gradients_of(const Row& row, const Statistics& s
   }
 }
 
-// --- kernels ----------------------------------------------------------------------------------------------------------
+// --- kernels ---------------------------------------------------------------------------------------------------------
 
 template <bool kRich>
-__global__ void __launch_bounds__(kThreads, kResident) softmax_kernel(Problem problem, Softmax softmax, Partition part) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    softmax_kernel(Problem problem, Softmax softmax, Partition part) {
   const Statistics s = softmax_of<kRich, true>(row_of(problem, blockIdx.x), part);
   if (threadIdx.x == 0) store(softmax, blockIdx.x, s);
 }
@@ -489,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #endif
 }
 
-// --- launches ---------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 struct Launch {
   cudaLaunchConfig_t config = {};
@@ -519,9 +520,9 @@ cudaError_t fits(Kernel kernel, const Launch& launch, bool* yes) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   if (status != cudaSuccess || !clusters) return status;
   status = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int dynamic = static_cast<int>(launch.config.dynamicSmemBytes);
-  if (status != cudaSuccess || dynamic > shared - 256) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
+  const size_t dynamic = launch.config.dynamicSmemBytes;
+  if (status != cudaSuccess || dynamic + 256 > static_cast<size_t>(shared)) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic));
   if (status != cudaSuccess) return status;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
@@ -540,9 +541,9 @@ cudaError_t launch_softmax_d_logits(const Problem& problem, const Softmax& softm
   const Launch cluster(problem.rows, part, stream, part.slices);
   const cudaError_t status = fits(one_read_kernel<kRich>, cluster, &one_read);
   if (status != cudaSuccess) return status;
-  if (one_read) return cudaLaunchKernelEx(&cluster.config, one_read_kernel<kRich>, problem, softmax, first, second, part);
   const Launch plain(problem.rows, part, stream);
-  return cudaLaunchKernelEx(&plain.config, two_reads_kernel<kRich>, problem, softmax, first, second, part);
+  const auto kernel = one_read ? one_read_kernel<kRich> : two_reads_kernel<kRich>;
+  return cudaLaunchKernelEx(one_read ? &cluster.config : &plain.config, kernel, problem, softmax, first, second, part);
 }
 
 // Blocks of one launch and columns of a row are counted in an int.
@@ -556,20 +557,23 @@ int done(cudaError_t status) {
 }  // namespace
 }  // namespace genevolve
 
-// --- C ABI: each returns a CUDA error code ------------------------------------------------------------------------------
+// --- C ABI: each returns a CUDA error code ---------------------------------------------------------------------------
 
 #define GENEVOLVE_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a struct or a signature: a library built from other sources is not called.
 GENEVOLVE_API int genevolve_abi() { return 1; }
 
-GENEVOLVE_API const char* genevolve_error_name(int status) { return cudaGetErrorName(static_cast<cudaError_t>(status)); }
+GENEVOLVE_API const char* genevolve_error_name(int status) {
+  return cudaGetErrorName(static_cast<cudaError_t>(status));
+}
 
 GENEVOLVE_API const char* genevolve_error_text(int status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
-GENEVOLVE_API int genevolve_softmax(const genevolve::Problem* problem, const genevolve::Softmax* softmax, void* stream) {
+GENEVOLVE_API int genevolve_softmax(const genevolve::Problem* problem, const genevolve::Softmax* softmax,
+                                    void* stream) {
   using namespace genevolve;
   if (problem->rows == 0) return 0;
   if (too_large(*problem)) return cudaErrorInvalidValue;
@@ -582,7 +586,8 @@ GENEVOLVE_API int genevolve_softmax(const genevolve::Problem* problem, const gen
 // The gradients of one or two upstreams (`second` may be null) from the softmax that genevolve_softmax wrote.
 // first.out may be the products, or the left half of their rows in 16 bits; second.out lies elsewhere.
 GENEVOLVE_API int genevolve_d_logits(const genevolve::Problem* problem, const genevolve::Softmax* softmax,
-                                     const genevolve::Gradient* first, const genevolve::Gradient* second, void* stream) {
+                                     const genevolve::Gradient* first, const genevolve::Gradient* second,
+                                     void* stream) {
   using namespace genevolve;
   if (problem->rows == 0) return 0;
   if (too_large(*problem)) return cudaErrorInvalidValue;

@@ -25,7 +25,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// --- device ---------------------------------------------------------------------------------------------------------------
+// --- device ----------------------------------------------------------------------------------------------------------
 
 inline void __syncthreads(emulator::Where where = emulator::Where::current()) { emulator::block_barrier(where); }
 
@@ -40,7 +40,8 @@ namespace emulator {
 
 template <typename T>
 void check_aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail(who() + " is misaligned for " + std::to_string(sizeof(T)) + " bytes");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T))
+    fail(who() + " is misaligned for " + std::to_string(sizeof(T)) + " bytes");
 }
 
 template <typename T>
@@ -106,7 +107,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 
-// --- host -----------------------------------------------------------------------------------------------------------------
+// --- host ------------------------------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,

@@ -104,7 +104,7 @@ inline std::string who() {
   __builtin_unreachable();
 }
 
-// --- shared memory: this library's thread-local segment, of which each block has its own copy --------------------------
+// --- shared memory: this library's thread-local segment, of which each block has its own copy ------------------------
 
 struct Segment {
   unsigned char* begin;
@@ -157,11 +157,12 @@ T* map_shared_rank(T* p, int rank) {
   if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) fail(who() + " maps a rank outside the cluster");
   if (rank == block_now) return p;
   Block& other = cluster.blocks[rank];
-  if (other.done == static_cast<int>(other.fibers.size())) fail(who() + " reads shared memory of a block that has left");
+  if (other.done == static_cast<int>(other.fibers.size()))
+    fail(who() + " reads shared memory of a block that has left");
   return reinterpret_cast<T*>(other.shared.data() + (byte - s.begin));
 }
 
-// --- waiting ------------------------------------------------------------------------------------------------------------
+// --- waiting ---------------------------------------------------------------------------------------------------------
 
 inline void block_barrier(Where where) {
   Block& b = block();
@@ -213,7 +214,7 @@ inline void cluster_wait(Where where) {
   fiber().arrived = false;
 }
 
-// --- running ------------------------------------------------------------------------------------------------------------
+// --- running ---------------------------------------------------------------------------------------------------------
 
 inline void run_fiber() {
   (*kernel_now)();
