@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+LOWEST: tl.constexpr = tl.constexpr(-3.4e38)  # below every logit, and finite
+NOTHING: tl.constexpr = tl.constexpr(-256.0)  # exp of it is 0 in fp32, and 0 times it too
+
 
 @triton.jit
 def _logit(x, bias, cols, inside, tau, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
@@ -34,7 +37,7 @@ def _softmax(
     row = tl.program_id(0).to(tl.int64)  # rows · V passes 2³¹
     target = tl.load(targets + row)
     tau = tl.load(temperature + row) if PER_ROW else tl.load(temperature)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)  # [BLOCK] running maximum of each lane
+    m = tl.full([BLOCK], LOWEST, tl.float32)  # [BLOCK] running maximum of each lane; finite, so no inf - inf
     s = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - m)
     t = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - m)·(z - m)
     z_y = tl.zeros([BLOCK], tl.float32)
@@ -45,21 +48,22 @@ def _softmax(
         z = _logit(x, bias, cols, inside, tau, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
         z_y += tl.where(inside & (cols == target), z, 0.0)
         z = tl.where(inside, z, float("-inf"))
-        new = tl.maximum(m, z)
-        shift = tl.where(m == float("-inf"), 0.0, m - new)
+        new = tl.maximum(m, z, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.maximum(m - new, NOTHING)
         old = tl.exp(shift)
-        d = tl.where(inside, z - new, 0.0)
-        p = tl.where(inside, tl.exp(d), 0.0)
+        d = tl.maximum(z - new, NOTHING, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.exp(d)
         t = (t + s * shift) * old + p * d  # moving the origin from m to new shifts the first moment by s·(m - new)
         s = s * old + p
         m = new
     top = tl.max(m, 0)
-    shift = tl.where(m == float("-inf"), 0.0, m - top)
-    weight = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
+    shift = tl.maximum(m - top, NOTHING)
+    weight = tl.exp(shift)
     total = tl.sum(s * weight, 0)
     moment = tl.sum((t + s * shift) * weight, 0)
     log_s = tl.log(total)
-    tl.store(logps + row, tl.minimum((tl.sum(z_y, 0) - top) - log_s, 0.0))
+    logp = (tl.sum(z_y, 0) - top) - log_s
+    tl.store(logps + row, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(maximum + row, top)
     tl.store(log_sum + row, log_s)
     tl.store(entropy + row, log_s - moment / total)
@@ -88,7 +92,7 @@ def _d_logits(
         p = tl.exp(log_p)
         d = p * share
         if HAS_ENTROPY:
-            d -= g_h * p * (log_p + h)
+            d -= g_h * p * (tl.maximum(log_p, NOTHING) + h)  # 0·inf at a banned token
         if HAS_LOGPS:
             d += tl.where(cols == target, g, 0.0)
         slope = scale / tau

@@ -68,6 +68,21 @@ def test_frozen_head_gives_the_same_gradient(name, used):
     assert (got - want).abs().max() < TOLERANCE
 
 
+def test_a_bias_of_minus_infinity_bans_a_token():
+    h, w, y, _ = head_inputs(9, 1, "plain")
+    bias = torch.zeros(37, dtype=D)
+    bias[[2, 5]] = -torch.inf
+    y = torch.where((y == 2) | (y == 5), 7, y)
+    allowed = bias == 0
+    mine = linear_logprob(h, w, y, bias=bias, return_entropy=True, block_rows=4)
+    place = allowed.cumsum(0)[y] - 1
+    logps, entropy, _ = logprobs(h, w[allowed], place)
+    assert (mine.logps - logps).abs().max() < TOLERANCE and (mine.entropy - entropy).abs().max() < TOLERANCE
+    got = torch.autograd.grad(mine.logps.sum() + mine.entropy.sum(), [h, w])
+    want = torch.autograd.grad(logps.sum() + entropy.sum(), [h, w])
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got, want, strict=True))
+
+
 def test_detached_entropy_has_no_gradient():
     h, w, y, _ = head_inputs(5, 0, "plain")
     assert not linear_logprob(h, w, y, return_entropy="detached").entropy.requires_grad

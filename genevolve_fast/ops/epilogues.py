@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.masks import where
 
+_NOTHING = -1e30  # exp of it is 0, and 0 times it too
 _STRIP_BYTES = 2 << 20  # elementwise work on this much at a time stays in a core's cache
 IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
@@ -82,6 +83,8 @@ class TorchEpilogue:
             _to_logits(z, head, _part(tau, s))
             maximum = z.amax(1, keepdim=True)
             z.sub_(maximum)
+            if head.bias is not None:
+                z.clamp_(min=_NOTHING)  # a bias of -inf bans a token: 0·inf would reach entropy and gradient
             e = z.exp()
             total = e.sum(1)
             log_sum = total.log()

@@ -131,6 +131,23 @@ def test_any_call_into_poisoned_memory(data):
     assert ((out - gradient).abs() <= 1e-5 * (1 + gradient.abs().amax(1, keepdim=True) * scale[:, None])).all()
 
 
+def test_banned_tokens_and_rows_that_are_not_numbers():
+    torch.manual_seed(7)
+    products, targets = torch.randn(3, 200), torch.tensor([1, 199, 5])
+    bias = torch.zeros(200)
+    bias[[0, 3, 64, 65, 66, 67, 150]] = -torch.inf
+    bias[128:160] = -torch.inf  # every value of some lanes
+    products[2, 7] = torch.nan
+    got = softmax_epilogue(products, targets, bias=bias, block=32)
+    log_p = (products[:2].double() + bias.double()).log_softmax(-1)
+    p = log_p.exp()
+    assert (got.logps[:2] - log_p[torch.arange(2), targets[:2]]).abs().max() < 2e-6
+    assert (got.entropy[:2] + torch.where(p > 0, p * log_p, 0).sum(1)).abs().max() < 4e-6
+    assert got.logps[2].isnan() and got.entropy[2].isnan()
+    d_logits_epilogue(products, products, targets, got, logps=torch.ones(3), entropy=torch.ones(3), bias=bias, block=32)
+    assert not products[:2, bias.isinf()].any() and products[:2].isfinite().all() and products[2].isnan().any()
+
+
 def test_a_target_of_another_shard_counts_nowhere():
     products, targets = torch.randn(3, 50), torch.tensor([4, -1, 50])
     got = softmax_epilogue(products, targets, block=32)
