@@ -57,7 +57,7 @@ def test_softmax_against_float64(kind, vocabulary):
     got = softmax_epilogue(products, targets, block=1024)
     lse = got.maximum + got.log_sum
     for mine, want in zip((got.logps, lse, got.entropy), truth(products.double(), targets), strict=True):
-        assert ((mine - want).abs() <= 2e-6 * (lse.abs().double() / 16).clamp(min=1) * want.abs().clamp(min=1)).all()
+        assert ((mine - want).abs() <= 2e-6 * (lse.abs().double() / 16).clamp(min=1)).all()
     assert (got.logps <= 0).all()
 
 
@@ -90,7 +90,7 @@ def test_more_rows_than_a_grid_is_high_and_the_vocabularies_of_the_field(rows, v
     (want,) = torch.autograd.grad((logps * upstream).sum(), exact)
     got = softmax_epilogue(products, targets)
     for mine, true in ((got.logps, logps), (got.maximum + got.log_sum, lse), (got.entropy, entropy)):
-        assert ((mine - true).abs() <= 2e-6 * true.abs().clamp(min=1)).all()
+        assert ((mine - true).abs() <= 2e-6 * (lse.abs() / 16).clamp(min=1)).all()
     d_logits_epilogue(products, products, targets, got, logps=upstream)
     assert (products - want).abs().max() < 2e-6
 
