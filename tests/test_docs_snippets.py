@@ -1,4 +1,4 @@
-"""Every Python block of docs/integrations.md runs as it stands, on a tiny model."""
+"""Every Python block of docs/integrations.md, and of the README's section on it, runs as it stands on a tiny model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parent.parent / "docs/integrations.md"
-BLOCKS = re.findall(r"^## (.+?)$|^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "docs/integrations.md", ROOT / "README.md"]
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(page: Path) -> list[tuple[str, str]]:
     """(heading, code) in the page's order."""
     heading, found = "", []
-    for title, code in BLOCKS:
+    for title, code in re.findall(r"^##+ (.+?)$|^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         heading = title or heading
         if code:
             found.append((heading, code))
@@ -95,17 +95,19 @@ def no_telemetry(monkeypatch):
         sys.modules["genevolve_fast.integrations.verl"].unregister_verl()
 
 
-@pytest.mark.parametrize("heading", NEEDS)
-def test_the_page(heading, tmp_path, tokenizer):
-    parts = [code for title, code in blocks() if title == heading]
-    assert parts
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [(page, heading) for page in PAGES for heading in dict.fromkeys(h for h, _ in blocks(page)) if heading in NEEDS],
+    ids=lambda x: x.name if isinstance(x, Path) else x,
+)
+def test_the_page(page, heading, tmp_path, tokenizer):
     names = {}
-    for code in parts:
+    for code in (code for title, code in blocks(page) if title == heading):
         names |= NEEDS[heading](tmp_path, tokenizer)
-        exec(compile(code, f"docs/integrations.md: {heading}", "exec"), names)
+        exec(compile(code, f"{page.name}: {heading}", "exec"), names)
     loss = names.get("loss")
     assert loss is None or torch.isfinite(loss)
 
 
 def test_every_block_is_run():
-    assert {heading for heading, _ in blocks()} == set(NEEDS)
+    assert {heading for heading, _ in blocks(PAGES[0])} == set(NEEDS)

@@ -232,6 +232,7 @@ BOTH = {
     "off policy": dict(loss_type="dapo", steps_per_generation=4, gradient_accumulation_steps=2, beta=0.05),
     "truncated": dict(loss_type="grpo", mask_truncated_completions=True, gradient_accumulation_steps=3),
 }
+SLOW = pytest.mark.slow
 PATCHED = {
     "cispo": dict(loss_type="cispo", num_iterations=2, epsilon_high=2.0),
     "sapo": dict(loss_type="sapo", num_iterations=2),
@@ -244,7 +245,13 @@ PATCHED = {
 }
 
 
-@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def cases(table: dict, quick: tuple[str, ...]) -> list:
+    """The rows of a table as parameters; all but `quick` run in `make test` only."""
+    rows = {name: row if isinstance(row, tuple) else (row,) for name, row in table.items()}
+    return [pytest.param(*row, id=name, marks=() if name in quick else SLOW) for name, row in rows.items()]
+
+
+@pytest.mark.parametrize("options", cases(BOTH, ("grpo", "off policy", "truncated")))
 def test_without_distillation_the_loss_is_trls(options, saved, tokens, tmp_path, monkeypatch):
     theirs = build(Plain, saved("qwen3"), tokens, tmp_path, **options)
     start = weights(theirs)
@@ -266,7 +273,7 @@ def test_without_distillation_the_loss_is_trls(options, saved, tokens, tmp_path,
             assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("options", PATCHED.values(), ids=PATCHED)
+@pytest.mark.parametrize("options", cases(PATCHED, ("entropy bonus",)))
 def test_any_loss_of_trl_takes_the_patched_log_probs(options, saved, tokens, tmp_path):
     theirs, mine = (build(Plain, saved("qwen3"), tokens, tmp_path, **options) for _ in range(2))
     patch_trl(mine)
@@ -275,7 +282,7 @@ def test_any_loss_of_trl_takes_the_patched_log_probs(options, saved, tokens, tmp
     assert_same(mine, theirs, start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases({kind: kind for kind in KINDS}, ("softcap", "experts")))
 def test_heads_of_other_architectures(kind, saved, tokens, tmp_path):
     options = dict(beta=0.05, temperature=0.8, num_iterations=2, learning_rate=0.005)
     theirs = build(Plain, saved(kind), tokens, tmp_path, **options)
@@ -343,23 +350,91 @@ def test_mixed_precision(saved, tokens, tmp_path):
         assert mine.losses == pytest.approx(theirs.losses, abs=0.03)
         for a, b in zip(mine.gradients, theirs.gradients, strict=True):
             assert (a - b).norm() <= 0.1 * b.norm()
+        bare = mine.accelerator.unwrap_model(mine.model, keep_fp32_wrapper=False)
+        assert bare.forward.scores_in_forward  # accelerate takes off its own wrapper, not ours
+
+
+def test_bf16_log_probs_are_not_rounded(saved, tokens, tmp_path):
+    """TRL's tiles have the model's dtype. The truth is float64 on the same bf16 hidden states."""
+    ids, errors = torch.randint(5, 290, (2, 30)), []
+    for patch in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(saved("qwen3"), dtype=torch.bfloat16)
+        trainer = build(Plain, None, tokens, tmp_path, model=model)
+        if patch:
+            patch_trl(trainer)
+        with torch.no_grad():
+            logps, entropy, _ = trainer._get_per_token_logps_and_entropies(
+                model, ids, torch.ones_like(ids), 20, batch_size=1, compute_entropy=True
+            )
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, 9:-1]
+        assert logps.dtype == entropy.dtype == torch.float32
+        log_p = (hidden.double() @ model.lm_head.weight.double().T).log_softmax(-1)
+        want = log_p.gather(-1, ids[:, 10:, None])[..., 0]
+        errors.append(((logps - want).abs().max(), (entropy + (log_p.exp() * log_p).sum(-1)).abs().max()))
+    assert min(errors[0]) > 1e-3
+    assert max(errors[1]) <= 1e-4
 
 
 def test_a_head_in_full_precision(saved, tokens, tmp_path):
-    """cast_lm_head_to_fp32 on a bf16 model: hidden states go up, the head's products are fp32."""
-    options = dict(cast_lm_head_to_fp32=True, max_steps=1)
-    pair = []
+    """cast_lm_head_to_fp32: under autocast only the head leaves it, so losses agree as in fp32."""
+    options = dict(bf16=True, cast_lm_head_to_fp32=True, beta=0.1, num_iterations=2)
+    theirs, mine = (build(Plain, saved("qwen3"), tokens, tmp_path, **options) for _ in range(2))
+    patch_trl(mine)
+    start = weights(theirs)
+    run(theirs, mine)
+    assert mine.losses == pytest.approx(theirs.losses, abs=1e-5)
+    for a, b in zip(mine.gradients, theirs.gradients, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+    assert (weights(mine) - weights(theirs)).norm() <= 1e-3 * (weights(theirs) - start).norm()
+
+
+def test_images_reach_the_backbone(tokens, tmp_path):
+    """A tiny Qwen3-VL, two samples with one picture each: log-probs of old policy (in chunks) and loss as TRL's."""
+    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, temporal_patch_size=2,
+                  out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0])  # fmt: skip
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True)
+    text = dict(vocab_size=len(tokens), num_key_value_heads=2, head_dim=8, rope_parameters=rope, **SIZES)
+    picture = len(tokens) - 1
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=picture, vision_start_token_id=7, vision_end_token_id=8
+    )
+    torch.manual_seed(0)
+    prompt = torch.tensor([[0, 7, *[picture] * 4, 8, 11, 12], [9, 7, *[picture] * 4, 8, 13, 14]])
+    completion = torch.randint(20, 200, (2, 5))
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    inputs = dict(
+        prompt_ids=prompt, prompt_mask=(prompt != 0).long(), completion_ids=completion, completion_mask=mask,
+        advantages=torch.tensor([1.0, -0.5]), num_items_in_batch=mask.sum(), num_images=[1, 1],
+        pixel_values=torch.randn(32, 3 * 2 * 4 * 4), image_grid_thw=torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        mm_token_type_ids=torch.cat([(prompt == picture).long(), torch.zeros_like(completion)], 1),
+    )  # fmt: skip
+    made = []
     for patch in (False, True):
-        model = transformers.AutoModelForCausalLM.from_pretrained(saved("qwen3"), dtype=torch.bfloat16)
-        pair.append(build(Plain, None, tokens, tmp_path, model=model, **options))
+        torch.manual_seed(0)
+        model = transformers.Qwen3VLForConditionalGeneration(config)
+        trainer = build(Plain, None, tokens, tmp_path, model=model, temperature=0.8)
+        trainer.current_gradient_accumulation_steps = 1
         if patch:
-            patch_trl(pair[-1])
-        run(pair[-1])
-    assert pair[1].losses == pytest.approx(pair[0].losses, abs=1e-5)
-    assert (pair[1].gradients[0] - pair[0].gradients[0]).norm() <= 0.02 * pair[0].gradients[0].norm()
+            patch_trl(trainer)
+        given = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
+        ids, seen = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        with torch.no_grad():
+            old, *_ = trainer._get_per_token_logps_and_entropies(model, ids, seen, 5, batch_size=1, **given)
+            blind, *_ = trainer._get_per_token_logps_and_entropies(
+                model, ids, seen, 5, **given | dict(pixel_values=inputs["pixel_values"] * 0)
+            )
+        assert (old - blind).abs().max() > 1e-5
+        trainer._compute_loss(model, inputs | dict(old_per_token_logps=old - 0.3)).backward()
+        made.append((old, gradients(model)))
+    for mine, theirs in zip(*reversed(made), strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+ADAPTERS = ["lora", "head trained whole", "prompt tuning", "prefix tuning"]
 
 
 def adapted(kind, folder, tokens, tmp_path, peft_config, **options):
@@ -374,7 +449,7 @@ def adapted(kind, folder, tokens, tmp_path, peft_config, **options):
     return build(kind, None, tokens, tmp_path, model=model, **options)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "head trained whole", "prompt tuning", "prefix tuning"])
+@pytest.mark.parametrize("adapter", ["lora", *(pytest.param(x, marks=SLOW) for x in ADAPTERS[1:])])
 def test_adapters(adapter, saved, tokens, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is in the dev extra")
     config = {
@@ -460,8 +535,8 @@ TEACHER = {
 }
 
 
-@pytest.mark.parametrize(("options", "distillation"), TEACHER.values(), ids=TEACHER)
-@pytest.mark.parametrize("rows", [TEXT_ROWS, CHAT_ROWS], ids=["text", "chat"])
+@pytest.mark.parametrize(("options", "distillation"), cases(TEACHER, ("dapo", "bnpo, accumulated")))
+@pytest.mark.parametrize("rows", [TEXT_ROWS, pytest.param(CHAT_ROWS, marks=SLOW)], ids=["text", "chat"])
 def test_the_distilled_loss_is_the_reference(rows, options, distillation, saved, tokens, tmp_path, monkeypatch):
     trainer = build(
         Taught, saved("qwen3"), tokens, tmp_path, rows=rows, rollout_func=rollouts_with_tools,
@@ -494,6 +569,7 @@ def test_the_teacher_column_changes_the_loss(saved, tokens, tmp_path):
     assert (other.gradients[0] - plain.gradients[0]).norm() > 1e-3
     logged = [x for x in other.state.log_history if "sdl/kl" in x]
     assert len(logged) == 1 and logged[0]["sdl/selected_fraction"] > 0
+    assert [x["sdl/selected_fraction"] for x in none.state.log_history if "sdl/kl" in x] == [0.0]
 
 
 def test_the_rollout_may_bring_its_teacher(saved, tokens, tmp_path):
@@ -550,26 +626,44 @@ def test_rollout_correction(saved, tokens, tmp_path):
         assert losses[0] != pytest.approx(float(plain._compute_loss(plain.model, inputs)), abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_two_processes(loss_type, saved, tmp_path):
-    """DDP with other rollouts on each process: the same losses and weights as TRL's, and equal weights everywhere."""
+def in_two_processes(how: str, folder, tmp_path) -> list[dict]:
+    """What tests/trl_two_processes.py saw on each process."""
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command += [str(saved("qwen3")), loss_type, str(tmp_path / "result")]
     here = os.pathsep.join([str(script.parent.parent), *sys.path])
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"}, timeout=300)
-    ranks = [torch.load(tmp_path / f"result.{rank}") for rank in range(2)]
+    subprocess.run(
+        [*command, str(folder), how, str(tmp_path / "result")],
+        check=True,
+        env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    return [torch.load(tmp_path / f"result.{rank}") for rank in range(2)]
+
+
+@SLOW
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_ddp(loss_type, saved, tmp_path):
+    """Other rollouts on each process: the same losses and weights as TRL's, and equal weights everywhere."""
+    ranks = in_two_processes(loss_type, saved("qwen3"), tmp_path)
     for mine in ("patched", "fused"):
-        for run in ranks:
-            assert run[mine]["losses"] == pytest.approx(run["theirs"]["losses"], rel=1e-5, abs=1e-5)
-            assert run[mine]["entropy"] == pytest.approx(run["theirs"]["entropy"], rel=1e-5)
-            assert (run[mine]["weights"] - run["theirs"]["weights"]).abs().max() <= 1e-5
+        for seen in ranks:
+            assert seen[mine]["losses"] == pytest.approx(seen["theirs"]["losses"], rel=1e-5, abs=1e-5)
+            assert seen[mine]["entropy"] == pytest.approx(seen["theirs"]["entropy"], rel=1e-5)
+            assert (seen[mine]["weights"] - seen["theirs"]["weights"]).abs().max() <= 1e-5
     assert ranks[0]["theirs"]["losses"] != pytest.approx(ranks[1]["theirs"]["losses"], abs=1e-4)
     for name in ranks[0]:
         assert torch.equal(ranks[0][name]["weights"], ranks[1][name]["weights"])
-    moved = (ranks[0]["taught"]["weights"] - ranks[0]["theirs"]["weights"]).abs().max()
-    assert moved > 1e-4
+    assert (ranks[0]["taught"]["weights"] - ranks[0]["theirs"]["weights"]).abs().max() > 1e-4
+
+
+@SLOW
+def test_fsdp2(saved, tmp_path):
+    """A sharded head is gathered in the forward; its gradient comes back averaged."""
+    for seen in in_two_processes("fsdp2", saved("qwen3"), tmp_path):
+        for mine in ("patched", "fused"):
+            assert seen[mine]["losses"] == pytest.approx(seen["theirs"]["losses"], abs=1e-5)
+            want = seen["theirs"]["gradient"]
+            assert (seen[mine]["gradient"] - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -605,6 +699,22 @@ def test_two_sources_of_one_number_are_refused(saved, tokens, tmp_path):
     with pytest.raises(ValueError, match="sdl_select"):
         build(Taught, saved("qwen3"), tokens, tmp_path, gradient_accumulation_steps=2,
               more=lambda c: objective_of(c, sdl_select="batch"))  # fmt: skip
+
+
+def test_what_multiplies_or_hides_the_loss_is_refused(saved, tokens, tmp_path):
+    """States that a CPU cannot reach are set by hand; the check reads nothing else."""
+    trainer = build(Taught, saved("qwen3"), tokens, tmp_path, more=lambda c: objective_of(c))
+    described = objective_of(trainer.args)
+    trainer.accelerator.scaler = object()
+    with pytest.raises(ValueError, match="fp16"):
+        trainer._check(described)
+    trainer.accelerator.scaler, trainer._is_vlm = None, True
+    with pytest.raises(ValueError, match="vision-language"):
+        trainer._check(described)
+    peft = pytest.importorskip("peft", reason="peft is in the dev extra")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="prompt-learning"):
+        adapted(Taught, saved("qwen3"), tokens, tmp_path, config, more=lambda c: objective_of(c))
 
 
 def test_a_missing_teacher_column_is_named(saved, tokens, tmp_path):
@@ -647,5 +757,11 @@ def test_ligers_layers_leave_the_head_alone(saved, tokens, tmp_path):
     trainer = build(Plain, saved("qwen3"), tokens, tmp_path)
     patch_trl(trainer)
     forward = trainer.model.forward
-    liger._apply_liger_kernel_to_instance(model=trainer.model, fused_linear_cross_entropy=False)
+    module = sys.modules[type(trainer.model).__module__]
+    before = dict(vars(module))
+    try:
+        liger._apply_liger_kernel_to_instance(model=trainer.model, fused_linear_cross_entropy=False)
+    finally:
+        vars(module).update(before)  # liger rebinds the module's classes for the whole process
+    assert trainer.model.model.norm.forward.__func__.__module__.startswith("liger_kernel")
     assert trainer.model.forward == forward

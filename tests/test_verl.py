@@ -154,7 +154,13 @@ B, T = 4, 9
 
 def config(**more) -> ActorConfig:
     return ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.1, clip_ratio_high=0.3, **more
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.3,
+        clip_ratio_c=1.5,
+        **more,
     )
 
 
@@ -163,7 +169,7 @@ def batch(seed: int = 0):
     mask = torch.rand(B, T) < 0.7
     mask[2] = False
     old = -3 * torch.rand(B, T)
-    now = (old + 0.4 * torch.randn(B, T)).requires_grad_()
+    now = (old + 0.6 * torch.randn(B, T)).requires_grad_()
     advantages = torch.randn(B, 1).expand(B, T) * mask
     return dict(old_log_prob=old, log_prob=now, advantages=advantages, response_mask=mask)
 
@@ -180,6 +186,7 @@ def test_without_a_teacher_the_loss_is_verls(mode, weighted, info):
     for name in ("genevolve_sdl", "vanilla"):
         loss, metrics = get_policy_loss_fn(name)(**inputs, loss_agg_mode=mode, config=actor, rollout_is_weights=weights)
         results.append((loss.item(), torch.autograd.grad(loss, inputs["log_prob"])[0], metrics))
+    assert results[1][2]["actor/pg_clipfrac_lower"] > 0
     (mine, my_grad, my_metrics), (theirs, their_grad, their_metrics) = results
     assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert their_grad.abs().max() > 0 and (my_grad - their_grad).abs().max() <= 1e-5 * their_grad.abs().max()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def head_options(config: PretrainedConfig) -> dict[str, float | None]:
@@ -15,7 +19,7 @@ def head_options(config: PretrainedConfig) -> dict[str, float | None]:
     """
     text = config.get_text_config()
     scaling = getattr(text, "logits_scaling", None)
-    if scaling is not None and text.model_type != "hyperclovax":
+    if scaling is not None and not text.model_type.startswith("hyperclovax"):
         scaling = 1 / scaling
     named = [getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
     scale = next((x for x in (*named, scaling) if x is not None), 1.0)

@@ -8,13 +8,11 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import trl
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
@@ -27,7 +25,12 @@ try:
 except ImportError as error:
     raise ImportError(f"trl {trl.__version__} has no fused LM head to replace: install trl 1.16") from error
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
+
 _IGNORED = -100
+_ROUTER = "output_router_logits"
 _AGGREGATIONS = {
     "grpo": "seq-mean-token-mean",
     "bnpo": "token-mean",
@@ -47,7 +50,7 @@ def patch_trl(trainer: GRPOTrainer, *, impl: str = "auto", workspace_mb: float |
         raise TypeError(f"patch_trl patches a trl.GRPOTrainer, not a {type(trainer).__name__}")
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("DeepSpeed ZeRO-3 frees the head between forward and backward: use ZeRO-2 or FSDP2")
+        raise ValueError("DeepSpeed ZeRO-3 frees the head between forward and backward: use DDP or FSDP2")
     models = [trainer.model, trainer.ref_model]
     bases = [_base_model(trainer, model) for model in models if model is not None]
     with trainer.accelerator.autocast():
@@ -126,7 +129,7 @@ def _score_in_forward(model: PreTrainedModel, how: _HeadOptions) -> None:
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
         if fused_lm_head is False:
             return theirs(*args, labels=labels, **kwargs)
-        router = kwargs.get("output_router_logits") or getattr(self.config.get_text_config(), _ROUTER, False)
+        router = kwargs.get(_ROUTER) or getattr(self.config.get_text_config(), _ROUTER, False)
         if router:
             kwargs[_ROUTER] = True
         backbone = self.base_model(*args, **(kwargs | {"use_cache": False}))
@@ -153,9 +156,6 @@ def _score_in_forward(model: PreTrainedModel, how: _HeadOptions) -> None:
     forward.__signature__ = inspect.signature(type(model).forward)
     forward.scores_in_forward = True
     model.forward = types.MethodType(forward, model)
-
-
-_ROUTER = "output_router_logits"
 
 
 def _balance(model: PreTrainedModel, backbone: ModelOutput, attention_mask: Tensor | None) -> Tensor:
@@ -280,10 +280,8 @@ def _rollout_correction(config: GRPOConfig) -> dict[str, Any]:
 
 
 @dataclass
-class _LossOutput(ModelOutput):
-    loss: Tensor | None = None
+class _LossOutput(FusedCausalLMOutput):
     stats: dict[str, Tensor] | None = None
-    aux_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)

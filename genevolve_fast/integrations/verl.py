@@ -6,11 +6,10 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from verl.models.transformers import monkey_patch
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
@@ -19,6 +18,9 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from genevolve_fast.integrations.lm_head import check_head, head_options, head_tensors
 from genevolve_fast.ops import Objective, grpo_sdl, linear_logprob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BACKEND = "genevolve"
 POLICY_LOSS = "genevolve_sdl"
