@@ -63,7 +63,7 @@ def linear_grpo_sdl(
     """(loss, stats) of GRPO + KL + distillation (`grpo_sdl`) straight from hidden [rows, H] and the head [V, H].
 
     targets [rows] int64. Rows lie sequence by sequence: `cu_seqlens` [sequences + 1], or `seq_ids` [rows] in any
-    order. advantages [sequences] or [rows].
+    order. advantages [sequences] or [rows]; where both are the same number they are read by row.
     The teacher's log-probs come as `teacher_logps` [rows], or from `teacher_hidden` [teacher rows, H] through the same
     head: row i of the student is row `teacher_index[i]` of the teacher, -1 where there is none. num_sequences and
     num_tokens are host numbers of the whole optimizer step over all ranks (default: this call).
@@ -78,7 +78,8 @@ def linear_grpo_sdl(
     Rows known to the host to have no gradient enter no GEMM: ignored ones on a CPU, and those of sequences whose
     advantage is 0, without KL and teacher, on a CPU or with cu_seqlens and advantages [sequences] on the host.
     stats: pg_loss, kl_loss, sdl_loss, clip fractions, kl, sdl_kl (mean clamped gap), sdl_rho_saturated,
-    sdl_selected_fraction, ratio_max, rollout_is_mean, entropy; tensors, nothing is synchronised.
+    sdl_selected_fraction, ratio_max, rollout_is_mean, entropy; tensors, nothing is synchronised. Rows that enter no
+    GEMM count as not clipped and are left out of the other means.
     Peak bytes above inputs and returned gradients: as `linear_logprob` + 100·rows. `process_group`, `vocab_start`,
     FSDP2 weights, `impl` and `check_targets`: as there. Raises ValueError naming the argument.
     """
