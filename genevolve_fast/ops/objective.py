@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 LossAggregation = Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
@@ -34,7 +34,6 @@ class Objective:
     loss_agg_mode: LossAggregation = "seq-mean-token-sum"
     max_length: int | None = None  # L_max of seq-mean-token-sum-norm
     log_ratio_clamp: float = 20.0  # bound of every log-ratio that enters exp
-    encoded: str = field(init=False, repr=False, compare=False)  # as a custom operator takes it
 
     def __post_init__(self) -> None:
         choices = {
@@ -63,8 +62,12 @@ class Objective:
             raise ValueError(f"max_length must be positive, got {self.max_length}")
         if (self.loss_agg_mode == "seq-mean-token-sum-norm") != (self.max_length is not None):
             raise ValueError("max_length belongs to loss_agg_mode seq-mean-token-sum-norm: set both or neither")
-        options = {name: value for name, value in vars(self).items() if name != "encoded"}
-        object.__setattr__(self, "encoded", json.dumps(options))
+        object.__setattr__(self, "_encoded", json.dumps(vars(self)))
+
+    @property
+    def encoded(self) -> str:
+        """As a custom operator takes it."""
+        return self._encoded
 
     @classmethod
     @functools.lru_cache(maxsize=64)
