@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import body_of, peak_bytes
-from genevolve_fast.ops import Objective, fused, grpo_sdl, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, fused, grpo_sdl, head, linear_grpo_sdl, linear_logprob
 from genevolve_fast.ops.reference import logprobs
 
 D = torch.float64
@@ -114,25 +114,52 @@ def test_ignored_rows_enter_no_gemm():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_fp32_logits(dtype):
+@pytest.mark.parametrize("head_dtype", ["the same", torch.float32])
+@pytest.mark.parametrize("trains", ["both", "hidden"])
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+def test_half_precision_has_fp32_logits(dtype, head_dtype, trains, spread):
+    """Log-probs to fp32's error, gradients not worse than full logits and autograd in the same dtypes."""
     torch.manual_seed(0)
-    h, w = torch.randn(40, 64).to(dtype).requires_grad_(), (torch.randn(300, 64) / 4).to(dtype).requires_grad_()
-    y = torch.randint(300, (40,))
-    truth_h, truth_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    truth = logprobs(truth_h, truth_w, y)
-    mine = linear_logprob(h, w, y, return_entropy=True, block_rows=16)
+    head_dtype = dtype if head_dtype == "the same" else head_dtype
+    data = torch.randn(40, 64).to(dtype), (spread * torch.randn(9_000, 64) / 4).to(head_dtype)
+    y = torch.randint(9_000, (40,))
+    mine_in, plain_in = (
+        [x.clone().requires_grad_(i == 0 or trains == "both") for i, x in enumerate(data)] for _ in "12"
+    )
+    truth_in = [x.double().requires_grad_() for x in data]
+    truth = logprobs(*truth_in, y)
+    mine = linear_logprob(*mine_in, y, return_entropy=True, block_rows=16)
     assert mine.logps.dtype == torch.float32 and (mine.logps - truth[0]).abs().max() < 1e-5
-    plain_h, plain_w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    plain = logprobs(plain_h, plain_w, y)
+    plain = logprobs(plain_in[0].to(head_dtype), plain_in[1], y)
     g = torch.randn(40)
     for out in (mine[:2], plain[:2], truth[:2]):
-        (out[0] * g).sum().backward(retain_graph=True)
-        (out[1] * g).sum().backward()
-    for mine_x, plain_x, true_x in ((h, plain_h, truth_h), (w, plain_w, truth_w)):
-        error, theirs = (
-            (x.grad.double() - true_x.grad).square().mean().sqrt() for x in (mine_x, plain_x)
-        )  # fmt: skip
-        assert error <= 1.1 * theirs
+        ((out[0] * g).sum() + out[1].sum()).backward()
+    for mine_x, plain_x, true_x in zip(mine_in, plain_in, truth_in, strict=True):
+        if mine_x.grad is not None:
+            assert mine_x.grad.dtype == mine_x.dtype
+            error, theirs = ((x.grad.double() - true_x.grad).square().mean().sqrt() for x in (mine_x, plain_x))
+            assert error <= 1.1 * theirs
+
+
+def test_a_temperature_in_half_precision_costs_no_digits():
+    h, w, y, _ = head_inputs(9, 2, "plain")
+    tau = (torch.rand(9) + 0.5).bfloat16()
+    got = torch.autograd.grad(linear_logprob(h, w, y, temperature=tau, block_rows=4).logps.sum(), [h, w])
+    want = torch.autograd.grad(logprobs(h, w, y, temperature=tau.to(D))[0].sum(), [h, w])
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got, want, strict=True))
+
+
+def test_equal_rows_give_equal_bits_on_several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(10):
+            torch.manual_seed(seed)
+            h, w = torch.randn(1, 4).repeat(4, 1), torch.randn(151_936, 4)  # strips of three rows and of one
+            out = linear_logprob(h, w, torch.full((4,), 7), return_entropy=True, return_lse=True, block_rows=4)
+            assert all((x == x[0]).all() for x in out), seed
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_workspace_below_one_block_names_what_it_needs():
@@ -371,18 +398,108 @@ def test_sequences_that_only_the_host_drops_enter_no_gemm(monkeypatch):
     """As on a GPU: nothing is read back from the device, the advantages of a list of sequences lie on the host."""
     torch.manual_seed(0)
     h, w, y = torch.randn(32, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (32,))
-    given = dict(advantages=torch.tensor([0.0, 0.0, 1.0]), cu_seqlens=[0, 16, 16, 32], objective=Objective(kl_coef=0))
-    want = torch.autograd.grad(linear_grpo_sdl(h, w, y, **given)[0], [h, w])
+    borders = dict(cu_seqlens=[0, 16, 16, 32], block_rows=8)
+    given = dict(advantages=torch.tensor([0.0, 0.0, 1.0]), objective=Objective(kl_coef=0), **borders)
+    with_kl = given | dict(objective=Objective(kl_coef=0.5), ref_logps=-torch.ones(32))
+    want = [torch.autograd.grad(linear_grpo_sdl(h, w, y, **x)[0], [h, w]) for x in (given, with_kl)]
     monkeypatch.setattr(fused, "_live_rows", lambda c: None)
-    monkeypatch.setattr(fused, "_host_zeros", lambda advantages, *_: ([0, 1], advantages))
-    with Gemms(h, w) as gemms:
-        loss, _ = linear_grpo_sdl(h, w, y, block_rows=8, **given)
-    assert gemms.count == 1.5
-    for a, b in zip(torch.autograd.grad(loss, [h, w]), want, strict=True):
-        torch.testing.assert_close(a, b)
-    monkeypatch.setattr(fused, "_host_zeros", lambda advantages, *_: ([0, 1, 2], advantages))
-    loss, stats = linear_grpo_sdl(h, w, y, block_rows=8, **given)
+    for call, grads, count in zip((given, with_kl), want, (1.5, 3), strict=True):
+        with Gemms(h, w) as gemms:
+            loss, _ = linear_grpo_sdl(h, w, y, **call)
+        assert gemms.count == count
+        for a, b in zip(torch.autograd.grad(loss, [h, w]), grads, strict=True):
+            torch.testing.assert_close(a, b)
+    loss, stats = linear_grpo_sdl(h, w, y, **(given | dict(advantages=torch.zeros(3))))
     assert not any(x.any() for x in torch.autograd.grad(loss, [h, w])) and all(v.isfinite() for v in stats.values())
+
+
+def test_on_a_device_that_is_not_read_ignored_rows_are_made_zero(monkeypatch):
+    """Nothing is left out there; what ignored rows hold must not reach any gradient."""
+    h, w, y, options, rest, o = fused_inputs("everything", "bias")
+    y[[2, 7]] = -100
+    wants = [
+        torch.autograd.grad(linear_logprob(h, w, y, block_rows=4, **options).logps.sum(), [h, w]),
+        by_autograd(h, w, y, options, rest, o, y != -100)[2],
+    ]
+    monkeypatch.setattr(fused, "_live_rows", lambda c: None)
+    monkeypatch.setattr(head, "entering_rows", lambda *_: None)
+    poisoned = h.detach().clone()
+    poisoned[[2, 7]] = torch.nan
+    poisoned.requires_grad_()
+    logps = linear_logprob(poisoned, w, y, block_rows=4, **options).logps
+    loss, _ = linear_grpo_sdl(poisoned, w, y, seq_ids=sequence_ids(), objective=o, block_rows=4, **options, **rest)
+    for x, want in zip((logps.sum(), loss), wants, strict=True):
+        for a, b in zip(torch.autograd.grad(x, [poisoned, w]), want, strict=False):
+            assert (a - b).abs().max() < TOLERANCE
+
+
+def test_statistics_of_the_fused_objective_are_the_references():
+    """Also where rows of a sequence without advantage enter no GEMM; entropy and ratio_max are of the others then."""
+    for a in ([1.0, -1.0, 0.5, 2.0, -1.5], [0.0, -1.0, 0.0, 2.0, -1.5]):
+        h, w, y, options, rest, o = fused_inputs("no distillation", "plain")
+        o = Objective(kl_coef=0.0, sdl_coef=0.0, rollout_is="token")
+        now = logprobs(h, w, y)[0].detach()
+        rest = dict(advantages=torch.tensor(a, dtype=D), old_logps=now + torch.randn(len(y)))
+        rest["rollout_logps"] = rest["old_logps"] + 0.3 * torch.randn(len(y))
+        _, want, _ = by_autograd(h, w, y, options, rest, o)
+        _, got = linear_grpo_sdl(h, w, y, seq_ids=sequence_ids(), objective=o, block_rows=4, **rest)
+        for name in ("pg_loss", "pg_clipfrac_low", "pg_clipfrac_high", "rollout_is_mean"):
+            assert (got[name] - want[name]).abs() < 1e-7, name  # fractions are fp32
+        ratio = (now - rest["old_logps"]).exp()[rest["advantages"][sequence_ids()] != 0]
+        assert (got["ratio_max"] - ratio.max()).abs() < TOLERANCE and ratio.max() != ratio.min()
+        low = ((now - rest["old_logps"]).exp() < 0.8) & (rest["advantages"][sequence_ids()] < 0)
+        assert (got["pg_clipfrac_low"] - low.double().mean()).abs() < 1e-7 and low.any()
+
+
+def test_numbers_of_the_step_and_the_scale():
+    h, w, y, options, rest, o = fused_inputs("sequence correction, token mean", "plain")
+    for name, objective in (("num_tokens", o), ("num_sequences", Objective(**OBJECTIVES["everything"]))):
+        for number in (7, torch.tensor(7.0)):
+            want, _, grads = by_autograd(h, w, y, options, rest | {name: 7}, objective)
+            for scale in (0.25, torch.tensor(0.25)):
+                loss, _ = linear_grpo_sdl(
+                    h, w, y, seq_ids=sequence_ids(), objective=objective, loss_scale=scale, **{name: number}, **rest
+                )
+                assert (loss - want / 4).abs() < TOLERANCE
+                for a, b in zip(torch.autograd.grad(loss, [h, w]), grads, strict=True):
+                    assert (a - b / 4).abs().max() < TOLERANCE
+    for wrong in (dict(num_sequences=0), dict(loss_scale=-1.0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            linear_grpo_sdl(h, w, y, seq_ids=sequence_ids(), objective=objective, **wrong, **rest)
+
+
+def test_the_head_alone_may_be_scaled_afterwards():
+    h, w, y, options, rest, o = fused_inputs("on policy", "bias")
+    bias, frozen = options["bias"], h.detach()
+    _, _, (_, d_weight, d_bias) = by_autograd(h, w, y, options, rest, o)
+    loss, _ = linear_grpo_sdl(frozen, w, y, seq_ids=sequence_ids(), objective=o, bias=bias, **rest)
+    got = torch.autograd.grad(3 * loss, [w, bias])
+    assert all((a - 3 * b).abs().max() < TOLERANCE for a, b in zip(got, (d_weight, d_bias), strict=True))
+
+
+def test_teacher_rows_that_cannot_be_told_apart_are_refused():
+    h, w, y, options, rest, o = fused_inputs("on policy", "plain")
+    rest.pop("teacher_logps"), rest.pop("sdl_mask")
+    t, index = torch.randn(4, 12, dtype=D), torch.full((len(y),), -1)
+    for bad in (4, 5, 1):
+        index[:3] = torch.tensor([0, 1, bad])
+        with pytest.raises(ValueError, match=rf"teacher_index\[{1 if bad == 1 else 2}\] is {bad}"):
+            linear_grpo_sdl(
+                h, w, y, seq_ids=sequence_ids(), objective=o, teacher_hidden=t, teacher_index=index, **rest
+            )  # fmt: skip
+
+
+def test_as_many_sequences_as_rows():
+    """Advantages are read by sequence with cu_seqlens, by row with seq_ids."""
+    h, w, y, options, _, _ = fused_inputs("on policy", "plain")
+    h, y, o = h[:6], y[:6], Objective(kl_coef=0.0)
+    a, borders = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.0, 2.0], dtype=D), [0, 3, 3, 4, 4, 5, 6]
+    ids = torch.tensor([0, 0, 0, 2, 4, 5])
+    logps = logprobs(h, w, y)[0]
+    for by, advantages in ((dict(cu_seqlens=borders), a[ids]), (dict(seq_ids=ids), a)):
+        want, _ = grpo_sdl(logps, advantages=advantages, seq_ids=ids, objective=o)
+        assert (linear_grpo_sdl(h, w, y, advantages=a, objective=o, **by)[0] - want).abs() < TOLERANCE
+    assert torch.equal(fused.ids_of(torch.tensor(borders), 6), ids)
 
 
 def test_values_that_cannot_be_right_are_named():
@@ -401,6 +518,11 @@ def test_values_that_cannot_be_right_are_named():
         (dict(cu_seqlens=torch.tensor([0, 6])), r"advantages must be \[1\]"),
         (dict(cu_seqlens=None, seq_ids=torch.full((6,), 2)), "seq_ids"),
         (dict(teacher_hidden=h.double(), teacher_index=y), "teacher_hidden"),
+        (dict(sdl_mask=y > 3), "sdl_mask"),
+        (dict(teacher_logps=y.float(), sdl_mask=torch.ones(1).bool()), "sdl_mask"),
+        (dict(temperature=torch.tensor(-1.0)), "temperature"),
+        (dict(old_logps=torch.zeros(6, device="meta")), "old_logps is on meta"),
+        (dict(main_grad=torch.nn.Parameter(w)), "main_grad must be a plain tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_grpo_sdl(h, w, y, **(given | wrong))
@@ -489,32 +611,39 @@ def test_the_meter_counts_what_is_alive():
     assert peak_bytes(run, torch.device("cpu")) == 8000 - 4000
 
 
-@pytest.mark.parametrize("mode", ["logprob", "frozen", "trainable", "objective"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_bytes_stay_below_the_formula(mode, dtype):
-    rows, hidden, vocabulary, block = 3000, 64, 20_000, 512
+@pytest.mark.parametrize("mode", ["logprob", "frozen", "entropy", "trainable", "objective", "main_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "hidden", "vocabulary"), [(3_000, 64, 20_000), (1_200, 2_048, 2_000)])
+def test_peak_bytes_stay_below_the_formula(mode, dtype, rows, hidden, vocabulary):
+    block, trains = 512, mode in ("trainable", "objective", "main_grad")
     torch.manual_seed(0)
     h = torch.randn(rows, hidden).to(dtype).requires_grad_(mode != "logprob")
-    w = torch.randn(vocabulary, hidden).to(dtype).requires_grad_(mode in ("trainable", "objective"))
+    w = torch.randn(vocabulary, hidden).to(dtype).requires_grad_(trains)
     y = torch.randint(vocabulary, (rows,))
+    main_grad = torch.zeros(vocabulary, hidden) if mode == "main_grad" else None
 
     def run():
-        if mode == "objective":
-            teacher = torch.zeros(rows)
+        if mode in ("objective", "main_grad"):
             loss, _ = linear_grpo_sdl(
-                h, w, y, advantages=torch.randn(rows), cu_seqlens=[0, rows], teacher_logps=teacher, block_rows=block,
-                objective=Objective(kl_coef=0),
+                h, w, y, advantages=torch.randn(rows), cu_seqlens=[0, rows], teacher_logps=torch.zeros(rows),
+                block_rows=block, objective=Objective(kl_coef=0), main_grad=main_grad,
             )  # fmt: skip
         else:
-            loss = linear_logprob(h, w, y, block_rows=block).logps.sum()
+            out = linear_logprob(h, w, y, return_entropy=mode == "entropy", block_rows=block)
+            loss = out.logps.sum() + (out.entropy.sum() if mode == "entropy" else 0)
         if loss.requires_grad:
             loss.backward()
         made = [x.grad for x in (h, w) if x.grad is not None]
         h.grad = w.grad = None
         return [loss, *made]
 
-    formula = 4 * vocabulary * block + 40 * rows + 12 * 2**20
-    formula += 4 * vocabulary * hidden if w.requires_grad else rows * hidden * h.element_size()
-    if mode == "objective":
-        formula += 100 * rows
+    two = mode == "entropy"
+    formula = (4 + (h.element_size() if two else 0)) * vocabulary * block
+    formula += 16 * hidden * block + 40 * rows + (32 << 20)
+    if trains:
+        formula += 0 if main_grad is not None else 4 * vocabulary * hidden
+    else:
+        formula += rows * hidden * (4 if dtype == torch.float16 else h.element_size()) * (2 if two else 1)
+    if mode in ("objective", "main_grad"):
+        formula += 160 * rows
     assert peak_bytes(run, torch.device("cpu")) <= formula

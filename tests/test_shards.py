@@ -66,6 +66,15 @@ def vocabulary_parallel(rank, dtype, tolerance):
             if trains_head:
                 close(part[1].grad, whole[1].grad[mine], tolerance)
                 close(part[2].grad, whole[2].grad[mine], tolerance)
+    banned = b.clone()
+    banned[:SPLIT] = -torch.inf  # every token of the first shard
+    allowed = torch.where(y >= 0, torch.where(y < SPLIT, VOCABULARY - 1, y), y)
+    want = linear_logprob(
+        h, w[SPLIT:], torch.where(allowed >= 0, allowed - SPLIT, -100), bias=b[SPLIT:], return_entropy=True
+    )
+    got = linear_logprob(h, w[mine], allowed, bias=banned[mine], return_entropy=True, **group)
+    close(got.logps, want.logps, tolerance)
+    close(got.entropy, want.entropy, tolerance)
     nobody = y.clone()
     nobody[2] = VOCABULARY  # on no rank
     try:
@@ -79,7 +88,7 @@ def vocabulary_parallel(rank, dtype, tolerance):
 def fsdp2(rank):
     """Each rank has its own rows; the gradient is the average over ranks, sharded, from one all-gather."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     h, t, w, _, y = problem(torch.float32)
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
@@ -96,6 +105,19 @@ def fsdp2(rank):
         want += plain.grad / 2
     assert head.weight.grad.placements == head.weight.placements
     close(head.weight.grad.full_tensor(), want, 1e-5)
+
+    biased = torch.nn.Linear(HIDDEN, VOCABULARY)
+    fully_shard(biased, mesh=dist.init_device_mesh("cpu", (2,)))
+    main_grad, plain = (
+        torch.zeros(VOCABULARY, HIDDEN),
+        [x.clone().requires_grad_() for x in (w, torch.zeros(VOCABULARY))],
+    )
+    for x, value in zip((biased.weight, biased.bias), plain, strict=True):
+        x.data.copy_(distribute_tensor(value.detach(), x.device_mesh, x.placements))
+    objective_loss(own, biased.weight, biased.bias, y, t, main_grad=main_grad)[0].backward()
+    objective_loss(own, *plain, y, t)[0].backward()
+    close(main_grad, plain[0].grad, 1e-5)  # this rank's own
+    assert biased.weight.grad is None and biased.bias.grad.placements == biased.bias.placements
 
 
 class Model(torch.nn.Module):

@@ -16,7 +16,7 @@ from genevolve_fast.ops.epilogues import Softmax, Upstream, choose, epilogue
 from genevolve_fast.ops.masks import Rows, where
 from genevolve_fast.ops.shards import merge, summed
 
-_CAST_COLUMNS = 4096  # vocabulary rows of the head cast at a time where a GEMM cannot mix dtypes
+_CAST_BYTES = 8 << 20
 _DEFAULT_BLOCKS = {"cpu": 1, "cuda": 4}  # of a visit: a GPU's gradient GEMMs want more rows, a CPU's do not
 
 
@@ -49,9 +49,8 @@ class Head:
     @classmethod
     def of(cls, weight, bias, row_temperature, temperature, softcap, scale, group, first) -> Head:
         """From a custom operator's arguments."""
-        return cls(
-            weight, bias, temperature if row_temperature is None else row_temperature, softcap, scale, group, first
-        )
+        t = temperature if row_temperature is None else row_temperature.to(accumulator(weight))
+        return cls(weight, bias, t, softcap, scale, group, first)
 
     def arguments(self) -> tuple:
         """For a custom operator; without the graphs that the tensors may belong to, except weight's and bias'."""
@@ -111,7 +110,7 @@ class Workspace:
         two: bool = False,
     ) -> None:
         self.kind = accumulator(hidden)
-        self.dtype = hidden.dtype
+        self.dtype = hidden.dtype if hidden.dtype == head.weight.dtype else self.kind  # of d logits
         self.head, self.block_rows = head, block_rows
         vocabulary = len(head.weight)
         bytes_each = self.kind.itemsize + (self.dtype.itemsize if two else 0)
@@ -139,7 +138,7 @@ class Workspace:
         return replace(made, logps=where(here, made.logps, torch.nan))
 
     def d_logits(self, softmax: Softmax, targets: Tensor, rows: Rows, *upstream: Upstream) -> list[Tensor]:
-        """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in hidden's dtype; logits are lost."""
+        """For each upstream gradient (one or two) that of h·Wᵀ + b, [n, V] in `dtype`; logits are lost."""
         logits, head, out = self.logits[: len(targets)], self.head, self._gradients(len(targets), len(upstream))
         self.epilogue.d_logits(logits, out, softmax, head.at(targets), head, head.tau(rows), upstream)
         return out
@@ -183,7 +182,7 @@ class Gradients:
         self, work: Workspace, hidden: Tensor, needs: tuple[bool, bool, bool], main_grad: Tensor | None = None
     ) -> None:
         need_hidden, need_weight, need_bias = needs
-        self.work, head, kind = work, work.head, work.kind
+        self.work, self.dtype, head, kind = work, hidden.dtype, work.head, work.kind
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
         self.main_grad = main_grad
         self.weight = torch.zeros_like(head.weight, dtype=kind) if need_weight and main_grad is None else main_grad
@@ -205,7 +204,8 @@ class Gradients:
         """(dH, dW, dbias) in the arguments' dtypes; empty where not needed: a custom operator must return tensors."""
         head, weight = self.work.head, None if self.main_grad is not None else self.weight
         pairs = ((self.hidden, self.hidden), (weight, head.weight), (self.bias, head.bias))
-        return tuple(self.work.logits.new_empty(0) if x is None else x.to(like.dtype) for x, like in pairs)
+        none = (self.work.logits.new_empty(0, dtype=self.dtype) for _ in pairs)
+        return tuple(next(none) if x is None else x.to(like.dtype) for x, like in pairs)
 
 
 # --- GEMMs ------------------------------------------------------------------------------------------------------------
@@ -219,21 +219,22 @@ def mm_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for part in weight_tiles(weight):
+        for part in weight_tiles(weight, hidden):
             torch.mm(wide, weight[part].to(out.dtype).T, out=out[:, part])
 
 
 def mm_hidden(d_logits: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
     """[rows, H] = d_logits [rows, V] · weight [V, H], in d_logits' dtype, or with `wide` in fp32 (fp64)."""
     kind = accumulator(d_logits) if wide else d_logits.dtype
-    if weight.dtype == d_logits.dtype == kind:
+    slow = kind == torch.float16 and not d_logits.is_cuda  # torch has no fast fp16 product on a CPU
+    if weight.dtype == d_logits.dtype == kind and not slow:
         return torch.mm(d_logits, weight)
     if weight.dtype == d_logits.dtype and d_logits.is_cuda:
         return torch.mm(d_logits, weight, out_dtype=kind)
-    out = d_logits.new_zeros(len(d_logits), weight.shape[1], dtype=kind)
-    for part in weight_tiles(weight):
-        out.addmm_(d_logits[:, part].to(kind), weight[part].to(kind))
-    return out
+    out = d_logits.new_zeros(len(d_logits), weight.shape[1], dtype=accumulator(d_logits))
+    for part in weight_tiles(weight, d_logits):
+        out.addmm_(d_logits[:, part].to(out.dtype), weight[part].to(out.dtype))
+    return out.to(kind)
 
 
 def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
@@ -244,10 +245,12 @@ def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> N
         torch.addmm(d_weight, d_logits.T, hidden, out_dtype=d_weight.dtype, out=d_weight)
     else:
         wide = hidden.to(d_weight.dtype)
-        for part in weight_tiles(d_weight):
+        for part in weight_tiles(d_weight, hidden):
             d_weight[part].addmm_(d_logits[:, part].to(d_weight.dtype).T, wide)
 
 
-def weight_tiles(weight: Tensor) -> Iterator[slice]:
-    for first in range(0, len(weight), _CAST_COLUMNS):
-        yield slice(first, min(first + _CAST_COLUMNS, len(weight)))
+def weight_tiles(weight: Tensor, block: Tensor) -> Iterator[slice]:
+    """Ranges of the vocabulary that are cast at a time, of the head and for `block`, where a GEMM cannot mix dtypes."""
+    rows = max(256, _CAST_BYTES // (4 * max(weight.shape[1], len(block))))
+    for first in range(0, len(weight), rows):
+        yield slice(first, min(first + rows, len(weight)))

@@ -41,7 +41,7 @@ class Upstream(NamedTuple):
 
 def supported(impl: str, hidden: Tensor) -> str | None:
     """Why `impl` cannot run on hidden's device and dtype; None where it can."""
-    if impl == "torch":
+    if impl in ("auto", "torch"):
         return None
     if impl not in IMPLEMENTATIONS:
         return f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {impl!r}"
@@ -81,18 +81,18 @@ class TorchEpilogue:
         for s in _strips(logits):
             z = logits[s]
             _to_logits(z, head, _part(tau, s))
-            maximum = z.amax(1, keepdim=True)
-            z.sub_(maximum)
             if head.bias is not None:
                 z.clamp_(min=_NOTHING)  # a bias of -inf bans a token: 0·inf would reach entropy and gradient
+            maximum = z.amax(1, keepdim=True)
+            z.sub_(maximum)
             e = z.exp()
-            total = e.sum(1)
+            total = _row_sums(e)
             log_sum = total.log()
             out[0, s] = z.gather(1, targets[s, None].clamp(0, z.shape[1] - 1))[:, 0] - log_sum
             out[1, s] = maximum[:, 0]
             out[2, s] = log_sum
             if entropy:
-                out[3, s] = log_sum - e.mul_(z).sum(1) / total
+                out[3, s] = log_sum - _row_sums(e.mul_(z)) / total
         return Softmax(*out[:3], out[3] if entropy else None, origin=out[1])
 
     @staticmethod
@@ -147,6 +147,11 @@ def _strips(logits: Tensor) -> Iterator[slice]:
     rows = max(1, _STRIP_BYTES // max(1, logits.shape[1] * logits.element_size()))
     for first in range(0, len(logits), rows):
         yield slice(first, min(first + rows, len(logits)))
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """[n] the sums of the rows. A row alone is summed as two are: torch splits a sum with one result over threads."""
+    return x.sum(1) if len(x) > 1 else x.expand(2, -1).sum(1)[: len(x)]
 
 
 def _part(tau, s: slice):

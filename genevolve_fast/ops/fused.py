@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ from genevolve_fast.ops import reference
 from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Softmax, Upstream
 from genevolve_fast.ops.head import (
+    check_devices,
     check_head,
     check_result,
     check_values,
@@ -22,7 +24,7 @@ from genevolve_fast.ops.head import (
 from genevolve_fast.ops.masks import Rows, mean, where
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.ops.reference import Constants
-from genevolve_fast.ops.shards import group_name, whole_weight
+from genevolve_fast.ops.shards import group_name, whole
 
 STATS = (*reference.STATS, "entropy")
 _DEFAULT = Objective()
@@ -50,7 +52,7 @@ def linear_grpo_sdl(
     logit_scale: float = 1.0,
     num_sequences: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
-    loss_scale: float = 1.0,
+    loss_scale: float | Tensor = 1.0,
     main_grad: Tensor | None = None,
     objective: Objective | None = None,
     impl: str = "auto",
@@ -63,73 +65,93 @@ def linear_grpo_sdl(
     """(loss, stats) of GRPO + KL + distillation (`grpo_sdl`) straight from hidden [rows, H] and the head [V, H].
 
     targets [rows] int64. Rows lie sequence by sequence: `cu_seqlens` [sequences + 1], or `seq_ids` [rows] in any
-    order. advantages [sequences] or [rows]; where both are the same number they are read by row.
+    order. advantages [sequences] or [rows]; where both are the same number they are read by sequence with cu_seqlens,
+    by row with seq_ids.
     The teacher's log-probs come as `teacher_logps` [rows], or from `teacher_hidden` [teacher rows, H] through the same
-    head: row i of the student is row `teacher_index[i]` of the teacher, -1 where there is none. num_sequences and
-    num_tokens are host numbers of the whole optimizer step over all ranks (default: this call).
+    head: row i of the student is row `teacher_index[i]` of the teacher, which no other row names, -1 where there is
+    none. num_sequences and num_tokens are numbers of the whole optimizer step over all ranks (default: this call).
+    Under torch.compile give cu_seqlens, counts and loss_scale that change from step to step as tensors.
 
     Gradients are made in the forward and multiplied by `loss_scale`; the backward only hands them out, so call it with
     an upstream gradient of 1 (another one gives NaN for hidden, without a synchronisation). With `main_grad` [V, H]
-    fp32, dW is added to it in the forward and `weight` gets no gradient of its own.
+    fp32, dW (of a sharded weight: this rank's own, whole and not reduced) is added to it in the forward and `weight`
+    gets no gradient of its own.
 
     GEMMs of 2·rows·H·V: 3 (2 with a frozen head), + 1 over the teacher's rows. The distillation of sequences whose rows
     are all in the workspace at once adds none; of others the selected rows (ceil(permille) of them) pass once more.
-    Where sequences end must be known to the host for that: give cu_seqlens as a list or a CPU tensor. Under no_grad 1.
+    Where sequences end must be known to the host for that: give cu_seqlens as a list or a CPU tensor. (On a GPU, with
+    seq_ids and advantages by row, nobody knows how many sequences there are, and all rows pass again.) Under no_grad 1.
     Rows known to the host to have no gradient enter no GEMM: ignored ones on a CPU, and those of sequences whose
     advantage is 0, without KL and teacher, on a CPU or with cu_seqlens and advantages [sequences] on the host.
     stats: pg_loss, kl_loss, sdl_loss, clip fractions, kl, sdl_kl (mean clamped gap), sdl_rho_saturated,
     sdl_selected_fraction, ratio_max, rollout_is_mean, entropy; tensors, nothing is synchronised. Rows that enter no
-    GEMM count as not clipped and are left out of the other means.
-    Peak bytes above inputs and returned gradients: as `linear_logprob` + 100·rows. `process_group`, `vocab_start`,
+    GEMM count as not clipped; entropy and ratio_max are of the others.
+    Peak bytes above inputs and returned gradients: as `linear_logprob` + 200·rows. `process_group`, `vocab_start`,
     FSDP2 weights, `impl` and `check_targets`: as there. Raises ValueError naming the argument.
     """
     o = objective or _DEFAULT
-    weight = whole_weight(weight)
-    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(process_group), vocab_start)
+    head = Head(
+        whole(weight), whole(bias), temperature, softcap, logit_scale, group_name(process_group), vocab_start
+    )  # fmt: skip
     check_head(hidden, head, targets, block_rows)
-    _check_gradients(hidden, weight, main_grad)
-    _check_teacher(hidden, targets, teacher_logps, teacher_hidden, teacher_index)
+    _check_main_grad(hidden, head, main_grad, weight.requires_grad)
+    _check_teacher(hidden, targets, teacher_logps, teacher_hidden, teacher_index, sdl_mask)
     if (cu_seqlens is None) == (seq_ids is None):
         raise ValueError("give cu_seqlens or seq_ids, one of them")
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    borders, cu_seqlens = _host_borders(cu_seqlens, hidden.device)
-    dropped, advantages = _host_zeros(advantages, borders, o, ref_logps, teacher_logps, teacher_hidden, hidden.device)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int64)  # stays on the host, which reads it
+    rows = dict(
+        seq_ids=seq_ids, old_logps=old_logps, rollout_logps=rollout_logps, ref_logps=ref_logps,
+        teacher_logps=teacher_logps, teacher_hidden=teacher_hidden, teacher_index=teacher_index, sdl_mask=sdl_mask,
+    )  # fmt: skip
+    check_devices(hidden, **rows, main_grad=main_grad)
+    count = "num_tokens" if o.loss_agg_mode == "token-mean" else "num_sequences"
+    counted = _number(count, num_tokens if count == "num_tokens" else num_sequences, hidden)
+    scale = _number("loss_scale", loss_scale, hidden)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
+    bare = lambda x: None if x is None else x.detach()  # noqa: E731
     with torch.no_grad():
-        count = num_tokens if o.loss_agg_mode == "token-mean" else num_sequences
-        by_tensor, by_host = (
-            (count, None) if isinstance(count, Tensor) else (None, None if count is None else float(count))
-        )
-        bare = [None if x is None else x.detach() for x in head.arguments()[:2]]
-        optional = (
-            cu_seqlens, seq_ids, old_logps, rollout_logps, ref_logps, teacher_logps, teacher_hidden, teacher_index,
-            sdl_mask,
-        )  # fmt: skip
         loss, d_hidden, d_weight, d_bias, stats = _sweep(
-            hidden.detach(), *bare, *head.arguments()[2:], targets, ignore_index, advantages.detach(),
-            *(None if x is None else x.detach() for x in optional), borders, dropped, by_tensor, by_host,
-            float(loss_scale), main_grad, o.encoded, *needs, check_targets, impl, workspace_mb, block_rows,
+            hidden.detach(), *map(bare, head.arguments()[:2]), *head.arguments()[2:], targets, ignore_index,
+            advantages.detach(), cu_seqlens, *map(bare, rows.values()), counted, scale, main_grad, o.encoded, *needs,
+            check_targets, impl, workspace_mb, block_rows,
         )  # fmt: skip
     if any(needs):
         grads = [x if need else None for x, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)]
+        own = head.weight
         if main_grad is not None:
-            grads[1] = None
-        loss = _HandOut.apply(loss, hidden, weight, bias, *grads)
+            own = grads[1] = None
+        loss = _HandOut.apply(loss, hidden, own, head.bias, *grads)
     return loss, dict(zip(STATS, stats.unbind(), strict=True))
 
 
-def _check_gradients(hidden: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:
+def _number(name: str, x: float | Tensor | None, hidden: Tensor) -> Tensor | None:
+    """A positive number as a tensor []: numbers that change between calls then compile once."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    if not x > 0:
+        raise ValueError(f"{name} must be positive, got {x}")
+    return torch.full((), float(x), dtype=torch.float64, device=hidden.device)
+
+
+def _check_main_grad(hidden: Tensor, head: Head, main_grad: Tensor | None, trains: bool) -> None:
     if main_grad is None:
         return
-    kind = accumulator(hidden)
-    if main_grad.shape != weight.shape or main_grad.dtype != kind:
-        raise ValueError(
-            f"main_grad must be {kind} {list(weight.shape)}, got {main_grad.dtype} {list(main_grad.shape)}"
-        )
-    if not weight.requires_grad:
+    kind, shape = accumulator(hidden), head.weight.shape
+    if type(main_grad) is not Tensor or main_grad.shape != shape or main_grad.dtype != kind:
+        got = f"{type(main_grad).__name__} {main_grad.dtype} {list(main_grad.shape)}"
+        raise ValueError(f"main_grad must be a plain tensor {kind} {list(shape)}, got {got}")
+    if not trains:
         raise ValueError("main_grad is given, but weight requires no gradient")
 
 
-def _check_teacher(hidden: Tensor, targets: Tensor, logps, states: Tensor | None, index: Tensor | None) -> None:
+def _check_teacher(
+    hidden: Tensor, targets: Tensor, logps, states: Tensor | None, index: Tensor | None, sdl_mask: Tensor | None
+) -> None:
+    if sdl_mask is not None and (sdl_mask.shape != targets.shape or sdl_mask.dtype != torch.bool):
+        raise ValueError(f"sdl_mask must be bool {list(targets.shape)}, got {sdl_mask.dtype} {list(sdl_mask.shape)}")
+    if sdl_mask is not None and logps is None and states is None:
+        raise ValueError("sdl_mask says which rows have a teacher: give teacher_logps or teacher_hidden too")
     if states is None:
         if index is not None:
             raise ValueError("teacher_index belongs to teacher_hidden")
@@ -147,57 +169,69 @@ def _check_teacher(hidden: Tensor, targets: Tensor, logps, states: Tensor | None
 # --- what the host knows ----------------------------------------------------------------------------------------------
 
 
-def _host_borders(
-    cu_seqlens: Tensor | Sequence[int] | None, device: torch.device
-) -> tuple[list[int] | None, Tensor | None]:
-    """cu_seqlens as (numbers of the host, None), or (None, a tensor of the device)."""
-    if cu_seqlens is None:
-        return None, None
-    if not isinstance(cu_seqlens, Tensor):
-        return list(cu_seqlens), None
-    if cu_seqlens.device == device:
-        return None, cu_seqlens
-    return cu_seqlens.tolist(), None
+@dataclass(frozen=True)
+class _Sequences:
+    """Which sequence each row belongs to, and how many there are at most; borders where the host knows them."""
 
+    ids: Tensor
+    count: int
+    borders: list[int] | None
 
-def _host_zeros(
-    advantages: Tensor, borders: list[int] | None, o: Objective, ref, teacher, states, device: torch.device
-) -> tuple[list[int] | None, Tensor]:
-    """(sequences that the host knows to have no gradient, advantages on the device)."""
-    if advantages.device == device:
-        return None, advantages
-    if advantages.device.type != "cpu":
-        raise ValueError(f"advantages is on {advantages.device}, hidden on {device}")
-    dropped = None
-    if (
-        borders is not None
-        and len(advantages) == len(borders) - 1
-        and ref is None
-        and teacher is None
-        and states is None
-    ):
-        dropped = [i for i, a in enumerate(advantages.tolist()) if a == 0]
-    return dropped, advantages.pin_memory().to(device, non_blocking=True)
-
-
-def _sequence_of_rows(
-    targets: Tensor, cu_seqlens: Tensor | None, seq_ids: Tensor | None, borders: list[int] | None
-) -> tuple[Tensor, list[int] | None]:
-    """(seq_ids [rows], borders where the host knows them). Raises ValueError naming the argument."""
-    rows, device = len(targets), targets.device
-    if seq_ids is not None:
-        return seq_ids, None
-    if cu_seqlens is not None and device.type == "cpu":
+    @classmethod
+    def of(cls, targets: Tensor, cu_seqlens: Tensor | None, seq_ids: Tensor | None, advantages: Tensor) -> _Sequences:
+        """Raises ValueError naming the argument."""
+        rows, device = len(targets), targets.device
+        if cu_seqlens is None:
+            return cls(seq_ids, len(advantages), None)
+        if cu_seqlens.device.type != "cpu":
+            return cls(ids_of(cu_seqlens, rows), len(cu_seqlens) - 1, None)
         borders = cu_seqlens.tolist()
-    if borders is None:
-        places = torch.arange(rows, device=device)
-        return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True), None
-    if not borders or borders[0] != 0 or borders[-1] != rows or any(a > b for a, b in pairwise(borders)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {rows}, got {_shortened(borders)}")
-    seq_ids = torch.empty(rows, dtype=torch.int64, device=device)
-    for i, (a, b) in enumerate(pairwise(borders)):
-        seq_ids[a:b] = i  # a copy of the list to a GPU would synchronise
-    return seq_ids, borders
+        if not borders or borders[0] != 0 or borders[-1] != rows or any(a > b for a, b in pairwise(borders)):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {rows}, got {_shortened(borders)}")
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        for i, (a, b) in enumerate(pairwise(borders)):
+            ids[a:b] = i  # a copy of the list to a GPU would synchronise
+        return cls(ids, len(borders) - 1, borders)
+
+    def by_row(self, advantages: Tensor, by_sequence: bool, check: bool) -> Tensor:
+        """advantages [sequences] or [rows] as [rows] on the device. Raises ValueError naming the argument."""
+        rows, device = len(self.ids), self.ids.device
+        if advantages.device != device:
+            advantages = advantages.pin_memory().to(device, non_blocking=True)
+        if not by_sequence:
+            return advantages
+        if check and ((self.ids < 0) | (self.ids >= len(advantages))).any():
+            raise ValueError(f"seq_ids must lie in [0, {len(advantages)}), the number of advantages, or give [{rows}]")
+        return advantages[self.ids]
+
+
+def ids_of(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """[rows] the sequence of each row, from borders on the device."""
+    places = torch.arange(rows, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+
+
+def _is_by_sequence(advantages: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether advantages are [sequences], not [rows]; by row if both are the same number and only seq_ids are known."""
+    if advantages.ndim != 1:
+        raise ValueError(f"advantages must be [sequences] or [rows], got {list(advantages.shape)}")
+    if cu_seqlens is None:
+        return advantages.shape != targets.shape
+    if len(advantages) == len(cu_seqlens) - 1:
+        return True
+    if advantages.shape != targets.shape:
+        raise ValueError(
+            f"advantages must be [{len(cu_seqlens) - 1}] for the sequences of cu_seqlens, or [{len(targets)}] for the "
+            f"rows, got {list(advantages.shape)}"
+        )
+    return False
+
+
+def _dropped(advantages: Tensor, by_sequence: bool, borders: list[int] | None, c_ref, teacher) -> list[int]:
+    """Sequences that the host knows to have no gradient."""
+    if borders is None or not by_sequence or advantages.device.type != "cpu" or not (c_ref is None and teacher is None):
+        return []
+    return [i for i, a in enumerate(advantages.tolist()) if a == 0]
 
 
 def _shortened(numbers: list[int]) -> str:
@@ -230,16 +264,16 @@ def _live_rows(c: Constants) -> Tensor | None:
     mutates_args=("main_grad",),
     schema=f"(Tensor hidden, {Head.SCHEMA}, Tensor targets, int ignore_index, Tensor advantages, Tensor? cu_seqlens, "
     "Tensor? seq_ids, Tensor? old_logps, Tensor? rollout_logps, Tensor? ref_logps, Tensor? teacher_logps, "
-    "Tensor? teacher_hidden, Tensor? teacher_index, Tensor? sdl_mask, int[]? borders, int[]? dropped, "
-    "Tensor? device_count, float? host_count, float loss_scale, Tensor(a!)? main_grad, str objective, "
+    "Tensor? teacher_hidden, Tensor? teacher_index, Tensor? sdl_mask, Tensor? count, Tensor? loss_scale, "
+    "Tensor(a!)? main_grad, str objective, "
     f"bool need_hidden, bool need_weight, bool need_bias, bool check, {Workspace.SCHEMA}) "
     "-> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor stats)",
 )
 def _sweep(
     hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
     ignore_index, advantages, cu_seqlens, seq_ids, old_logps, rollout_logps, ref_logps, teacher_logps, teacher_hidden,
-    teacher_index, sdl_mask, borders, dropped, device_count, host_count, loss_scale, main_grad, objective, need_hidden,
-    need_weight, need_bias, check, impl, workspace_mb, block_rows,
+    teacher_index, sdl_mask, count, loss_scale, main_grad, objective, need_hidden, need_weight, need_bias, check, impl,
+    workspace_mb, block_rows,
 ):  # fmt: skip
     head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
     o, size = Objective.decode(objective), (impl, workspace_mb, block_rows)
@@ -247,16 +281,15 @@ def _sweep(
     with full_precision(hidden):
         if check:
             check_values(hidden, head, targets, ignore_index)
-        seq_ids, borders = _sequence_of_rows(targets, cu_seqlens, seq_ids, borders)
-        _check_sequences(advantages, targets, seq_ids, borders, check)
+        by_sequence = _is_by_sequence(advantages, targets, cu_seqlens)
+        sequences = _Sequences.of(targets, cu_seqlens, seq_ids, advantages)
         if teacher_hidden is not None:
-            teacher_logps, has = _teacher(teacher_hidden, teacher_index, targets, head, ignore_index, size)
+            teacher_logps, has = _teacher(teacher_hidden, teacher_index, targets, head, ignore_index, check, size)
             sdl_mask = has if sdl_mask is None else has & sdl_mask
-        count = host_count if device_count is None else device_count
         c = reference.constants(
             torch.empty(targets.shape, dtype=accumulator(hidden), device=hidden.device),
-            advantages=advantages,
-            seq_ids=seq_ids,
+            advantages=sequences.by_row(advantages, by_sequence, check),
+            seq_ids=sequences.ids,
             old_logps=old_logps,
             rollout_logps=rollout_logps,
             ref_logps=ref_logps,
@@ -267,14 +300,13 @@ def _sweep(
             num_tokens=count,
             objective=o,
         )
-        live = _live_rows(c)
+        live, borders = _live_rows(c), sequences.borders
         if live is not None and borders is not None:
             borders = torch.searchsorted(live, torch.tensor(borders)).tolist()
-        elif dropped:
+        elif dropped := _dropped(advantages, by_sequence, borders, ref_logps, teacher_logps):
             live, borders = _without(borders, dropped, hidden.device)
         needs = (need_hidden, need_weight, need_bias)
-        sequences = len(targets) if advantages.shape == targets.shape else len(advantages)
-        sweep = _Sweep(hidden, targets, head, c, live, borders, sequences, o, size, needs, loss_scale, main_grad)
+        sweep = _Sweep(hidden, targets, head, c, live, borders, sequences.count, o, size, needs, loss_scale, main_grad)
         sweep.run(check)
         loss, stats = sweep.total()
         return loss, *sweep.grads.results(), stats
@@ -288,35 +320,34 @@ def _(hidden, weight, bias, *arguments):
     return hidden.new_empty((), dtype=kind), *grads, hidden.new_empty(len(STATS), dtype=kind)
 
 
-def _check_sequences(advantages: Tensor, targets: Tensor, seq_ids: Tensor, borders: list[int] | None, check: bool):
-    if advantages.shape == targets.shape or advantages.ndim != 1:
-        return
-    if borders is not None and len(advantages) != len(borders) - 1:
-        raise ValueError(
-            f"advantages must be [{len(borders) - 1}] for the sequences of cu_seqlens, or [{len(targets)}] for the "
-            f"rows, got {list(advantages.shape)}"
-        )
-    if check and ((seq_ids < 0) | (seq_ids >= len(advantages))).any():
-        raise ValueError(f"seq_ids must lie in [0, {len(advantages)}), the number of advantages")
+def _teacher(hidden, index, targets, head: Head, ignore_index: int, check: bool, size) -> tuple[Tensor, Tensor]:
+    """(the teacher's log-probs of the student's targets [rows], which rows have one), from one GEMM over its rows.
 
-
-def _teacher(hidden, index, targets, head: Head, ignore_index: int, size) -> tuple[Tensor, Tensor]:
-    """(the teacher's log-probs of the student's targets [rows], which rows have one), from one GEMM over its rows."""
+    A row of the teacher serves one row of the student: an index out of range or given twice is an error, or NaN.
+    """
+    rows = len(hidden)
     has = (index >= 0) & (targets != ignore_index)
-    slot = where(has, index, len(hidden))  # rows without a teacher go to one slot behind the last
+    slot = where(has & (index < rows), index, rows)  # rows without a teacher go to one slot behind the last
+    times = torch.zeros(rows + 1, dtype=torch.int64, device=index.device).scatter_add(0, slot, torch.ones_like(slot))
+    wrong = has & ((index >= rows) | (times[slot] > 1))
+    if check and wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"teacher_index[{row}] is {int(index[row])}: neither -1 nor a row of teacher_hidden [{rows}] that no other "
+            "row names; give a shared row once for each"
+        )
 
     def by_teacher_row(x: Tensor, fill) -> Tensor:
-        return torch.full((len(hidden) + 1,), fill, dtype=x.dtype, device=x.device).scatter(0, slot, x)[:-1]
+        return torch.full((rows + 1,), fill, dtype=x.dtype, device=x.device).scatter(0, slot, x)[:-1]
 
     tau = head.temperature
     if isinstance(tau, Tensor) and tau.ndim:
         tau = by_teacher_row(tau, 1.0)
-    impl, workspace_mb, block_rows = size
     logps = torch.ops.genevolve_fast.linear_logprob(
-        hidden, *Head(head.weight, head.bias, tau, head.softcap, head.scale, head.group, head.first).arguments(),
-        by_teacher_row(targets, ignore_index), ignore_index, False, 0, False, impl, workspace_mb, block_rows,
+        hidden, *replace(head, temperature=tau).arguments(), by_teacher_row(targets, ignore_index), ignore_index,
+        False, 0, False, *size,
     )[0]  # fmt: skip
-    return torch.cat([logps, logps.new_zeros(1)])[slot], has
+    return where(~wrong, torch.cat([logps, logps.new_zeros(1)])[slot], torch.nan), has
 
 
 class _Sweep:
@@ -326,7 +357,7 @@ class _Sweep:
         self, hidden, targets, head, c: Constants, live, borders, sequences, o: Objective, size, needs, scale, main_grad
     ) -> None:
         self.hidden, self.sequences, self.o, self.scale = hidden, sequences, o, scale
-        self.live, self.kept = live, c.keep.sum()
+        self.live, self.all = live, c
         self.c = c if live is None else c.rows(live)
         self.rows = len(self.c.keep)
         self.targets = where(self.c.keep, targets if live is None else targets[live])
@@ -364,8 +395,14 @@ class _Sweep:
         loss, stats = reference.total(self.logps, self.c, self.o)
         stats["entropy"] = mean(self.entropy, self.c.keep)
         for name in ("pg_clipfrac_low", "pg_clipfrac_high"):  # rows left out are not clipped, but they count
-            stats[name] = stats[name] * (self.c.keep.sum() / self.kept.clamp(min=1))
-        return loss * self.scale, torch.stack([stats[name].to(loss.dtype) for name in STATS])
+            stats[name] = stats[name] * (self.c.keep.sum() / self.all.keep.sum().clamp(min=1))
+        if self.all.old is not None:
+            stats["rollout_is_mean"] = mean(reference.rollout_weight(self.all.old, self.all, self.o), self.all.keep)
+        return self._scaled(loss), torch.stack([stats[name].to(loss.dtype) for name in STATS])
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Times loss_scale, in x's dtype."""
+        return x if self.scale is None else (x * self.scale).to(x.dtype)
 
     def _place(self, rows: Rows) -> Rows:
         """Where some live rows stand among the caller's rows."""
@@ -378,7 +415,7 @@ class _Sweep:
 
     def _add(self, rows: Rows, softmax: Softmax, block: Tensor, slope: Tensor, again: bool = False) -> None:
         place = self._place(rows)
-        (d,) = self.work.d_logits(softmax, self.targets[rows], place, Upstream(logps=slope * self.scale))
+        (d,) = self.work.d_logits(softmax, self.targets[rows], place, Upstream(logps=self._scaled(slope)))
         self.grads.add(d, block, place, again)
 
     def _whole_sequences(self, visit: slice) -> tuple[slice, list[slice]]:
@@ -424,6 +461,9 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        if d_hidden is not None:  # an upstream gradient other than 1 would need dW scaled too: say so, without a sync
-            d_hidden = d_hidden * where(upstream == 1, torch.ones_like(upstream), torch.nan).to(d_hidden.dtype)
+        if d_hidden is None:  # the head's gradients have gone nowhere yet: any upstream gradient will do
+            scaled = (None if x is None else x * upstream.to(x.dtype) for x in (d_weight, d_bias))
+            return None, None, *scaled, None, None, None
+        # an upstream gradient other than 1 would have needed main_grad scaled too: say so, without a sync
+        d_hidden = d_hidden * where(upstream == 1, torch.ones_like(upstream), torch.nan).to(d_hidden.dtype)
         return None, d_hidden, d_weight, d_bias, None, None, None

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Upstream
 from genevolve_fast.ops.masks import Rows, kept_rows, where
-from genevolve_fast.ops.shards import group_name, summed, whole_weight
+from genevolve_fast.ops.shards import group_name, summed, whole
 
 
 class LogProbs(NamedTuple):
@@ -54,7 +54,8 @@ def linear_logprob(
     (the backward recomputes the logits), dW accumulated in fp32. `return_entropy="detached"` saves the third GEMM.
 
     Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
-    a GPU) + 40·rows + 12 MiB, + 4·V·H for dW, + without dW hidden's bytes (twice with entropy).
+    a GPU, half as much again for a 16-bit frozen head with entropy) + 16·H·(its rows) + 40·rows + 32 MiB, + 4·V·H for
+    dW, + without dW hidden's bytes (fp16: twice), again with entropy.
 
     With `process_group`, weight and bias are this rank's rows of the vocabulary, from token `vocab_start` on (shards
     may be uneven); all ranks give the same hidden and targets and get the same results, dH summed over the group. An
@@ -64,7 +65,7 @@ def linear_logprob(
     Raises ValueError naming the argument of a wrong shape, dtype or value. Targets and NaN in `hidden` are checked
     where that costs no synchronisation, on a CPU, or with `check_targets`; else both give NaN for their rows.
     """
-    weight = whole_weight(weight)
+    weight, bias = whole(weight), whole(bias)
     head = Head(weight, bias, temperature, softcap, logit_scale, group_name(process_group), vocab_start)
     check_head(hidden, head, targets, block_rows)
     if return_entropy not in (True, False, "detached"):
@@ -93,9 +94,8 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, block_rows: int) -> 
         raise ValueError(f"targets must be int64 [{len(hidden)}], got {targets.dtype} {tuple(targets.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{len(weight)}], got {tuple(bias.shape)}")
-    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
+    by_row = temperature if isinstance(temperature, Tensor) else None
+    check_devices(hidden, weight=weight, targets=targets, bias=bias, temperature=by_row)
     if isinstance(temperature, Tensor):
         if temperature.ndim and temperature.shape != targets.shape:
             raise ValueError(f"temperature must be a number or [{len(hidden)}], got {tuple(temperature.shape)}")
@@ -107,8 +107,17 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, block_rows: int) -> 
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
 
 
+def check_devices(hidden: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError naming a tensor that is not where hidden is."""
+    for name, x in others.items():
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
+
+
 def check_values(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> None:
-    """Raises ValueError naming the first target outside the vocabulary, or NaN; synchronises a GPU."""
+    """Raises ValueError naming the first target outside the vocabulary, or a temperature; synchronises a GPU."""
+    if isinstance(head.temperature, Tensor) and not (head.temperature > 0).all():
+        raise ValueError(f"temperature must be positive, got {float(head.temperature.min())}")
     kept = targets != ignore_index
     vocabulary = len(head.weight) if head.group is None else torch.iinfo(torch.int64).max
     if (wrong := kept & ((targets < 0) | (targets >= vocabulary))).any():
@@ -190,12 +199,12 @@ def _outputs(hidden: Tensor, entropy: bool, units: int) -> tuple[Tensor, Tensor,
 
 
 def _packed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [n, H] as (numbers in dtype, scale [n]). bf16 would be rounded twice, here and after scaling by the loss's
-    gradient; scaled to [-1, 1], fp16 is as small and eight times finer."""
+    """x [n, H], which is lost, as (numbers in dtype, scale [n]). bf16 would be rounded twice, here and
+    after scaling by the loss's gradient; scaled to [-1, 1], fp16 is as small and eight times finer."""
     if dtype == x.dtype:
         return x, x.new_ones(len(x))
-    scale = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
-    return (x / scale[:, None]).to(dtype), scale
+    scale = torch.maximum(x.amax(1), -x.amin(1)).clamp(min=torch.finfo(x.dtype).tiny)
+    return x.div_(scale[:, None]).to(dtype), scale
 
 
 @_forward.register_fake
@@ -218,8 +227,8 @@ def _backward(ctx, g_logps, g_entropy, g_lse, *_):
     weight, bias, row_temperature, targets, *kept = ctx.saved_tensors
     head = (weight, bias, row_temperature, *ctx.head)
     if ctx.units:
-        d_hidden = _scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse)
-        grads = (d_hidden.to(ctx.dtype), None, None)
+        half = ctx.dtype == torch.float16
+        grads = (_scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, half), None, None)
     else:
         needs = [ctx.needs_input_grad[i] for i in range(3)]
         made = _recompute(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, *needs, *ctx.size)
@@ -234,15 +243,15 @@ _forward.register_autograd(_backward, setup_context=_save)
     "genevolve_fast::linear_logprob_frozen_backward",
     mutates_args=(),
     schema=f"(Tensor logps, Tensor lse, Tensor units, Tensor scales, {Head.SCHEMA}, Tensor targets, "
-    "int ignore_index, Tensor? g_logps, Tensor? g_entropy, Tensor? g_lse) -> Tensor",
+    "int ignore_index, Tensor? g_logps, Tensor? g_entropy, Tensor? g_lse, bool half) -> Tensor",
 )
 def _scale_units(
     logps, lse, units, scales, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start,
-    targets, ignore_index, g_logps, g_entropy, g_lse,
+    targets, ignore_index, g_logps, g_entropy, g_lse, half,
 ):  # fmt: skip
     """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
     head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
-    d_hidden = _d_hidden_of(units)
+    d_hidden = _d_hidden_of(units, half)
     for first in range(0, len(logps), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         kept = targets[rows] != ignore_index
@@ -263,14 +272,15 @@ def _scale_units(
 _ROWS_AT_ONCE = 1024  # of fp32 gradients between the 16-bit ones
 
 
-def _d_hidden_of(units: Tensor) -> Tensor:
-    """[rows, H] in the dtype whose `_packed` gave units."""
-    return units.new_zeros(units.shape[1:], dtype=torch.bfloat16 if units.dtype == torch.float16 else units.dtype)
+def _d_hidden_of(units: Tensor, half: bool) -> Tensor:
+    """[rows, H] in the dtype of the hidden states whose `_packed` gave units; `half`: they were fp16."""
+    packed = torch.bfloat16 if units.dtype == torch.float16 else units.dtype
+    return units.new_zeros(units.shape[1:], dtype=torch.float16 if half else packed)
 
 
 @_scale_units.register_fake
-def _(logps, lse, units, *_):
-    return _d_hidden_of(units)
+def _(logps, lse, units, *arguments):
+    return _d_hidden_of(units, arguments[-1])
 
 
 def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Tensor:
@@ -281,8 +291,8 @@ def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Ten
     if head.softcap is not None:
         slope = slope * (1 - (z * tau / head.softcap).square())
     own = head.at(targets)
-    here = where((own >= 0)[:, None], head.weight[own.clamp(min=0)].to(z.dtype))
-    return slope * summed(here, head.group)
+    here = (own >= 0) & (own < len(head.weight))  # elsewhere another rank has it, or z is NaN
+    return slope * summed(where(here[:, None], head.weight[where(here, own)].to(z.dtype)), head.group)
 
 
 @torch.library.custom_op(

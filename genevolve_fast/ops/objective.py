@@ -56,13 +56,13 @@ class Objective:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must exceed 1, got {self.dual_clip}")
-        if not 0 < self.sdl_permille <= 1000:
-            raise ValueError(f"sdl_permille must lie in 1..1000, got {self.sdl_permille}")
+        if not (0 < self.sdl_permille <= 1000 and self.sdl_permille == int(self.sdl_permille)):
+            raise ValueError(f"sdl_permille must be a whole number in 1..1000, got {self.sdl_permille}")
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(f"max_length must be positive, got {self.max_length}")
         if (self.loss_agg_mode == "seq-mean-token-sum-norm") != (self.max_length is not None):
             raise ValueError("max_length belongs to loss_agg_mode seq-mean-token-sum-norm: set both or neither")
-        object.__setattr__(self, "_encoded", json.dumps(vars(self)))
+        object.__setattr__(self, "_encoded", json.dumps(vars(self), default=float))
 
     @property
     def encoded(self) -> str:

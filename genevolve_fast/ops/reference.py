@@ -176,7 +176,7 @@ def total(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Stats]:
         "sdl_kl": mean(gap.detach(), c.eligible),
         "sdl_rho_saturated": mean(rho >= o.sdl_rho_cap, c.eligible),
         "sdl_selected_fraction": mean(selected, c.eligible),
-        "ratio_max": ratio.detach().amax() if len(ratio) else terms["pg_loss"].detach(),
+        "ratio_max": where(keep, ratio.detach()).amax() if len(ratio) else terms["pg_loss"].detach(),
         "rollout_is_mean": mean(w, keep),
     }
     return terms["pg_loss"] + terms["kl_loss"] + terms["sdl_loss"], stats
@@ -186,7 +186,7 @@ def policy_losses(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Te
     """Per row: (L_pg, KL without its coefficient, ratio, rollout weight); each row depends on itself only."""
     now = logps.detach()
     old = now if c.old is None else c.old
-    w = _rollout_weight(old, c, o)
+    w = rollout_weight(old, c, o)
     ratio = where(c.keep, logps - old).clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
     clipped = ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high)
     surrogate = torch.minimum(ratio * c.advantages, clipped * c.advantages)
@@ -202,7 +202,7 @@ def policy_losses(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Te
 def policy_slope(logps: Tensor, c: Constants, o: Objective) -> tuple[Tensor, Tensor]:
     """(d/d logp of L_pg + kl_coef · KL, rollout weight) [rows] in closed form, for a pass that makes d logits."""
     old = logps if c.old is None else c.old
-    w = _rollout_weight(old, c, o)
+    w = rollout_weight(old, c, o)
     difference = logps - old
     ratio = difference.clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
     surrogate, bound = ratio * c.advantages, ratio.clamp(1 - o.clip_ratio_low, 1 + o.clip_ratio_high) * c.advantages
@@ -242,7 +242,7 @@ def _check(logps, advantages, seq_ids, old, rollout, ref, teacher, sdl_mask, los
             raise ValueError(f"{name} must be bool, got {mask.dtype}")
 
 
-def _rollout_weight(old: Tensor, c: Constants, o: Objective) -> Tensor:
+def rollout_weight(old: Tensor, c: Constants, o: Objective) -> Tensor:
     """Constant importance weight of the sampling engine's mismatch, truncated at rollout_is_cap."""
     if o.rollout_is == "none":
         return torch.ones_like(old)

@@ -29,8 +29,9 @@ def merge(own: Softmax, here: Tensor, group: str) -> Softmax:
     shift = own.maximum - maximum
     log_sum = own.log_sum + shift
     total = log_sum.exp()
+    moment = where(total > 0, total * (log_sum - own.entropy))  # 0·inf in a shard whose tokens are all banned
     target = where(here, own.logps + log_sum)  # z_y - maximum
-    parts = torch.stack([total, total * (log_sum - own.entropy), target, here.to(total.dtype)])
+    parts = torch.stack([total, moment, target, here.to(total.dtype)])
     dist.all_reduce(parts, dist.ReduceOp.SUM, ranks)
     total, moment, target, holders = parts
     log_sum = total.log()
@@ -45,28 +46,28 @@ def summed(x: Tensor, group: str | None) -> Tensor:
     return x
 
 
-def whole_weight(weight: Tensor) -> Tensor:
-    """The whole head of a weight sharded by FSDP2 (a DTensor), gathered once; its gradient is averaged over the mesh
-    and comes back sharded, as `fully_shard` does it. Any other weight as it is.
+def whole(x: Tensor | None) -> Tensor | None:
+    """The whole of a weight or bias sharded by FSDP2 (a DTensor), gathered once; its gradient is averaged over the mesh
+    and comes back sharded, as `fully_shard` does it. Any other tensor as it is.
 
     Raises ValueError for a ZeRO-3 parameter that is not gathered.
     """
-    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+    if x is not None and getattr(x, "ds_id", None) is not None and x.numel() == 0:
         raise ValueError(
             "weight is partitioned by ZeRO-3: read it inside its module's forward, or call inside "
             "deepspeed.zero.GatheredParameters([weight])"
         )
     if not dist.is_available():
-        return weight
+        return x
     from torch.distributed.tensor import DTensor, Partial
 
-    if not isinstance(weight, DTensor):
-        return weight
-    whole = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
-    if whole.requires_grad:
-        ranks = weight.device_mesh.size()
-        whole.register_hook(lambda gradient: gradient / ranks)  # gloo knows sums, no averages
-    return whole
+    if not isinstance(x, DTensor):
+        return x
+    gathered = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if gathered.requires_grad:
+        ranks = x.device_mesh.size()
+        gathered.register_hook(lambda g: None if g is None else g / ranks)  # gloo knows sums, no averages
+    return gathered
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
