@@ -56,13 +56,15 @@ def formula_bytes(
 ) -> int:
     """Peak bytes that the operations' docstrings promise above inputs and returned gradients."""
     itemsize = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
-    blocks = min(1 if device.type == "cpu" else 4, -(-rows // block_rows))
-    workspace = blocks * block_rows * vocabulary * itemsize if workspace_mb is None else workspace_mb * 2**20
-    total = workspace + 40 * rows + (12 << 20)
+    block = block_rows * vocabulary * itemsize
+    blocks = (1 if device.type == "cpu" else 4) if workspace_mb is None else int(workspace_mb * 2**20) // block
+    blocks = min(blocks, -(-rows // block_rows))
+    workspace = blocks * block if workspace_mb is None else workspace_mb * 2**20
+    total = workspace + 16 * hidden * blocks * block_rows + 40 * rows + (32 << 20)
     if mode == "frozen":
         total += rows * hidden * dtype.itemsize
     elif mode != "logprob" and not main_grad:
         total += vocabulary * hidden * itemsize
     if mode in ("objective", "teacher"):
-        total += 100 * rows
+        total += 160 * rows
     return int(total)

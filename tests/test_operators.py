@@ -172,3 +172,21 @@ def test_nothing_passes_between_host_and_device(trains, borders):
             (out.logps.sum() + out.entropy.sum() + out.lse.sum()).backward()
             loss.backward()
     assert loss.is_meta and out.logps.shape == (ROWS,) and all(v.is_meta for v in stats.values())
+
+
+def test_numbers_that_change_from_step_to_step_are_not_compiled_again():
+    """Borders of the sequences on the host, counts and scale, given as tensors."""
+
+    def step(h, w, y, borders, count, scale):
+        return linear_grpo_sdl(
+            h, w, y, advantages=torch.tensor([1.0, 0.0, -2.0]), cu_seqlens=borders, num_sequences=count,
+            loss_scale=scale, objective=OBJECTIVE, block_rows=4, ref_logps=TEACHER["ref_logps"],
+        )[0]  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    h, w, y = inputs()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for borders, count, scale in (([0, 5, 5, 12], 3.0, 1.0), ([0, 1, 7, 12], 8.0, 0.5), ([0, 0, 2, 12], 2.0, 4.0)):
+            numbers = torch.tensor(borders), torch.tensor(count), torch.tensor(scale)
+            torch.testing.assert_close(compiled(h, w, y, *numbers), step(h, w, y, *numbers))

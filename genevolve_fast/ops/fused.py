@@ -86,7 +86,7 @@ def linear_grpo_sdl(
     stats: pg_loss, kl_loss, sdl_loss, clip fractions, kl, sdl_kl (mean clamped gap), sdl_rho_saturated,
     sdl_selected_fraction, ratio_max, rollout_is_mean, entropy; tensors, nothing is synchronised. Rows that enter no
     GEMM count as not clipped; entropy and ratio_max are of the others.
-    Peak bytes above inputs and returned gradients: as `linear_logprob` + 200·rows. `process_group`, `vocab_start`,
+    Peak bytes above inputs and returned gradients: as `linear_logprob` + 160·rows. `process_group`, `vocab_start`,
     FSDP2 weights, `impl` and `check_targets`: as there. Raises ValueError naming the argument.
     """
     o = objective or _DEFAULT
@@ -465,5 +465,7 @@ class _HandOut(torch.autograd.Function):
             scaled = (None if x is None else x * upstream.to(x.dtype) for x in (d_weight, d_bias))
             return None, None, *scaled, None, None, None
         # an upstream gradient other than 1 would have needed main_grad scaled too: say so, without a sync
-        d_hidden = d_hidden * where(upstream == 1, torch.ones_like(upstream), torch.nan).to(d_hidden.dtype)
+        poison = where(upstream == 1, torch.ones_like(upstream), torch.nan).to(d_hidden.dtype)
+        with torch.autograd._unsafe_preserve_version_counter(d_hidden):  # a copy would double dH
+            d_hidden.mul_(poison)
         return None, d_hidden, d_weight, d_bias, None, None, None
