@@ -386,6 +386,8 @@ def test_any_call_equals_the_reference(data):
     mine, theirs = leaves(), leaves()
     loss, _ = linear_grpo_sdl(mine[0][order], mine[1], targets[order], **rest, **by, **moved, **size)
     logps = logprobs(theirs[0][order], theirs[1], y[order], **moved)[0]
+    if not shuffled:  # with cu_seqlens they are read by sequence, also where there are as many as rows
+        rest["advantages"] = rest["advantages"][seq_ids]
     expected, _ = grpo_sdl(logps, loss_mask=keep[order], seq_ids=seq_ids[order], **rest)
     assert (loss - expected).abs() <= TOLERANCE * (1 + expected.abs())
     for a, b in zip(
