@@ -404,7 +404,7 @@ def test_sequences_that_only_the_host_drops_enter_no_gemm(monkeypatch):
     given = dict(advantages=torch.tensor([0.0, 0.0, 1.0]), objective=Objective(kl_coef=0), **borders)
     with_kl = given | dict(objective=Objective(kl_coef=0.5), ref_logps=-torch.ones(32))
     want = [torch.autograd.grad(linear_grpo_sdl(h, w, y, **x)[0], [h, w]) for x in (given, with_kl)]
-    monkeypatch.setattr(fused, "_live_rows", lambda c: None)
+    monkeypatch.setattr(fused, "_live_rows", lambda c: (None, False))
     for call, grads, count in zip((given, with_kl), want, (1.5, 3), strict=True):
         with Gemms(h, w) as gemms:
             loss, _ = linear_grpo_sdl(h, w, y, **call)
@@ -423,8 +423,8 @@ def test_on_a_device_that_is_not_read_ignored_rows_are_made_zero(monkeypatch):
         torch.autograd.grad(linear_logprob(h, w, y, block_rows=4, **options).logps.sum(), [h, w]),
         by_autograd(h, w, y, options, rest, o, y != -100)[2],
     ]
-    monkeypatch.setattr(fused, "_live_rows", lambda c: None)
-    monkeypatch.setattr(head, "entering_rows", lambda *_: None)
+    monkeypatch.setattr(fused, "_live_rows", lambda c: (None, False))
+    monkeypatch.setattr(head, "entering_rows", lambda *_: (None, False))
     poisoned = h.detach().clone()
     poisoned[[2, 7]] = torch.nan
     poisoned.requires_grad_()

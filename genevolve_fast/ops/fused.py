@@ -21,7 +21,7 @@ from genevolve_fast.ops.head import (
     empty_gradients,
     full_precision,
 )
-from genevolve_fast.ops.masks import Rows, mean, where
+from genevolve_fast.ops.masks import Rows, masked, mean, where
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.ops.reference import Constants
 from genevolve_fast.ops.shards import group_name, whole
@@ -248,12 +248,15 @@ def _without(borders: list[int], dropped: list[int], device: torch.device) -> tu
     return torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=device), after
 
 
-def _live_rows(c: Constants) -> Tensor | None:
-    """Rows that can have a gradient, where finding out costs no synchronisation; None: all of them."""
+def _live_rows(c: Constants) -> tuple[Tensor | None, bool]:
+    """(indices of the rows that can have a gradient or None for all, whether all of these are known to count).
+
+    Rows are left out where finding them costs no synchronisation.
+    """
     if c.keep.device.type != "cpu":
-        return None
+        return None, False
     live = c.keep if c.ref is not None else c.keep & ((c.advantages != 0) | c.eligible)
-    return None if bool(live.all()) else live.nonzero()[:, 0]
+    return (None if bool(live.all()) else live.nonzero()[:, 0]), True
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -300,13 +303,14 @@ def _sweep(
             num_tokens=count,
             objective=o,
         )
-        live, borders = _live_rows(c), sequences.borders
+        (live, all_kept), borders = _live_rows(c), sequences.borders
         if live is not None and borders is not None:
             borders = torch.searchsorted(live, torch.tensor(borders)).tolist()
         elif dropped := _dropped(advantages, by_sequence, borders, ref_logps, teacher_logps):
             live, borders = _without(borders, dropped, hidden.device)
         needs = (need_hidden, need_weight, need_bias)
-        sweep = _Sweep(hidden, targets, head, c, live, borders, sequences.count, o, size, needs, loss_scale, main_grad)
+        rows = _Rows(c, live, all_kept, borders, sequences.count)
+        sweep = _Sweep(hidden, targets, head, rows, o, size, needs, loss_scale, main_grad)
         sweep.run(check)
         loss, stats = sweep.total()
         return loss, *sweep.grads.results(), stats
@@ -350,14 +354,24 @@ def _teacher(hidden, index, targets, head: Head, ignore_index: int, check: bool,
     return where(~wrong, torch.cat([logps, logps.new_zeros(1)])[slot], torch.nan), has
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of a call's rows: constants of all, which are live, their borders, how many sequences at most."""
+
+    constants: Constants
+    live: Tensor | None
+    all_kept: bool
+    borders: list[int] | None
+    sequences: int
+
+
 class _Sweep:
     """One call's pass over the head: log-probs of all live rows, and the gradients of those that need one."""
 
-    def __init__(
-        self, hidden, targets, head, c: Constants, live, borders, sequences, o: Objective, size, needs, scale, main_grad
-    ) -> None:
-        self.hidden, self.sequences, self.o, self.scale = hidden, sequences, o, scale
-        self.live, self.all = live, c
+    def __init__(self, hidden, targets, head, rows: _Rows, o: Objective, size, needs, scale, main_grad) -> None:
+        self.hidden, self.o, self.scale = hidden, o, scale
+        self.live, self.all, self.all_kept, self.sequences = rows.live, rows.constants, rows.all_kept, rows.sequences
+        c, live, borders = rows.constants, rows.live, rows.borders
         self.c = c if live is None else c.rows(live)
         self.rows = len(self.c.keep)
         self.targets = where(self.c.keep, targets if live is None else targets[live])
@@ -378,6 +392,7 @@ class _Sweep:
             if check:
                 check_result(where(self.c.keep[visit], softmax.logps), self.hidden, self.work.head, self._place(visit))
             if not self.needs:
+                del softmax, block  # before the next visit makes its own
                 continue
             slope, w = reference.policy_slope(self.logps[visit], self.c.rows(visit), self.o)
             if distils:
@@ -387,6 +402,7 @@ class _Sweep:
                 part = slice(whole.start - visit.start, whole.stop - visit.start)
                 slope[part] += reference.distillation_slope(self.logps[whole], self.c.rows(whole), w[part], self.o)[0]
             self._add(visit, softmax, block, slope / self.c.denominator[visit])
+            del softmax, block
         if cut:
             self._distil(cut)
 
@@ -410,7 +426,7 @@ class _Sweep:
 
     def _softmax(self, rows: Rows, entropy: bool = False) -> tuple[Softmax, Tensor]:
         place = self._place(rows)
-        block = where(self.c.keep[rows][:, None], self.hidden[place])
+        block = masked(self.hidden[place], self.c.keep[rows], self.all_kept)
         return self.work.softmax(block, self.targets[rows], place, entropy), block
 
     def _add(self, rows: Rows, softmax: Softmax, block: Tensor, slope: Tensor, again: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Upstream
-from genevolve_fast.ops.masks import Rows, kept_rows, where
+from genevolve_fast.ops.masks import Rows, masked, where
 from genevolve_fast.ops.shards import group_name, summed, whole
 
 
@@ -144,11 +144,31 @@ def full_precision(hidden: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
-def entering_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that enter the GEMMs, where finding out costs no synchronisation; None: all."""
-    if targets.device.type != "cpu" or not bool((dropped := targets == ignore_index).any()):
-        return None
-    return (~dropped).nonzero()[:, 0]
+def entering_rows(targets: Tensor, ignore_index: int) -> tuple[Tensor | None, bool]:
+    """(indices of the rows that enter the GEMMs or None for all of them, whether all that enter are known to count).
+
+    Rows are left out where finding them costs no synchronisation.
+    """
+    if targets.device.type != "cpu":
+        return None, False
+    kept = targets != ignore_index
+    return (None if bool(kept.all()) else kept.nonzero()[:, 0]), True
+
+
+class _Visits:
+    """The rows of a call as its visits read them: (places, hidden [n, H], targets [n], kept [n])."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> None:
+        self.hidden, self.targets, self.ignore_index = hidden, targets, ignore_index
+        self.entering, self.all_kept = entering_rows(targets, ignore_index)
+        self.count = len(hidden) if self.entering is None else len(self.entering)
+
+    def through(self, work: Workspace) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor]]:
+        for visit in work.visits(self.count):
+            rows = visit if self.entering is None else self.entering[visit]
+            y = self.targets[rows]
+            kept = y != self.ignore_index
+            yield rows, masked(self.hidden[rows], kept, self.all_kept), where(kept, y), kept
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -171,12 +191,9 @@ def _forward(
         check = check or hidden.device.type == "cpu"
         if check:
             check_values(hidden, head, targets, ignore_index)
-        entering = entering_rows(targets, ignore_index)
-        count = len(hidden) if entering is None else len(entering)
-        work = Workspace(count, hidden, head, impl, workspace_mb, block_rows, two=units == 2)
-        for visit in work.visits(count):
-            rows = visit if entering is None else entering[visit]
-            h, y, kept = kept_rows(hidden, targets, ignore_index, rows)
+        visits = _Visits(hidden, targets, ignore_index)
+        work = Workspace(visits.count, hidden, head, impl, workspace_mb, block_rows, two=units == 2)
+        for rows, h, y, kept in visits.through(work):
             one = kept.to(work.kind)
             each = (Upstream(logps=one), Upstream(entropy=one))[:units]
             softmax, d_logits = work.softmax_and_d_logits(h, y, rows, entropy, *each)
@@ -308,13 +325,10 @@ def _recompute(
 ):  # fmt: skip
     head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
     with full_precision(hidden):
-        entering = entering_rows(targets, ignore_index)
-        count = len(hidden) if entering is None else len(entering)
-        work = Workspace(count, hidden, head, impl, workspace_mb, block_rows)
+        visits = _Visits(hidden, targets, ignore_index)
+        work = Workspace(visits.count, hidden, head, impl, workspace_mb, block_rows)
         grads = Gradients(work, hidden, (need_hidden, need_weight, need_bias))
-        for visit in work.visits(count):
-            rows = visit if entering is None else entering[visit]
-            h, y, kept = kept_rows(hidden, targets, ignore_index, rows)
+        for rows, h, y, kept in visits.through(work):
             up = Upstream(*(None if x is None else where(kept, x[rows]) for x in (g_logps, g_lse, g_entropy)))
             _, (d,) = work.softmax_and_d_logits(h, y, rows, g_entropy is not None, up)
             grads.add(d, h, rows)

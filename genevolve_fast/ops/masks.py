@@ -19,8 +19,6 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
     return where(mask, x).sum() / mask.sum().clamp(min=1)
 
 
-def kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, targets, kept) of some rows; what is ignored becomes 0, because 0 · NaN would reach every gradient."""
-    y = targets[rows]
-    kept = y != ignore_index
-    return where(kept[:, None], hidden[rows]), where(kept, y), kept
+def masked(hidden: Tensor, kept: Tensor, all_kept: bool) -> Tensor:
+    """hidden [n, H] with 0 in the rows that do not count, because 0 · NaN would reach every gradient."""
+    return hidden if all_kept else where(kept[:, None], hidden)
