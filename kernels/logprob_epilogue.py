@@ -61,12 +61,12 @@ def _softmax(
     weight = tl.exp(shift)
     total = tl.sum(s * weight, 0)
     moment = tl.sum((t + s * shift) * weight, 0)
-    log_s = tl.log(total)
-    logp = (tl.sum(z_y, 0) - top) - log_s
+    log_s = tl.log(total.to(tl.float64))  # once a row in fp64, so that logp is rounded once
+    logp = ((tl.sum(z_y, 0).to(tl.float64) - top) - log_s).to(tl.float32)
     tl.store(logps + row, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(maximum + row, top)
-    tl.store(log_sum + row, log_s)
-    tl.store(entropy + row, log_s - moment / total)
+    tl.store(log_sum + row, log_s.to(tl.float32))
+    tl.store(entropy + row, (log_s - moment / total).to(tl.float32))
 
 
 @triton.jit

@@ -545,9 +545,11 @@ def test_any_shape(rows, vocabulary):
     mine = linear_logprob(h, w, y, return_entropy=True, return_lse=True, block_rows=256)
     theirs = logprobs(h.double(), w.double(), y)
     assert (mine.logps <= 0).all()
+    exact = torch.cat([(h @ w.T)[i : i + 4096].detach().double().log_softmax(-1) for i in range(0, rows, 4096)])
     bound = 2e-6 * (theirs[2].abs() / 16).clamp(min=1)
+    gemm = (exact[torch.arange(rows), y] - theirs[0]).abs().max()
     for a, b in zip(mine, (theirs[0], theirs[1], theirs[2]), strict=True):
-        assert ((a - b).abs() <= bound * b.abs().clamp(min=1)).all()
+        assert ((a - b).abs() <= bound + 2 * gemm).all()
     exact = [x.detach().double().requires_grad_() for x in (h, w)]
     truth = torch.autograd.grad(logprobs(*exact, y)[0].sum(), exact)
     plain = torch.autograd.grad(logprobs(h, w, y)[0].sum(), [h, w])

@@ -84,11 +84,12 @@ class TorchEpilogue:
             if head.bias is not None:
                 z.clamp_(min=_NOTHING)  # a bias of -inf bans a token: 0·inf would reach entropy and gradient
             maximum = z.amax(1, keepdim=True)
+            target = z.gather(1, targets[s, None].clamp(0, z.shape[1] - 1)).double()
             z.sub_(maximum)
             e = z.exp()
             total = _row_sums(e)
-            log_sum = total.log()
-            out[0, s] = z.gather(1, targets[s, None].clamp(0, z.shape[1] - 1))[:, 0] - log_sum
+            log_sum = total.double().log()  # once a row in fp64, so that logp is rounded once
+            out[0, s] = (target - maximum)[:, 0] - log_sum
             out[1, s] = maximum[:, 0]
             out[2, s] = log_sum
             if entropy:
