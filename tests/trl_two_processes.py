@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import time
 
 import torch
 import transformers
@@ -80,7 +82,8 @@ def main(folder: str, how: str, into: str) -> None:
     results = under_fsdp2(folder, tokens) if how == "fsdp2" else under_ddp(folder, tokens, how)
     torch.save(results, f"{into}.{torch.distributed.get_rank()}")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    time.sleep(0.2)  # the other rank has the barrier's last message too
+    os._exit(0)  # gloo's threads now and then abort an orderly end
 
 
 if __name__ == "__main__":
