@@ -43,10 +43,6 @@ class Contender:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def is_ours(self) -> bool:
-        return self.name.startswith(OURS)
-
-    @property
     def per_token(self) -> bool:
         return self.logprob is not None
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from genevolve_fast.ops.shards import whole
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -55,7 +57,7 @@ def head_tensors(
     Under autocast that is autocast's dtype, unless `full_precision` asks for fp32; the logits are fp32 in any case.
     """
     weight, bias = head.weight, getattr(head, "bias", None)
-    weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (weight, bias))
+    weight, bias = whole(weight), whole(bias)
     hidden = hidden.to(weight.device)
     kind = hidden.device.type
     if full_precision:

@@ -396,11 +396,11 @@ class _Sweep:
                 continue
             slope, w = reference.policy_slope(self.logps[visit], self.c.rows(visit), self.o)
             if distils:
-                whole, rest = self._whole_sequences(visit)
+                inner, rest = self._whole_sequences(visit)
                 cut += rest
-            if distils and whole.start < whole.stop:
-                part = slice(whole.start - visit.start, whole.stop - visit.start)
-                slope[part] += reference.distillation_slope(self.logps[whole], self.c.rows(whole), w[part], self.o)[0]
+            if distils and inner.start < inner.stop:
+                part = slice(inner.start - visit.start, inner.stop - visit.start)
+                slope[part] += reference.distillation_slope(self.logps[inner], self.c.rows(inner), w[part], self.o)[0]
             self._add(visit, softmax, block, slope / self.c.denominator[visit])
             del softmax, block
         if cut:
