@@ -4,6 +4,26 @@ from genevolve_fast.ops.epilogues import supported
 from genevolve_fast.ops.fused import linear_grpo_sdl
 from genevolve_fast.ops.head import LogProbs, linear_logprob
 from genevolve_fast.ops.objective import Objective
+from genevolve_fast.ops.prefix_attention import (
+    Layout,
+    attention_backward,
+    attention_forward,
+    attention_supported,
+    prefix_attention,
+)
 from genevolve_fast.ops.reference import grpo_sdl, select_sdl
 
-__all__ = ["LogProbs", "Objective", "grpo_sdl", "linear_grpo_sdl", "linear_logprob", "select_sdl", "supported"]
+__all__ = [
+    "Layout",
+    "LogProbs",
+    "Objective",
+    "attention_backward",
+    "attention_forward",
+    "attention_supported",
+    "grpo_sdl",
+    "linear_grpo_sdl",
+    "linear_logprob",
+    "prefix_attention",
+    "select_sdl",
+    "supported",
+]
