@@ -24,7 +24,7 @@ class WeightSource(Protocol):
         """A policy with the source's weights, in eval mode and without gradients, for the length of the block."""
 
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for the log, bytes included."""
 
 
 class AdapterOff:
@@ -106,7 +106,7 @@ class Average:
                     waiting[name] = student.detach().clone()
                     student.data.copy_(average)
                 swapped.append(name)
-            self._forget_images()
+            self._forget_derived()
             with _scoring(self._policy):
                 yield self._policy
         finally:
@@ -115,7 +115,7 @@ class Average:
                     self._students[name].data.copy_(waiting.pop(name))
                 else:
                     _exchange(self._students[name].data, self._average[name])
-            self._forget_images()
+            self._forget_derived()
 
     def save(self, path: str | Path) -> None:
         """Write the average to one safetensors file."""
@@ -135,11 +135,17 @@ class Average:
     def describe(self) -> str:
         of = "LoRA weights" if has_adapters(self._policy) else "all trained weights"
         dtypes = {str(t.dtype).replace("torch.float", "fp") for t in self._average.values()}
-        return f"EMA of {of}, rate {self._rate:g}, {'/'.join(sorted(dtypes))}, {human_bytes(self.nbytes)}"
+        line = f"EMA of {of}, rate {self._rate:g}, {'/'.join(sorted(dtypes))}, {human_bytes(self.nbytes)}"
+        copied = sum(_nbytes(p) for n, p in self._students.items() if p.dtype != self._average[n].dtype)
+        return f"{line}, +{human_bytes(copied)} while it scores" if copied else line
 
-    def _forget_images(self) -> None:
+    def _forget_derived(self) -> None:
+        """Drop what was computed from the weights that just left: image features, FSDP2's gathered copies."""
         if any(".visual." in name for name in self._students):
-            self._policy.forget_images()  # features of the other weights
+            self._policy.forget_images()
+        for module in self._policy.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
 
 def base_weights(policy: Policy) -> AdapterOff | FrozenCopy:

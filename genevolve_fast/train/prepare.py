@@ -6,7 +6,7 @@ from torch import nn
 
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.policy.weights import Average, WeightSource, base_weights, human_bytes
+from genevolve_fast.policy.weights import Average, WeightSource, base_weights
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig
 from genevolve_fast.train.run import RunError
 
@@ -42,11 +42,9 @@ def other_weights(config: EvolveConfig, policy: Policy) -> tuple[WeightSource | 
         Average(policy, config.ema_rate) if config.teacher == "ema" else base if config.teacher == "base" else None
     )
     if reference:
-        print(f"reference: {reference.describe()}: +{human_bytes(reference.nbytes)}, +1 forward of every rollout")
+        print(f"reference: {reference.describe()}; +1 forward of every rollout", flush=True)
     if teacher:
-        held = "nothing beside the reference's" if teacher is reference else f"+{human_bytes(teacher.nbytes)}"
-        print(
-            f"teacher: {teacher.describe()}: {held}, a separate pass: "
-            "+1 forward of every rollout with experience, it does not ride the student's"
-        )
+        same = " (the reference's)" if teacher is reference else ""
+        cost = "a separate pass that does not ride the student's, +1 forward of every rollout with experience"
+        print(f"teacher: {teacher.describe()}{same}; {cost}", flush=True)
     return reference, teacher
