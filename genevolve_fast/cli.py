@@ -28,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.data.conversations import DataError
+    from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.report.build import ReportError
     from genevolve_fast.train.config import ConfigError
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    return ConfigError, DataError, InvariantError, ReportError, RunError, FileNotFoundError
+    return AdapterError, ConfigError, DataError, InvariantError, ReportError, RunError, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:

@@ -84,10 +84,10 @@ def test_nothing_is_selected_without_decision_tokens(policy, rollouts):
 
 
 def test_reference_term_reaches_rollouts_without_advantage(policy, rollouts):
-    from genevolve_fast.train.evolve import frozen_copy
+    from genevolve_fast.policy.weights import FrozenCopy
 
     trajectories, images = rollouts
-    reference = frozen_copy(policy)
+    reference = FrozenCopy(policy)
     with torch.no_grad():
         for p in policy.model.model.language_model.layers.parameters():
             p.add_(0.02 * torch.randn_like(p))

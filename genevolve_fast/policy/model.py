@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genevolve_fast.policy.adapters import adapter_base, has_adapters, merge_saved, merged_state_dict, save_adapter
 from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.trajectory import image_hash
@@ -40,17 +41,30 @@ class Policy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
-        """Load weights, tokenizer and image processor from a folder or hub name."""
+        """Load weights, tokenizer and image processor from a folder or hub name; a saved adapter is merged."""
         from transformers import Qwen3VLForConditionalGeneration
 
-        model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        base = adapter_base(path)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(base or path, dtype=dtype)
+        if base is not None:
+            model = merge_saved(model, path)
         return cls(model, TransformersCodec.from_pretrained(path))
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a transformers folder; `dtype` rounds the weights that are written, not those in memory."""
-        weights = None if dtype is None else {k: v.to(dtype) for k, v in self.model.state_dict().items()}
+        """Write a transformers folder, an adapter merged; `dtype` rounds what is written, not what is in memory."""
+        weights = merged_state_dict(self.model) if has_adapters(self) else None
+        if dtype is not None:
+            weights = {k: v.to(dtype) for k, v in (weights or self.model.state_dict()).items()}
         self.model.save_pretrained(path, state_dict=weights)
         self.codec.save_pretrained(path)
+
+    def save_trainable(self, path: str | Path) -> None:
+        """Write what training changes: the adapter in peft's format, or the whole model without one; and the codec."""
+        if has_adapters(self):
+            save_adapter(self, path)
+            self.codec.save_pretrained(path)
+        else:
+            self.save_pretrained(path)
 
     @property
     def head_weight(self) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genevolve_fast.policy.adapters import has_adapters, load_adapter
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.train.optim import Optimizer
 
@@ -26,7 +27,7 @@ def save_checkpoint(
     extras: Callable[[Path], None] | None = None,
     keep_last: int = 2,
 ) -> Path:
-    """Write `folder/step_N`: the policy as a transformers folder, optimizer, schedule and random states.
+    """Write `folder/step_N`: the policy (with LoRA its adapter only), optimizer, schedule and random states.
 
     Everything is written under a temporary name and renamed at the end, so a crash leaves the last checkpoint whole;
     `extras(path)` may add files. Older checkpoints beyond `keep_last` are removed afterwards.
@@ -36,7 +37,7 @@ def save_checkpoint(
     partial = folder / f".partial_{step:06d}_{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    policy.save_pretrained(partial / "policy")
+    policy.save_trainable(partial / "policy")
     torch.save(
         {
             "step": step,
@@ -73,7 +74,10 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> int:
     from safetensors.torch import load_model
 
     saved = torch.load(path / "trainer.pt", weights_only=False, map_location="cpu")
-    load_model(policy.model, path / "policy" / "model.safetensors")
+    if has_adapters(policy):
+        load_adapter(policy, path / "policy")
+    else:
+        load_model(policy.model, path / "policy" / "model.safetensors")
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["torch_rng"])
     np.random.set_state(saved["numpy_rng"])

@@ -21,11 +21,38 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+class LoraConfig(_Section):
+    rank: int = Field(0, ge=0, description="Rank of the trained adapter, the base stays frozen; 0: all weights train")
+    alpha: float | None = Field(None, gt=0, description="The adapter's product is scaled by alpha / rank; none: 2·rank")
+    targets: list[str] | Literal["all"] = Field("all", description="Names of the decoder's linear layers to adapt")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter; sft only")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank)")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> LoraConfig:
+        if self.rank == 0:
+            plain = type(self).model_fields
+            if changed := [n for n in plain if n != "rank" and getattr(self, n) != plain[n].default]:
+                raise ValueError(f"{', '.join(changed)} without a rank would do nothing: set rank above 0")
+        if self.targets == []:
+            raise ValueError("targets is empty: name linear layers, or 'all'")
+        return self
+
+
 class PolicyConfig(_Section):
     path: str = Field("sandbox:start", description="Folder or hub name; `sandbox:start` ships, `sandbox:new` is random")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights and activations")
     freeze_vision: bool = Field(True, description="Vision tower and projector get no gradient")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in backward to save activation memory")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Train an adapter instead of the weights")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> PolicyConfig:
+        if self.lora.rank and not self.freeze_vision:
+            raise ValueError(
+                "freeze_vision false with lora.rank > 0 trains no vision tower: LoRA freezes all but itself"
+            )
+        return self
 
 
 class WorldConfig(_Section):
@@ -88,6 +115,13 @@ class EvolveConfig(_Section):
     minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
     pool_size: int = Field(2000, ge=1, description="Requests of the training pool, shuffled anew every epoch")
     adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="Advantage of a rollout in its group")
+    teacher: Literal["live", "ema", "base"] = Field(
+        "live", description="Weights of the teacher: the student's, their running average, or the start's"
+    )
+    ema_rate: float | None = Field(None, gt=0, lt=1, description="Student's share in each update of the ema; 0.05")
+    teacher_gate: Literal["all", "below_best", "below_mean"] = Field(
+        "all", description="Rollouts with experience worth a teacher pass, by reward in their group"
+    )
     max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="Refuse to train on a step with more failed rollouts")
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
@@ -105,6 +139,8 @@ class EvolveConfig(_Section):
     def _objective(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("objective"), dict):
             data = data | {"objective": Objective(**data["objective"])}
+        if isinstance(data, dict) and data.get("teacher") == "ema" and data.get("ema_rate") is None:
+            data = data | {"ema_rate": 0.05}
         return data
 
     @model_validator(mode="after")
@@ -118,6 +154,12 @@ class EvolveConfig(_Section):
             raise ValueError("objective.sdl_coef > 0 needs experience.enabled: the teacher would see nothing new")
         if e.enabled and not o.sdl_coef:
             raise ValueError("experience.enabled with objective.sdl_coef 0 compares rollouts for nothing; disable one")
+        if not e.enabled and (changed := [n for n in ("teacher", "teacher_gate") if getattr(self, n) != _default(n)]):
+            raise ValueError(f"{', '.join(changed)} without experience.enabled would do nothing: there is no teacher")
+        if self.ema_rate is not None and self.teacher != "ema":
+            raise ValueError(f"ema_rate belongs to teacher 'ema': teacher {self.teacher!r} keeps no average")
+        if self.policy.lora.dropout:
+            raise ValueError("policy.lora.dropout must be 0 in evolve: log-probs must be repeatable; sft may use it")
         if o.rollout_is == "sequence":
             raise ValueError("objective.rollout_is 'sequence' needs old log-probs, and one update a batch makes none")
         if o.sdl_select == "batch":
@@ -158,6 +200,8 @@ class SftConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> SftConfig:
+        if self.policy.path == "sandbox:new" and self.policy.lora.rank:
+            raise ValueError("policy.lora.rank with 'sandbox:new' would leave the random weights as they are")
         if self.policy.path == "sandbox:new" and self.policy.freeze_vision:
             raise ValueError("policy.freeze_vision with 'sandbox:new' would freeze a random vision tower")
         if self.data.path != "sandbox:demonstrations" and self.policy.path == "sandbox:new":
@@ -165,6 +209,10 @@ class SftConfig(_Section):
         if self.data.recitations and self.policy.path != "sandbox:new":
             raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
         return self
+
+
+def _default(name: str) -> Any:
+    return EvolveConfig.model_fields[name].default
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from genevolve_fast.experience.bundle import best_and_worst
 from genevolve_fast.experience.context import render as render_experience
 from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.weights import Average
 from genevolve_fast.protocols import Experience, World
 from genevolve_fast.reward.advantages import advantages
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
@@ -26,19 +26,22 @@ from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollou
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.metrics import rollout_metrics
 from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Failed, Request, Trajectory
+
+TEACHER = "teacher.safetensors"  # in a checkpoint: the teacher's running average
 
 
 def evolve(
     config: EvolveConfig, policy: Policy, world: World, pool: Sequence[Request], folder: Path, *, resume: bool = False
 ) -> Path:
     """Evolve `policy` on the requests of `pool`; returns the folder of the evolved policy (`folder/policy`)."""
-    if config.policy.freeze_vision:
-        policy.freeze_vision()
-    policy.gradient_checkpointing = config.policy.gradient_checkpointing
-    reference = frozen_copy(policy) if config.objective.kl_coef else None
+    refuse_dropout(policy)
+    prepare(policy.eval(), config.policy, config.seed)
+    reference, teacher = other_weights(config, policy)
+    average = teacher if isinstance(teacher, Average) else None
     engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
     optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
@@ -47,6 +50,8 @@ def evolve(
     if resume and (saved := checkpoints(folder / "checkpoints")):
         step = load_checkpoint(saved[-1], policy, optimizer)
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
+        if average:
+            average.load(saved[-1] / TEACHER)
     run.begin(step)
     started = time.time()
 
@@ -67,11 +72,15 @@ def evolve(
                 temperature=config.rollout.temperature,
                 max_tokens=config.max_tokens_per_microbatch,
                 reference=reference,
+                teacher=teacher,
             )
+            metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
             metrics["actor/grad_norm"] = float(
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm, error_if_nonfinite=True)
             )
             optimizer.step()
+            if average:
+                average.update()
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         engine.weights_updated()
         keep_for_report(folder, step, rollouts, traces, experiences)
@@ -95,7 +104,7 @@ def evolve(
                     step,
                     policy,
                     optimizer,
-                    extras=lambda path: memory.save(path / "memory"),
+                    extras=lambda path: save_beside(path, memory, average),
                     keep_last=config.checkpoint.keep_last,
                 )
     run.close()
@@ -121,10 +130,11 @@ def session_settings(r: RolloutConfig, world: World, temperature: float | None =
     )
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, without gradients: the reference of the KL term."""
-    reference = Policy(copy.deepcopy(policy.model), policy.codec).requires_grad_(False)
-    return reference.eval()
+def save_beside(path: Path, memory: ExperienceMemory, average: Average | None) -> None:
+    """What a checkpoint holds besides policy and optimizer."""
+    memory.save(path / "memory")
+    if average:
+        average.save(path / TEACHER)
 
 
 def new_memory(config: EvolveConfig, world: World) -> ExperienceMemory:
@@ -232,17 +242,33 @@ def training_rollouts(
     policy: Policy,
     config: EvolveConfig,
 ) -> list[TrainingRollout]:
-    """Every judged rollout with loss tokens, its advantage and the tokens its teacher reads."""
+    """Every judged rollout with loss tokens, its advantage and the tokens its teacher reads, if the gate lets it."""
     out = []
     for group, members in groups.items():
         block = experiences.get(group)
         patch = tuple(policy.codec.encode(render_experience(block))) if block else ()
-        for t, a in zip(members, advantages([t.reward for t in members], config.adv_estimator), strict=True):
+        rewards = [t.reward for t in members]
+        scores = advantages(rewards, config.adv_estimator)
+        for t, a, taught in zip(members, scores, worth_teaching(rewards, scores, config.teacher_gate), strict=True):
             if t.reward is not None and t.num_loss_tokens and math.isfinite(a):
-                out.append(TrainingRollout(t, float(a), patch))
+                out.append(TrainingRollout(t, float(a), patch if taught else ()))
     if not out:
         raise RunError("no rollout of this step can be trained on: all failed or none sampled a token")
     return out
+
+
+def worth_teaching(rewards: Sequence[float | None], scores: Sequence[float], gate: str) -> list[bool]:
+    """Which rollouts of a group the teacher reads; `below_best` leaves out every rollout that ties with the best."""
+    if gate == "below_mean":
+        return [a < 0 for a in scores]
+    best = max((r for r in rewards if r is not None), default=None)
+    return [r is not None and (gate == "all" or r < best) for r in rewards]
+
+
+def teacher_skipped(batch: Sequence[TrainingRollout], experiences: Mapping[str, Experience]) -> float:
+    """Share of the rollouts with experience that the gate kept from the teacher."""
+    had = [r for r in batch if r.trajectory.group_id in experiences]
+    return sum(not r.experience_ids for r in had) / max(1, len(had))
 
 
 def keep_for_report(folder, step, rollouts: Rollouts, traces, experiences: Mapping[str, Experience]) -> None:

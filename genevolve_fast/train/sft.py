@@ -18,6 +18,7 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from genevolve_fast.train.config import SftConfig
 from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.prepare import prepare
 from genevolve_fast.train.run import Run, peak_memory_gb
 
 
@@ -33,9 +34,7 @@ def sft(
     opening = load_conversations(first, policy.codec, pixels, config.data.cutoff)[0] if first else []
     opening_steps = math.ceil(len(opening) / config.batch_size)
     steps = opening_steps + config.epochs * math.ceil(len(samples) / config.batch_size)
-    if config.policy.freeze_vision:
-        policy.freeze_vision()
-    policy.gradient_checkpointing = config.policy.gradient_checkpointing
+    prepare(policy, config.policy, config.seed)
     optimizer = build_optimizer(policy, config.optim, steps)
     run = Run(folder, config, device=policy.device, total=steps, resume=resume)
     step = 0

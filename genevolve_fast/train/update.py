@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from genevolve_fast.batch.packing import PackedBatch, pack, plan_microbatches, s
 from genevolve_fast.ops import Objective, grpo_sdl, linear_logprob, select_sdl
 from genevolve_fast.policy.attention import packed_causal
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.weights import WeightSource
 from genevolve_fast.trajectory import Trajectory
 
 
@@ -52,12 +54,14 @@ def accumulate_gradients(
     *,
     temperature: float,
     max_tokens: int,
-    reference: Policy | None = None,
+    reference: WeightSource | None = None,
+    teacher: WeightSource | None = None,
 ) -> tuple[dict[str, float], dict[str, TokenTrace]]:
     """Add the gradient of DESIGN §2's total loss to `policy`; returns (metrics, traces by trajectory id).
 
     `rollouts` are all rollouts of the optimizer step that have loss tokens and did not fail: they set the
     denominators. Those without advantage, experience and reference term have no gradient and are not forwarded.
+    `reference` None: no KL term; `teacher` None: the student's own weights.
     """
     num_sequences = len(rollouts)
     num_tokens = sum(r.trajectory.num_loss_tokens for r in rollouts)
@@ -68,11 +72,11 @@ def accumulate_gradients(
     for group in plan_microbatches(lengths, max_tokens):
         members = [live[i] for i in group]
         rows = MicroBatch(policy, members, images)
-        teacher_logps = rows.teacher_logps(policy, temperature)
+        teacher_logps = rows.teacher_logps(policy, temperature, teacher)
         ref_logps = None
         if reference is not None:
-            with torch.no_grad():
-                ref_logps = score_rows(reference, rows.student, temperature).logps
+            with reference.weights() as other, torch.no_grad():
+                ref_logps = score_rows(other, rows.student, temperature).logps
         scored = score_rows(policy, rows.student, temperature, entropy=True)
         sdl_mask = rows.sdl_mask(objective.sdl_scope)
         loss, stats = grpo_sdl(
@@ -124,12 +128,12 @@ class MicroBatch:
         )
         self.advantages = torch.tensor([m.advantage for m in members], dtype=torch.float32, device=device)
 
-    def teacher_logps(self, policy: Policy, temperature: float) -> Tensor | None:
-        """[rows] the same weights' log-probs of the student's tokens after the experience; 0 without a teacher."""
+    def teacher_logps(self, policy: Policy, temperature: float, source: WeightSource | None) -> Tensor | None:
+        """[rows] log-probs of the student's tokens after the experience; 0 without one. `source` None: same weights."""
         if self.teacher is None:
             return None
-        with torch.no_grad():
-            scored = score_rows(policy, self.teacher, temperature).logps
+        with source.weights() if source else nullcontext(policy) as other, torch.no_grad():
+            scored = score_rows(other, self.teacher, temperature).logps
         return torch.zeros_like(self.has_teacher, dtype=scored.dtype).masked_scatter(self.has_teacher, scored)
 
     def sdl_mask(self, scope: str) -> Tensor:
