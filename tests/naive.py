@@ -9,24 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.attention import register
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.train.update import TrainingRollout
 
 
 def sequence_logps(policy: Policy, ids: Sequence[int], images: Sequence[np.ndarray], at: Sequence[int], temperature):
     """Log-probs of ids[i] for i in `at`, from the full logits of transformers' forward."""
     tokens = torch.tensor([list(ids)])
-    is_image = (tokens == policy.codec.image_pad_id).int()
     dtype = policy.head_weight.dtype
     extra = {}
+    if policy.has_vision:
+        extra["mm_token_type_ids"] = (tokens == policy.codec.image_pad_id).int()
     if images:
         patches, grids = zip(*(policy.codec.image_patches(p) for p in images), strict=True)
-        extra = {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
-    policy.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
-    out = policy.model(input_ids=tokens, mm_token_type_ids=is_image, use_cache=False, **extra)
-    policy.model.set_attn_implementation({"text_config": register(), "vision_config": "sdpa"})
+        extra |= {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
+    vision = {"vision_config": "sdpa"} if policy.has_vision else {}
+    policy.model.set_attn_implementation({"text_config": "sdpa"} | vision if vision else "sdpa")
+    out = policy.model(input_ids=tokens, use_cache=False, **extra)
+    policy.model.set_attn_implementation({"text_config": register()} | vision if vision else register())
     logps = (out.logits[0] / temperature).log_softmax(-1)
     at = torch.tensor(list(at))
     return logps[at - 1, tokens[0, at]]

@@ -164,6 +164,41 @@ def zero3(rank):
             close(mine, want - want.grad / 2, 1e-5)
 
 
+def shared_pass(rank):
+    """Layer visits under FSDP2: each rank its own rollouts, gradients averaged; a visit gathers once each way."""
+    from grouped import mixed_batch, text_policy
+    from naive import gradient
+    from test_passes import OBJECTIVE, TEMPERATURE
+    from torch.distributed.fsdp import fully_shard
+
+    from genevolve_fast.train.update import accumulate_gradients
+
+    def run(policy, batch):
+        accumulate_gradients(policy, batch, {}, OBJECTIVE, temperature=TEMPERATURE, max_tokens=10**6)
+
+    plain, sharded = (text_policy("Qwen3").double() for _ in range(2))
+    rollouts, _ = mixed_batch(plain.codec, [])
+    halves = rollouts[:4], rollouts[3:]
+    for half in halves:
+        run(plain, half)
+    want = gradient(plain) / 2
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for visit in sharded.visits:
+        fully_shard(visit, mesh=mesh, reshard_after_forward=True)
+    sharded.gradient_checkpointing = True
+    gathers = count_gathers(lambda: run(sharded, halves[rank]))
+    layers = len(sharded.visits)
+    assert gathers == 2 * 2 * layers, gathers  # prefix and replies, forward and backward; the teacher rides for nothing
+    parts = []
+    for p in sharded.parameters():
+        if hasattr(p.grad, "full_tensor"):
+            parts.append(p.grad.full_tensor())
+        else:
+            dist.all_reduce(p.grad)
+            parts.append(p.grad / 2)
+    close(torch.cat([p.flatten() for p in parts]), want, 1e-6)
+
+
 def count_gathers(run) -> int:
     class Gathers(torch.utils._python_dispatch.TorchDispatchMode):
         seen = 0
@@ -218,6 +253,10 @@ def test_vocabulary_parallel_gives_what_one_rank_gives(tmp_path, dtype, toleranc
 
 def test_an_fsdp2_weight_is_gathered_once(tmp_path):
     on_two_ranks(tmp_path, fsdp2)
+
+
+def test_the_shared_pass_under_fsdp2_gathers_a_layer_once_each_way(tmp_path):
+    on_two_ranks(tmp_path, shared_pass)
 
 
 def test_a_zero3_weight_is_gathered_by_deepspeed(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Differentiable operations for anyone's trainer: torch is all they need."""
 
 from genevolve_fast.ops.epilogues import supported
-from genevolve_fast.ops.fused import linear_grpo_sdl
+from genevolve_fast.ops.fused import RowLogProbs, linear_grpo_sdl
 from genevolve_fast.ops.head import LogProbs, linear_logprob
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.ops.prefix_attention import (
@@ -17,6 +17,7 @@ __all__ = [
     "Layout",
     "LogProbs",
     "Objective",
+    "RowLogProbs",
     "attention_backward",
     "attention_forward",
     "attention_supported",

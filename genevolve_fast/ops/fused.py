@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ from genevolve_fast.ops.shards import group_name, whole
 
 STATS = (*reference.STATS, "entropy")
 _DEFAULT = Objective()
+
+
+class RowLogProbs(NamedTuple):
+    """Log-probs [rows] that a call made, detached; NaN where a row entered no GEMM or has no teacher."""
+
+    student: Tensor
+    teacher: Tensor
 
 
 def linear_grpo_sdl(
@@ -61,7 +69,8 @@ def linear_grpo_sdl(
     check_targets: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_start: int = 0,
-) -> tuple[Tensor, reference.Stats]:
+    return_logps: bool = False,
+) -> tuple[Tensor, reference.Stats] | tuple[Tensor, reference.Stats, RowLogProbs]:
     """(loss, stats) of GRPO + KL + distillation (`grpo_sdl`) straight from hidden [rows, H] and the head [V, H].
 
     targets [rows] int64. Rows lie sequence by sequence: `cu_seqlens` [sequences + 1], or `seq_ids` [rows] in any
@@ -85,7 +94,7 @@ def linear_grpo_sdl(
     advantage is 0, without KL and teacher, on a CPU or with cu_seqlens and advantages [sequences] on the host.
     stats: pg_loss, kl_loss, sdl_loss, clip fractions, kl, sdl_kl (mean clamped gap), sdl_rho_saturated,
     sdl_selected_fraction, ratio_max, rollout_is_mean, entropy; tensors, nothing is synchronised. Rows that enter no
-    GEMM count as not clipped; entropy and ratio_max are of the others.
+    GEMM count as not clipped; entropy and ratio_max are of the others. return_logps adds `RowLogProbs`.
     Peak bytes above inputs and returned gradients: as `linear_logprob` + 160·rows. `process_group`, `vocab_start`,
     FSDP2 weights, `impl` and `check_targets`: as there. Raises ValueError naming the argument.
     """
@@ -111,7 +120,7 @@ def linear_grpo_sdl(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
     bare = lambda x: None if x is None else x.detach()  # noqa: E731
     with torch.no_grad():
-        loss, d_hidden, d_weight, d_bias, stats = _sweep(
+        loss, d_hidden, d_weight, d_bias, stats, logps = _sweep(
             hidden.detach(), *map(bare, head.arguments()[:2]), *head.arguments()[2:], targets, ignore_index,
             advantages.detach(), cu_seqlens, *map(bare, rows.values()), counted, scale, main_grad, o.encoded, *needs,
             check_targets, impl, workspace_mb, block_rows,
@@ -122,7 +131,8 @@ def linear_grpo_sdl(
         if main_grad is not None:
             own = grads[1] = None
         loss = _HandOut.apply(loss, hidden, own, head.bias, *grads)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True))
+    stats = dict(zip(STATS, stats.unbind(), strict=True))
+    return (loss, stats, RowLogProbs(*logps.unbind())) if return_logps else (loss, stats)
 
 
 def _number(name: str, x: float | Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -270,7 +280,7 @@ def _live_rows(c: Constants) -> tuple[Tensor | None, bool]:
     "Tensor? teacher_hidden, Tensor? teacher_index, Tensor? sdl_mask, Tensor? count, Tensor? loss_scale, "
     "Tensor(a!)? main_grad, str objective, "
     f"bool need_hidden, bool need_weight, bool need_bias, bool check, {Workspace.SCHEMA}) "
-    "-> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor stats)",
+    "-> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor stats, Tensor logps)",
 )
 def _sweep(
     hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
@@ -313,7 +323,7 @@ def _sweep(
         sweep = _Sweep(hidden, targets, head, rows, o, size, needs, loss_scale, main_grad)
         sweep.run(check)
         loss, stats = sweep.total()
-        return loss, *sweep.grads.results(), stats
+        return loss, *sweep.grads.results(), stats, sweep.row_logps()
 
 
 @_sweep.register_fake
@@ -321,7 +331,8 @@ def _(hidden, weight, bias, *arguments):
     main_grad, (need_hidden, need_weight, need_bias) = arguments[-9], arguments[-7:-4]
     grads = empty_gradients(hidden, weight, bias, (need_hidden, need_weight and main_grad is None, need_bias))
     kind = accumulator(hidden)
-    return hidden.new_empty((), dtype=kind), *grads, hidden.new_empty(len(STATS), dtype=kind)
+    stats, logps = hidden.new_empty(len(STATS), dtype=kind), hidden.new_empty(2, len(hidden), dtype=kind)
+    return hidden.new_empty((), dtype=kind), *grads, stats, logps
 
 
 def _teacher(hidden, index, targets, head: Head, ignore_index: int, check: bool, size) -> tuple[Tensor, Tensor]:
@@ -415,6 +426,18 @@ class _Sweep:
         if self.all.old is not None:
             stats["rollout_is_mean"] = mean(reference.rollout_weight(self.all.old, self.all, self.o), self.all.keep)
         return self._scaled(loss), torch.stack([stats[name].to(loss.dtype) for name in STATS])
+
+    def row_logps(self) -> Tensor:
+        """[2, rows] log-probs of the student and of the teacher, as `RowLogProbs`."""
+        out = torch.full((2, len(self.all.keep)), torch.nan, dtype=self.logps.dtype, device=self.logps.device)
+        logps = where(self.c.keep, self.logps, torch.nan)
+        if self.live is None:
+            out[0] = logps
+        else:
+            out[0, self.live] = logps
+        if self.all.teacher is not None:
+            out[1] = where(self.all.eligible, self.all.teacher.to(out.dtype), torch.nan)
+        return out
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Times loss_scale, in x's dtype."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genevolve_fast.policy.positions import ImageMismatchError
 from genevolve_fast.trajectory import image_hash
 
+NO_TOKEN = -1  # stands for the image placeholder of a policy that has none
 _CACHED_IMAGES = 4096
 
 
@@ -18,15 +20,16 @@ class TransformersCodec:
     """Text and images to tokens for a Qwen-VL style policy.
 
     `tokenizer` is a fast transformers tokenizer; `image_processor` is callable as
-    `image_processor(images=[PIL], return_tensors="pt")` and returns `pixel_values` and `image_grid_thw`.
+    `image_processor(images=[PIL], return_tensors="pt")` and returns `pixel_values` and `image_grid_thw`, or None for a
+    policy that sees no images.
     """
 
     def __init__(self, tokenizer, image_processor) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.image_pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.image_pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>") if image_processor else NO_TOKEN
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.merge_size = image_processor.merge_size
+        self.merge_size = image_processor.merge_size if image_processor else 1
         self._patches: OrderedDict[str, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
 
     @classmethod
@@ -34,11 +37,16 @@ class TransformersCodec:
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        return cls(AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path))
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        except OSError:  # no preprocessor_config.json: a policy for text
+            processor = None
+        return cls(AutoTokenizer.from_pretrained(path), processor)
 
     def save_pretrained(self, path: str | Path) -> None:
         self.tokenizer.save_pretrained(path)
-        self.image_processor.save_pretrained(path)
+        if self.image_processor:
+            self.image_processor.save_pretrained(path)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -48,6 +56,8 @@ class TransformersCodec:
 
     def image_patches(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """(pixel_values [patches, channels·temporal·patch²], grid) of a uint8 [h, w, 3] image, cached by pixel hash."""
+        if self.image_processor is None:
+            raise ImageMismatchError("this policy sees no images: set rollout.observe_images to text")
         key = image_hash(pixels)
         if key not in self._patches:
             from PIL import Image

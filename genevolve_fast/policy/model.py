@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,12 @@ from torch import Tensor, nn
 from genevolve_fast.policy.adapters import adapter_base, has_adapters, merge_saved, merged_state_dict, save_adapter
 from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.policy.offload import ActivationOffload
+from genevolve_fast.policy.positions import ImageMismatchError
+from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
+
+ARCHITECTURES = ("qwen3_vl_text", "qwen3", "qwen2", "llama")  # text models whose layers our loop knows
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,24 @@ class ImageFeatures:
     embeds: Tensor
     deepstack: tuple[Tensor, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.embeds, *self.deepstack
+
+    def leaves(self) -> ImageFeatures:
+        """The same features as leaves that gather gradients of their own where the tower is trained."""
+        parts = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
+        return ImageFeatures(parts[0], tuple(parts[1:]))
+
+    def hand_back(self, features: ImageFeatures) -> None:
+        """Send the gradients of these leaves through the tower that made `features`."""
+        pairs = zip(features.tensors, self.tensors, strict=True)
+        if reached := [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]:
+            torch.autograd.backward(*zip(*reached, strict=True))
+
 
 class Policy(nn.Module):
-    """A Qwen3-VL model whose layers run one after another under our control.
+    """A Qwen3-VL model, or a plain Qwen3 or Llama, whose layers run one after another under our control.
 
     transformers' own forward builds masks, drops caches under checkpointing and is silently wrong on packed input for
     most call forms; the loop here needs none of that (DESIGN: the layer loop is ours per architecture).
@@ -33,22 +55,41 @@ class Policy(nn.Module):
 
     def __init__(self, model: nn.Module, codec: TransformersCodec) -> None:
         super().__init__()
-        model.set_attn_implementation({"text_config": register(), "vision_config": "sdpa"})
+        text = model.config.get_text_config()
+        if text.model_type not in ARCHITECTURES or getattr(text, "sliding_window", None):
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(
+                f"the layers of {text.model_type!r} (sliding_window {getattr(text, 'sliding_window', None)}) are not "
+                f"known to the training pass; it knows full attention in {known}"
+            )
+        self.has_vision = text is not model.config
+        model.set_attn_implementation(
+            {"text_config": register(), "vision_config": "sdpa"} if self.has_vision else register()
+        )
         self.model = model
         self.codec = codec
-        self.gradient_checkpointing = False
+        self.offload: ActivationOffload | None = None
         self._frozen_features: dict[str, ImageFeatures] = {}
+        rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
+        # a plain list: the layers are registered in `model` already
+        self.__dict__["visits"] = [Visit(layer, i, rotate) for i, layer in enumerate(self.decoder.layers)]
+        self.gradient_checkpointing = False
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
         """Load weights, tokenizer and image processor from a folder or hub name; a saved adapter is merged."""
-        from transformers import Qwen3VLForConditionalGeneration
+        from transformers import AutoConfig, AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
         base = adapter_base(path)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(base or path, dtype=dtype)
+        vision = AutoConfig.from_pretrained(base or path).model_type == "qwen3_vl"
+        kind = Qwen3VLForConditionalGeneration if vision else AutoModelForCausalLM
+        model = kind.from_pretrained(base or path, dtype=dtype)
         if base is not None:
             model = merge_saved(model, path)
-        return cls(model, TransformersCodec.from_pretrained(path))
+        codec = TransformersCodec.from_pretrained(path)
+        if vision and codec.image_processor is None:
+            raise FileNotFoundError(f"{path} has a vision tower but no preprocessor_config.json to prepare images with")
+        return cls(model, codec)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a transformers folder, an adapter merged; `dtype` rounds what is written, not what is in memory."""
@@ -73,7 +114,26 @@ class Policy(nn.Module):
 
     @property
     def text_config(self):
-        return self.model.config.text_config
+        return self.model.config.get_text_config()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Embedding, layers and norm of the language model."""
+        return self.model.model.language_model if self.has_vision else self.model.model
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the layers are run again in the backward instead of kept."""
+        return self.visits[0].checkpoint
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for visit in self.visits:
+            visit.checkpoint = on
+
+    def frame(self) -> AbstractContextManager:
+        """Around a forward and its backward: layer inputs that are offloaded live until its end."""
+        return self.offload.frame() if self.offload else nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +141,11 @@ class Policy(nn.Module):
 
     @property
     def vision_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.model.model.visual.parameters())
+        return not self.has_vision or not any(p.requires_grad for p in self.model.model.visual.parameters())
 
     def freeze_vision(self) -> None:
-        self.model.model.visual.requires_grad_(False)
+        if self.has_vision:
+            self.model.model.visual.requires_grad_(False)
 
     def forget_images(self) -> None:
         """Drop cached features; needed after the vision tower's weights changed."""
@@ -94,6 +155,8 @@ class Policy(nn.Module):
         """Features of `images` in order. Repeated images pass the tower once; a frozen tower's features are kept."""
         if not images:
             return None
+        if not self.has_vision:
+            raise ImageMismatchError(f"{type(self.model).__name__} sees no images, but the rollouts hold {len(images)}")
         keys = [image_hash(pixels) for pixels in images]
         unique = dict(zip(keys, images, strict=True))
         if self.vision_frozen or not torch.is_grad_enabled():
@@ -131,21 +194,44 @@ class Policy(nn.Module):
         ids [batch, tokens] int64; positions [3, batch, tokens]; `attend` supplies attention; `image_rows` index the
         flattened ids, one row per image token of `features`.
         """
-        decoder = self.model.model.language_model
-        x = decoder.embed_tokens(ids)
-        shape = x.shape
-        if features is not None:
-            x = x.reshape(-1, shape[-1]).index_copy(0, image_rows, features.embeds.to(x.dtype)).view(shape)
-        rotary = decoder.rotary_emb(x, positions)
-        for index, layer in enumerate(decoder.layers):
+        x = self._embed(ids, image_rows, features and features.embeds)
+        rotary = self.decoder.rotary_emb(x, self._axes(positions))
+        for index, layer in enumerate(self.decoder.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(_layer, layer, x, rotary, attend, use_reentrant=False)
             else:
                 x = _layer(layer, x, rotary, attend)
             if features is not None and index < len(features.deepstack):
-                flat = x.reshape(-1, shape[-1])
-                x = flat.index_add(0, image_rows, features.deepstack[index].to(x.dtype)).view(shape)
-        return decoder.norm(x)
+                flat = x.reshape(-1, x.shape[-1])
+                x = flat.index_add(0, image_rows, features.deepstack[index].to(x.dtype)).view(x.shape)
+        return self.decoder.norm(x)
+
+    def _axes(self, positions: Tensor) -> Tensor:
+        """positions [3, batch, n] as the rotary embedding takes them: one axis where the model has no other."""
+        return positions if self.has_vision else positions[0]
+
+    def _embed(self, ids: Tensor, image_rows: Tensor | None, image_embeds: Tensor | None) -> Tensor:
+        x = self.decoder.embed_tokens(ids)
+        if image_embeds is None:
+            return x
+        return x.reshape(-1, x.shape[-1]).index_copy(0, image_rows, image_embeds.to(x.dtype)).view(x.shape)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [n, d] of positions [3, n], in the dtype of the weights."""
+        cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
+        return cos[0], sin[0]
+
+    def embed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
+        """[n, H] what enters the first layer; a leaf that requires gradients where nothing before it does."""
+        image = features is not None and len(rows.image_rows) > 0
+        x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
+        return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+    def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
+        """x after `layer` with the vision tower's features of that depth added at its image rows."""
+        if features is None or layer >= len(features.deepstack) or not len(rows.image_rows):
+            return x
+        return x.index_add(0, rows.image_rows, features.deepstack[layer][rows.feature_rows].to(x.dtype))
 
 
 def _layer(layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

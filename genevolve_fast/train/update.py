@@ -1,30 +1,22 @@
-"""One optimizer step's gradients: packed student and teacher passes, loss rows only through the head."""
+"""One optimizer step's gradients: each prompt once, replies streamed against it, the teacher in the same visits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genevolve_fast.batch.packing import PackedBatch, pack, plan_microbatches, student_sequence, teacher_sequence
-from genevolve_fast.ops import Objective, grpo_sdl, linear_logprob, select_sdl
-from genevolve_fast.policy.attention import packed_causal
-from genevolve_fast.policy.model import Policy
+from genevolve_fast.batch.groups import Bundle, MicroBatch, PushedTokens, TrainingRollout, bundles, pushed_tokens
+from genevolve_fast.ops import Objective, RowLogProbs, linear_grpo_sdl, linear_logprob, select_sdl
+from genevolve_fast.policy.model import ImageFeatures, Policy
+from genevolve_fast.policy.passes import Prefix, head_input, reading, through_layers
 from genevolve_fast.policy.weights import WeightSource
-from genevolve_fast.trajectory import Trajectory
 
-
-@dataclass(frozen=True)
-class TrainingRollout:
-    """A rollout that enters the loss, its advantage, and the ids its teacher reads after the request (or none)."""
-
-    trajectory: Trajectory
-    advantage: float
-    experience_ids: tuple[int, ...] = ()
+Phase = Callable[[str], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -34,16 +26,6 @@ class TokenTrace:
     logps: np.ndarray
     teacher_logps: np.ndarray
     selected: np.ndarray
-
-
-def score_rows(policy: Policy, batch: PackedBatch, temperature: float, entropy: bool = False):
-    """LogProbs of the batch's loss tokens under `policy`."""
-    features = policy.image_features(batch.images)
-    attend = packed_causal(batch.cu_seqlens)
-    hidden = policy.hidden(batch.ids, batch.positions, attend, batch.image_rows, features)
-    return linear_logprob(
-        hidden[0, batch.rows], policy.head_weight, batch.targets, temperature=temperature, return_entropy=entropy
-    )
 
 
 def accumulate_gradients(
@@ -56,104 +38,160 @@ def accumulate_gradients(
     max_tokens: int,
     reference: WeightSource | None = None,
     teacher: WeightSource | None = None,
+    phase: Phase = nullcontext,
 ) -> tuple[dict[str, float], dict[str, TokenTrace]]:
     """Add the gradient of DESIGN §2's total loss to `policy`; returns (metrics, traces by trajectory id).
 
     `rollouts` are all rollouts of the optimizer step that have loss tokens and did not fail: they set the
     denominators. Those without advantage, experience and reference term have no gradient and are not forwarded.
-    `reference` None: no KL term; `teacher` None: the student's own weights.
+    The teacher has the policy's weights and rides its layer visits; with other weights (`teacher`) it is a pass of its
+    own, as the reference is. `phase(name)` is entered around prefix, student, head, backward, teacher and reference.
     """
-    num_sequences = len(rollouts)
-    num_tokens = sum(r.trajectory.num_loss_tokens for r in rollouts)
+    step = _Step(policy, rollouts, objective, temperature, reference, teacher, phase)
     live = [r for r in rollouts if r.advantage or r.experience_ids or reference is not None]
-    totals = Totals(policy.device)
-    traces: dict[str, TokenTrace] = {}
-    lengths = [len(r.trajectory) + len(r.experience_ids) for r in live]
-    for group in plan_microbatches(lengths, max_tokens):
-        members = [live[i] for i in group]
-        rows = MicroBatch(policy, members, images)
-        teacher_logps = rows.teacher_logps(policy, temperature, teacher)
-        ref_logps = None
-        if reference is not None:
-            with reference.weights() as other, torch.no_grad():
-                ref_logps = score_rows(other, rows.student, temperature).logps
-        scored = score_rows(policy, rows.student, temperature, entropy=True)
-        sdl_mask = rows.sdl_mask(objective.sdl_scope)
-        loss, stats = grpo_sdl(
-            scored.logps,
-            advantages=rows.advantages,
-            seq_ids=rows.student.seq_ids,
-            rollout_logps=rows.rollout_logps,
-            ref_logps=ref_logps,
-            teacher_logps=teacher_logps,
-            sdl_mask=sdl_mask if teacher_logps is not None else None,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            objective=objective,
-        )
-        loss.backward()
-        totals.add(loss, stats, scored, rows, sdl_mask)
-        traces |= rows.traces(scored.logps.detach(), teacher_logps, sdl_mask, objective)
-    metrics = totals.metrics()
-    metrics["actor/trained_share"] = len(live) / max(1, num_sequences)
-    metrics["actor/teacher_share"] = sum(bool(r.experience_ids) for r in rollouts) / max(1, num_sequences)
-    return metrics, traces
+    for bundle in bundles(
+        live, images, policy.codec, policy.device, max_tokens=max_tokens, sdl_scope=objective.sdl_scope
+    ):
+        step.add(bundle())
+    metrics = step.metrics()
+    metrics["actor/trained_share"] = len(live) / max(1, len(rollouts))
+    metrics["actor/teacher_share"] = sum(bool(r.experience_ids) for r in rollouts) / max(1, len(rollouts))
+    return metrics, step.traces()
 
 
-class MicroBatch:
-    """Packed student rows of some rollouts and, for those with experience, the teacher's rows of the same tokens."""
+class _Step:
+    """An optimizer step in the making: gradients in the policy, metrics and traces on the device."""
 
-    def __init__(self, policy: Policy, members: Sequence[TrainingRollout], images: Mapping[str, np.ndarray]) -> None:
-        codec, device = policy.codec, policy.device
-        self.members = members
-        students = [student_sequence(m.trajectory, images, codec.image_grid) for m in members]
-        self.student = pack(students, codec.image_pad_id, codec.merge_size, device)
-        teachers = [
-            teacher_sequence(s, m.trajectory.request_stop, m.experience_ids)
-            for s, m in zip(students, members, strict=True)
-            if m.experience_ids
-        ]
-        self.teacher = pack(teachers, codec.image_pad_id, codec.merge_size, device) if teachers else None
-        masks = [m.trajectory.loss_mask for m in members]
-        tensor = lambda parts, dtype: torch.from_numpy(np.concatenate(parts)).to(device, dtype)  # noqa: E731
-        self.rollout_logps = tensor(
-            [m.trajectory.rollout_logps[mask] for m, mask in zip(members, masks, strict=True)], torch.float32
-        )
-        self.decision = tensor(
-            [m.trajectory.decision_mask[mask] for m, mask in zip(members, masks, strict=True)], torch.bool
-        )
-        self.has_teacher = tensor(
-            [np.full(int(mask.sum()), bool(m.experience_ids)) for m, mask in zip(members, masks, strict=True)],
-            torch.bool,
-        )
-        self.advantages = torch.tensor([m.advantage for m in members], dtype=torch.float32, device=device)
+    def __init__(self, policy, rollouts, objective, temperature, reference, teacher, phase) -> None:
+        self.policy, self.objective, self.temperature = policy, objective, temperature
+        self.reference, self.teacher, self.phase = reference, teacher, phase
+        self.counts = dict(num_sequences=len(rollouts), num_tokens=sum(r.trajectory.num_loss_tokens for r in rollouts))
+        self.totals = Totals(policy.device)
+        self.pushed = PushedTokens()
+        self.separate = 0  # rows of passes with other weights
+        self.seen: list[tuple[MicroBatch, RowLogProbs]] = []
 
-    def teacher_logps(self, policy: Policy, temperature: float, source: WeightSource | None) -> Tensor | None:
-        """[rows] log-probs of the student's tokens after the experience; 0 without one. `source` None: same weights."""
-        if self.teacher is None:
-            return None
-        with source.weights() if source else nullcontext(policy) as other, torch.no_grad():
-            scored = score_rows(other, self.teacher, temperature).logps
-        return torch.zeros_like(self.has_teacher, dtype=scored.dtype).masked_scatter(self.has_teacher, scored)
+    def add(self, bundle: Bundle) -> None:
+        """Prefix forward, every reply forward and backward, prefix backward, images backward."""
+        policy, phase = self.policy, self.phase
+        pushed = pushed_tokens(bundle)
+        ref_logps = teacher_logps = [None] * len(bundle.microbatches)
+        if self.reference is not None:
+            with phase("reference"):
+                ref_logps = score(self.reference, bundle, self.temperature, teacher=False)
+            self.separate += pushed.prefix + pushed.student
+        if self.teacher is not None and pushed.teacher:
+            with phase("teacher"):
+                teacher_logps = score(self.teacher, bundle, self.temperature, teacher=True)
+            self.separate += pushed.prefix
+        self.pushed += pushed
+        features = policy.image_features(bundle.images)
+        leaves = features and features.leaves()
+        with policy.frame():
+            with phase("prefix"):
+                prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, leaves)
+            for micro, ref, other in zip(bundle.microbatches, ref_logps, teacher_logps, strict=True):
+                with policy.frame():
+                    self.reply(micro, prefix, leaves, ref, other)
+            with phase("prefix"):
+                prefix.backward()
+        if leaves is not None:
+            leaves.hand_back(features)
 
-    def sdl_mask(self, scope: str) -> Tensor:
-        return self.has_teacher & self.decision if scope == "decision" else self.has_teacher
+    def reply(self, micro: MicroBatch, prefix: Prefix, features: ImageFeatures | None, ref_logps, teacher_logps):
+        """Forward and backward of some replies; the teacher rides along where its weights are the student's."""
+        policy = self.policy
+        rides = micro.teacher if self.teacher is None else None
+        with self.phase("student"):
+            x, teacher_x = through_layers(
+                policy,
+                features,
+                reading(policy, micro.student, micro.student_layout, prefix),
+                reading(policy, rides, micro.teacher_layout, prefix, detached=True),
+            )
+        with self.phase("head"):
+            loss, stats, logps = linear_grpo_sdl(
+                head_input(policy, prefix, x, micro.rows),
+                policy.head_weight,
+                micro.targets,
+                advantages=micro.advantages,
+                cu_seqlens=micro.cu_seqlens,
+                rollout_logps=micro.rollout_logps,
+                ref_logps=ref_logps,
+                **teacher_terms(policy, micro, teacher_x, teacher_logps),
+                temperature=self.temperature,
+                objective=self.objective,
+                return_logps=True,
+                **self.counts,
+            )
+            del x, teacher_x
+        with self.phase("backward"):
+            loss.backward()
+        self.totals.add(loss, stats, logps.student, micro)
+        self.seen.append((micro, logps))
 
-    def traces(
-        self, logps: Tensor, teacher_logps: Tensor | None, sdl_mask: Tensor, objective: Objective
-    ) -> dict[str, TokenTrace]:
-        seq_ids = self.student.seq_ids
-        if teacher_logps is None:
-            teacher = torch.full_like(logps, torch.nan)
-            selected = torch.zeros_like(self.has_teacher)
-        else:
-            teacher = torch.where(self.has_teacher, teacher_logps, torch.nan)
-            selected = select_sdl(logps, teacher_logps, sdl_mask, seq_ids, objective)
-        counts = [m.trajectory.num_loss_tokens for m in self.members]
-        parts = zip(*(x.cpu().split(counts) for x in (logps, teacher, selected)), strict=True)
-        return {
-            m.trajectory.id: TokenTrace(*(x.numpy() for x in part)) for m, part in zip(self.members, parts, strict=True)
-        }
+    def metrics(self) -> dict[str, float]:
+        tokens = {f"tokens/{part}": float(getattr(self.pushed, part)) for part in ("prefix", "student", "teacher")}
+        return self.totals.metrics() | tokens | {"tokens/separate_passes": float(self.separate)}
+
+    def traces(self) -> dict[str, TokenTrace]:
+        return {name: t for micro, logps in self.seen for name, t in trace(micro, *logps, self.objective).items()}
+
+
+@torch.no_grad()
+def teacher_terms(policy: Policy, micro: MicroBatch, states: Tensor | None, logps: Tensor | None) -> dict:
+    """The teacher's part of `linear_grpo_sdl`: hidden states that rode the visits, or log-probs of a pass apart."""
+    if states is not None:
+        hidden = policy.decoder.norm(states[micro.teacher_rows])
+        return dict(teacher_hidden=hidden, teacher_index=micro.teacher_index)
+    if logps is not None:
+        return dict(teacher_logps=logps, sdl_mask=micro.eligible)
+    return {}
+
+
+@torch.no_grad()
+def score(source: WeightSource, bundle: Bundle, temperature: float, *, teacher: bool) -> list[Tensor]:
+    """Log-probs [M] of each micro-batch's loss tokens under other weights: the student's rows, or the teacher's.
+
+    A pass of its own with a prefix of its own. Rows without a teacher hold 0.
+    """
+    with source.weights() as policy:
+        features = policy.image_features(bundle.images)
+        prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, features)
+        return [_score(policy, micro, prefix, features, temperature, teacher) for micro in bundle.microbatches]
+
+
+def _score(
+    policy: Policy,
+    micro: MicroBatch,
+    prefix: Prefix,
+    features: ImageFeatures | None,
+    temperature: float,
+    teacher: bool,
+) -> Tensor:
+    if not teacher:
+        x, _ = through_layers(policy, features, reading(policy, micro.student, micro.student_layout, prefix))
+        hidden = head_input(policy, prefix, x, micro.rows)
+        return linear_logprob(hidden, policy.head_weight, micro.targets, temperature=temperature).logps
+    out = torch.zeros_like(micro.rollout_logps)
+    if micro.teacher is None:
+        return out
+    x, _ = through_layers(policy, features, reading(policy, micro.teacher, micro.teacher_layout, prefix))
+    hidden, targets = policy.decoder.norm(x[micro.teacher_rows]), micro.targets[micro.eligible]
+    scored = linear_logprob(hidden, policy.head_weight, targets, temperature=temperature).logps
+    return out.to(scored.dtype).masked_scatter(micro.eligible, scored)
+
+
+def trace(micro: MicroBatch, logps: Tensor, teacher_logps: Tensor, objective: Objective) -> dict[str, TokenTrace]:
+    """Each rollout's tokens as the step saw them, by trajectory id."""
+    borders = torch.tensor(micro.cu_seqlens, device=logps.device)
+    seq_ids = torch.searchsorted(borders[1:], torch.arange(len(logps), device=logps.device), right=True)
+    selected = select_sdl(logps, teacher_logps, micro.eligible, seq_ids, objective)
+    counts = [b - a for a, b in zip(micro.cu_seqlens, micro.cu_seqlens[1:], strict=False)]
+    parts = zip(*(x.cpu().split(counts) for x in (logps, teacher_logps, selected)), strict=True)
+    return {
+        m.trajectory.id: TokenTrace(*(x.numpy() for x in part)) for m, part in zip(micro.members, parts, strict=True)
+    }
 
 
 class Totals:
@@ -172,18 +210,17 @@ class Totals:
         self._sum(name, value * weight)
         self.weights[name] = self.weights.get(name, torch.zeros((), device=self.device)) + weight
 
-    def add(self, loss: Tensor, stats: Mapping[str, Tensor], scored, rows: MicroBatch, sdl_mask: Tensor) -> None:
-        count = torch.tensor(float(len(scored.logps)), device=self.device)
-        eligible = sdl_mask.sum().float()
-        mismatch = scored.logps.detach() - rows.rollout_logps
+    def add(self, loss: Tensor, stats: Mapping[str, Tensor], logps: Tensor, micro: MicroBatch) -> None:
+        count = torch.tensor(float(len(logps)), device=self.device)
+        eligible = micro.eligible.sum().float()
+        mismatch = logps - micro.rollout_logps
         self._sum("loss", loss)
         for name in ("pg_loss", "kl_loss", "sdl_loss"):
             self._sum(f"actor/{name}", stats[name])
-        for name in ("pg_clipfrac_low", "pg_clipfrac_high", "kl", "rollout_is_mean"):
+        for name in ("pg_clipfrac_low", "pg_clipfrac_high", "kl", "rollout_is_mean", "entropy"):
             self._mean(f"actor/{name}", stats[name], count)
         for name in ("sdl_kl", "sdl_rho_saturated", "sdl_selected_fraction"):
             self._mean(f"actor/{name}", stats[name], eligible)
-        self._mean("actor/entropy", scored.entropy.detach().mean(), count)
         self._mean("rollout_corr/logp_difference", mismatch.mean(), count)
         self._mean("rollout_corr/logp_difference_abs", mismatch.abs().mean(), count)
         largest = stats["ratio_max"].detach()

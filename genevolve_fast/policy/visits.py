@@ -1,0 +1,259 @@
+"""One visit of a layer: the student's rows, then the teacher's on the same weights; backward from the input alone.
+
+The only tensor a checkpointed visit saves is the student's input. Its backward runs the layer again in the order that
+holds least at once: attention forward, then the MLP forward and backward in token tiles, then attention backward, then
+the projections backward in token tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from genevolve_fast.ops.prefix_attention import Layout, attention_backward, attention_forward, prefix_attention
+
+TILE_ROWS = 8192  # rows of the projections and of the MLP that are in memory at once
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Stretches of sequences laid end to end: ids [n], positions [3, n]; row image_rows[i] is image token
+    feature_rows[i] of the image features that go with it."""
+
+    ids: Tensor
+    positions: Tensor
+    image_rows: Tensor
+    feature_rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class PrefixCache:
+    """Keys and values [prefix rows, kv_heads, d] of each layer, detached, and where their gradients gather in fp32."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    grads: list[tuple[Tensor, Tensor]] | None = None
+
+    def keep(self, k: Tensor, v: Tensor) -> None:
+        """Add the next layer."""
+        self.keys.append(k)
+        self.values.append(v)
+
+    def collect_gradients(self) -> None:
+        """From now on the rows that read this cache add their gradients to it."""
+        wide = lambda x: torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # noqa: E731
+        self.grads = [(wide(k), wide(v)) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def release(self, layer: int) -> None:
+        """Forget a layer that its backward has passed."""
+        empty = self.keys[layer].new_empty(0)
+        self.keys[layer] = self.values[layer] = empty
+        self.grads[layer] = (empty, empty)
+
+
+@dataclass
+class Stream:
+    """Packed rows on their way through the layers.
+
+    rotary: cos, sin [n, d]; `reads` is the prefix whose keys and values they attend to, `fills` the one they make;
+    detached: the prefix gets no gradient from these rows.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    layout: Layout
+    reads: PrefixCache | None = None
+    fills: PrefixCache | None = None
+    detached: bool = False
+
+    def prefix(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.reads is None else (self.reads.keys[layer], self.reads.values[layer])
+
+    def prefix_grads(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        return None if self.reads is None or self.detached or self.reads.grads is None else self.reads.grads[layer]
+
+
+class Visit(nn.Module):
+    """A decoder layer as the training pass calls it: its weights are gathered once for student and teacher."""
+
+    def __init__(self, layer: nn.Module, index: int, rotate: Callable) -> None:
+        super().__init__()
+        self.layer = layer
+        self.index = index
+        self.rotate = rotate
+        self.checkpoint = True
+        self.tile_rows = TILE_ROWS
+
+    def forward(
+        self, x: Tensor | None, stream: Stream | None, teacher_x: Tensor | None = None, teacher: Stream | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(y, teacher's y) of x [n, H] and teacher_x [m, H]; the teacher's rows leave nothing for the backward."""
+        y = None
+        if x is not None:
+            if not torch.is_grad_enabled():
+                y = self.bare(x, stream)
+            elif self.checkpoint:
+                y = _Checkpointed.apply(x, self, stream)
+            else:
+                y = self.differentiable(x, stream)
+        if teacher_x is not None:
+            with torch.no_grad():
+                teacher_x = self.bare(teacher_x, teacher)
+        return y, teacher_x
+
+    # --- the layer's parts, each of a tile of rows --------------------------------------------------------------------
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [n, heads, d], k and v [n, kv_heads, d] of x [n, H]."""
+        attention = self.layer.self_attn
+        x = self.layer.input_layernorm(x)
+        heads = (len(x), -1, attention.head_dim)
+        q, k, v = (p(x).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = self.rotate(q, k, cos, sin)
+        return q, k, v
+
+    def output(self, attended: Tensor, x: Tensor) -> Tensor:
+        """The residual stream after attention [n, H] of attended [n, heads·d]."""
+        return x + self.layer.self_attn.o_proj(attended)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def tiles(self, rows: int) -> list[slice]:
+        count = max(1, -(-rows // self.tile_rows))
+        size = -(-rows // count)
+        return [slice(a, min(a + size, rows)) for a in range(0, rows, max(1, size))] or [slice(0, 0)]
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def differentiable(self, x: Tensor, stream: Stream) -> Tensor:
+        """The layer as autograd sees it: everything is saved."""
+        q, k, v = self.project(x, *stream.rotary)
+        if stream.fills is not None:
+            layer, cache = self.index, stream.fills
+            cache.keep(k.detach(), v.detach())
+            for x_, which in ((k, 0), (v, 1)):  # what the replies added arrives with the prefix's own gradient
+                x_.register_hook(lambda g, which=which: g + cache.grads[layer][which].to(g.dtype))
+        out = prefix_attention(
+            q, k, v, stream.layout, *stream.prefix(self.index), scale=self.scale,
+            prefix_grads=stream.prefix_grads(self.index),
+        )  # fmt: skip
+        return self.mlp(self.output(out.flatten(1), x))
+
+    def bare(self, x: Tensor, stream: Stream) -> Tensor:
+        """The layer in token tiles, without a graph."""
+        tiles = self.tiles(len(x))
+        q, k, v = _joined(tiles, lambda t: self.project(x[t], *(r[t] for r in stream.rotary)))
+        if stream.fills is not None:
+            stream.fills.keep(k, v)
+        out, _ = attention_forward(q, k, v, stream.layout, *stream.prefix(self.index), scale=self.scale)
+        del q, k, v
+        out = out.flatten(1)
+        (y,) = _joined(tiles, lambda t: (self.mlp(self.output(out[t], x[t])),))
+        return y
+
+    @property
+    def scale(self) -> float:
+        return self.layer.self_attn.scaling
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def gradient(self, x: Tensor, stream: Stream, g: Tensor) -> Tensor:
+        """Gradient of x [n, H] from that of the output, g [n, H], which is overwritten; weights gather theirs."""
+        layer, tiles = self.index, self.tiles(len(x))
+        projections = _Tiled(lambda t, x_t: self.project(x_t, *(r[t] for r in stream.rotary)), x, tiles)
+        q, k, v = projections.outputs
+        out, lse = attention_forward(q, k, v, stream.layout, *stream.prefix(layer), scale=self.scale)
+        attended = out.flatten(1).requires_grad_()
+        with torch.enable_grad():
+            mid = self.output(attended, x.detach())
+        for t in tiles:
+            part = mid.detach()[t].requires_grad_()
+            with torch.enable_grad():
+                y = self.mlp(part)
+            torch.autograd.backward(y, g[t])
+            del y
+            g[t] = part.grad
+        torch.autograd.backward(mid, g)
+        del mid
+        d_out, attended.grad = attended.grad.view_as(out), None
+        d_q, d_k, d_v = attention_backward(
+            d_out, q, k, v, out.detach(), lse, stream.layout, *stream.prefix(layer), stream.prefix_grads(layer),
+            scale=self.scale,
+        )  # fmt: skip
+        del d_out, out, attended, lse, q, k, v
+        if stream.fills is not None:
+            from_replies = stream.fills.grads[layer]
+            d_k, d_v = ((a + b).to(d_k.dtype) for a, b in zip((d_k, d_v), from_replies, strict=True))
+            stream.fills.release(layer)
+        for t, d_x in projections.backward((d_q, d_k, d_v)):
+            g[t] += d_x
+        return g
+
+
+class _Checkpointed(torch.autograd.Function):
+    """A visit's student rows: saves their input, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x, visit, stream):
+        ctx.save_for_backward(x)
+        ctx.visit, ctx.stream = visit, stream
+        return visit.bare(x, stream)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        g = g.contiguous()  # an expanded gradient, as sum() hands out, cannot be written to
+        return ctx.visit.gradient(x.detach(), ctx.stream, g), None, None
+
+
+class _Tiled:
+    """A function of rows in tiles: one tile keeps its graph, several are run again in the backward."""
+
+    def __init__(self, function: Callable[[slice, Tensor], Sequence[Tensor]], x: Tensor, tiles: list[slice]) -> None:
+        self.function, self.x, self.tiles = function, x, tiles
+        self._graph: tuple[Tensor, Sequence[Tensor]] | None = None
+        if len(tiles) == 1:
+            self._graph = self._run(tiles[0])
+            self.outputs = tuple(y.detach() for y in self._graph[1])
+        else:
+            self.outputs = _joined(tiles, lambda t: function(t, x[t]))
+
+    def _run(self, t: slice) -> tuple[Tensor, Sequence[Tensor]]:
+        leaf = self.x[t].detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf, self.function(t, leaf)
+
+    def backward(self, grads: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """(tile, gradient of its rows) one after another; weights gather theirs."""
+        self.outputs = ()
+        for t in self.tiles:
+            leaf, outputs = self._graph or self._run(t)
+            self._graph = None
+            torch.autograd.backward(outputs, [g[t] for g in grads])
+            del outputs
+            yield t, leaf.grad
+
+
+def _joined(tiles: list[slice], function: Callable[[slice], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The results of all tiles under each other."""
+    if len(tiles) == 1:
+        return tuple(function(tiles[0]))
+    whole: tuple[Tensor, ...] = ()
+    with torch.no_grad():
+        for t in tiles:
+            parts = function(t)
+            if not whole:
+                whole = tuple(p.new_empty(tiles[-1].stop, *p.shape[1:]) for p in parts)
+            for w, p in zip(whole, parts, strict=True):
+                w[t] = p
+    return whole

@@ -1,0 +1,262 @@
+"""The shared pass against whole sequences one at a time: prefixes, streamed replies, riding teachers, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from grouped import group, mixed_batch, text_policy
+from naive import gradient, naive_loss
+
+from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
+from genevolve_fast.ops import Objective
+from genevolve_fast.policy.offload import ActivationOffload
+from genevolve_fast.policy.passes import Prefix, reading, through_layers
+from genevolve_fast.policy.visits import PrefixCache, Stream
+from genevolve_fast.train.update import accumulate_gradients
+from genevolve_fast.trajectory import Trajectory
+
+TEMPERATURE = 0.7
+OBJECTIVE = Objective(kl_coef=0.0, sdl_permille=300)
+
+
+def exact_norms(monkeypatch):
+    """transformers' norms round to fp32, which would hide errors; these keep float64."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for norm in (LlamaRMSNorm, Qwen3RMSNorm, Qwen3VLTextRMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.fixture(params=["Qwen3VL", "Qwen3", "Llama"])
+def case(request, tokenizer, pictures, monkeypatch):
+    """(policy in float64, rollouts, images)"""
+    from genevolve_fast.sandbox.tiny_policy import new_policy
+
+    exact_norms(monkeypatch)
+    if request.param == "Qwen3VL":
+        policy = new_policy(tokenizer, seed=1).eval()
+        rollouts, images = mixed_batch(policy.codec, pictures)
+    else:
+        policy = text_policy(request.param)
+        rollouts, images = mixed_batch(policy.codec, [])
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return policy.double(), rollouts, images
+
+
+def naive_gradient(policy, rollouts, images, objective=OBJECTIVE):
+    policy.zero_grad()
+    naive_loss(policy, rollouts, images, objective, TEMPERATURE).backward()
+    want = gradient(policy)
+    policy.zero_grad()
+    return want
+
+
+def shared_gradient(policy, rollouts, images, *, max_tokens=10**6, objective=OBJECTIVE, **rest):
+    policy.zero_grad()
+    accumulate_gradients(policy, rollouts, images, objective, temperature=TEMPERATURE, max_tokens=max_tokens, **rest)
+    return gradient(policy)
+
+
+def distance(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
+@pytest.mark.parametrize("max_tokens", [10**6, 90, 1], ids=["one bundle", "streamed", "alone"])
+def test_shared_gradient_equals_the_naive_one(case, checkpointing, max_tokens):
+    policy, rollouts, images = case
+    want = naive_gradient(policy, rollouts, images)
+    policy.gradient_checkpointing = checkpointing
+    assert want.norm() > 0
+    assert distance(shared_gradient(policy, rollouts, images, max_tokens=max_tokens), want) < 1e-9
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 64])
+def test_tiles_change_no_gradient(case, tile_rows):
+    policy, rollouts, images = case
+    want = naive_gradient(policy, rollouts, images)
+    policy.gradient_checkpointing = True
+    for visit in policy.visits:
+        visit.tile_rows = tile_rows
+    assert distance(shared_gradient(policy, rollouts, images, max_tokens=90), want) < 1e-9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
+@pytest.mark.parametrize("scope", ["all", "decision"])
+def test_adapters_get_the_naive_gradient(case, checkpointing, scope):
+    from genevolve_fast.policy.adapters import add_lora
+
+    policy, rollouts, images = case
+    add_lora(policy, rank=2)
+    policy.double()
+    for name, p in policy.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    objective = Objective(kl_coef=0.0, sdl_scope=scope)
+    want = naive_gradient(policy, rollouts, images, objective)
+    policy.gradient_checkpointing = checkpointing
+    got = shared_gradient(policy, rollouts, images, max_tokens=90, objective=objective)
+    assert want.norm() > 0 and distance(got, want) < 1e-9
+    assert all((p.grad is None) == (not p.requires_grad) for n, p in policy.named_parameters() if ".layers." in n)
+
+
+def test_without_experience_no_teacher_row_passes(case):
+    policy, rollouts, images = case
+    bare = [dataclasses.replace(r, experience_ids=()) for r in rollouts]
+    want = naive_gradient(policy, bare, images)
+    metrics, _ = accumulate_gradients(policy, bare, images, OBJECTIVE, temperature=TEMPERATURE, max_tokens=90)
+    assert distance(gradient(policy), want) < 1e-9 and metrics["tokens/teacher"] == 0
+
+
+def test_other_weights_make_a_pass_of_their_own(case):
+    """The same weights as reference and as separate teacher: no KL, and the gradient of the riding teacher."""
+    from genevolve_fast.policy.weights import FrozenCopy
+
+    policy, rollouts, images = case
+    trained = [r for r in rollouts if r.advantage or r.experience_ids]
+    want = shared_gradient(policy, trained, images)
+    same = FrozenCopy(policy)
+    apart = shared_gradient(policy, trained, images, max_tokens=90, teacher=same)
+    assert distance(apart, want) < 1e-9
+    objective = Objective(kl_coef=0.7, sdl_permille=300)
+    assert distance(shared_gradient(policy, trained, images, objective=objective, reference=same), want) < 1e-9
+    with torch.no_grad():
+        for p in same._policy.decoder.layers.parameters():
+            p.mul_(1.1)
+    assert distance(shared_gradient(policy, trained, images, teacher=same), want) > 1e-4
+    assert distance(shared_gradient(policy, trained, images, objective=objective, reference=same), want) > 1e-4
+
+
+def rows_visited(policy, run) -> dict[str, int]:
+    """Rows that entered the first layer's visit in forwards, by what they are."""
+    seen = {"prefix": 0, "student": 0, "teacher": 0}
+
+    def count(visit, args):
+        x, stream, *rest = args
+        if x is not None:
+            seen["prefix" if stream.fills is not None else "student"] += len(x)
+        if rest and rest[0] is not None:
+            seen["teacher"] += len(rest[0])
+
+    handle = policy.visits[0].register_forward_pre_hook(count)
+    run()
+    handle.remove()
+    return seen
+
+
+def test_every_row_passes_once(case):
+    policy, rollouts, images = case
+    seen = rows_visited(policy, lambda: shared_gradient(policy, rollouts, images, max_tokens=90))
+    by_prompt, student, teacher = {}, 0, 0
+    for r in rollouts:
+        t, at = r.trajectory, r.trajectory.loss_mask.nonzero()[0]
+        by_prompt[t.group_id] = at[0]
+        student += at[-1] - at[0]
+        teacher += bool(r.experience_ids) * (len(r.experience_ids) + at[-1] - t.request_stop)
+    assert seen == {"prefix": sum(by_prompt.values()), "student": student, "teacher": teacher}
+
+
+def test_pushed_tokens_are_those_of_the_formula():
+    """Layout (d) with a patch per rollout: 8 prompts of 6144, 48 replies of 8192, patches of 600 at the prompt's end.
+
+    Each reply's last sampled token predicts nothing and is not fed.
+    """
+    codec = types.SimpleNamespace(image_pad_id=-1, merge_size=1, image_grid=None)
+    rollouts = []
+    for g in range(8):
+        ids = np.arange(6144 + 8192) + 10**5 * g
+        for k in range(6):
+            mask = np.arange(len(ids)) >= 6144
+            t = Trajectory(f"{g}-{k}", str(g), str(g), ids, mask, np.zeros(len(ids), np.float32), 6144, ())
+            rollouts.append(TrainingRollout(t, 1.0, tuple(range(600))))
+    made = [make() for make in bundles(rollouts, {}, codec, "cpu", max_tokens=37_000)]
+    total = sum((pushed_tokens(b) for b in made), PushedTokens())
+    assert (total.prefix, total.student + 48, total.teacher + 48) == (8 * 6144, 48 * 8192, 48 * (600 + 8192))
+    assert total.prefix + total.student + 48 == 442_368 and total.teacher + 48 == 422_016
+    assert all(len(b.layout.cu_seqlens) == 2 for b in made)  # a group is larger than the budget: streamed alone
+    assert all(len(m.student) <= 37_000 and len(m.teacher) <= 37_000 for b in made for m in b.microbatches)
+
+
+def test_prompts_with_other_pixels_share_nothing(policy, pictures):
+    (a,), images_a = group(policy.codec, [4, pictures[0]], [[("assistant", [3])]], seed=1)
+    (b,), images_b = group(policy.codec, [4, pictures[1]], [[("assistant", [3])]], seed=1)
+    assert (a.ids[:10] == b.ids[:10]).all()
+    rollouts = [TrainingRollout(a, 1.0), TrainingRollout(b, -1.0)]
+    (make,) = bundles(rollouts, images_a | images_b, policy.codec, "cpu", max_tokens=1000)
+    assert len(make().layout.cu_seqlens) == 3
+
+
+def saved_bytes(run) -> int:
+    """Bytes that autograd keeps for the backward, each storage once."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = run()
+    del result
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_layer_saves_its_input_and_nothing_else(case, teacher):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    policy.freeze_vision()
+    (make,) = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)
+    bundle = make()
+    features = policy.image_features(bundle.images)
+    prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, features)
+    (micro,) = bundle.microbatches
+    rows = reading(policy, micro.student, micro.student_layout, prefix)
+    beside = reading(policy, micro.teacher, micro.teacher_layout, prefix, detached=True) if teacher else None
+    saved = saved_bytes(lambda: through_layers(policy, features, rows, beside))
+    width = policy.text_config.hidden_size * policy.head_weight.element_size()
+    per_row = policy.text_config.num_hidden_layers * width + micro.student.ids.element_size()
+    images_only = micro.student.image_rows.nbytes
+    assert saved == len(micro.student) * per_row + images_only
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 1], ids=["nothing fits", "some layers", "all layers"])
+def test_offloaded_inputs_change_no_bit(case, share):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    want = shared_gradient(policy, rollouts, images, max_tokens=90)
+    row = policy.text_config.num_hidden_layers * policy.text_config.hidden_size * policy.head_weight.element_size()
+    policy.offload = ActivationOffload(int(share * 400 * row), policy.device)
+    assert torch.equal(shared_gradient(policy, rollouts, images, max_tokens=90), want)
+    assert (policy.offload.peak_bytes > 0) == (share > 0) and policy.offload.peak_bytes <= policy.offload.nbytes
+    assert policy.offload._used == 0
+
+
+def test_what_is_offloaded_leaves_the_device(case):
+    """Two layers' room: the first two layers' inputs are freed, the others' are kept alive by the graph."""
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    (make,) = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)
+    bundle = make()
+    rows = (bundle.prefix, Stream(policy.rotary(bundle.prefix.positions), bundle.layout, fills=PrefixCache()))
+    one = len(bundle.prefix) * policy.text_config.hidden_size * policy.head_weight.element_size()
+    policy.offload = ActivationOffload(2 * (one + 512), policy.device)
+    inputs = []
+    handles = [v.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for v in policy.visits]
+    with policy.frame():
+        x, _ = through_layers(policy, policy.image_features(bundle.images), rows)
+        alive = [i() is not None for i in inputs]
+        assert x.requires_grad and alive == [False, False] + [True] * (len(alive) - 2)
+    for handle in handles:
+        handle.remove()
