@@ -533,7 +533,7 @@ def test_a_model_with_dropout_is_refused(policy):
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "steps=3", "checkpoint.every=2", "pool_size=40", "rollout.prompts_per_step=2", "rollout.num_generations=3",
+    "steps=3", "checkpoint.every=2", "pool_size=40", "rollout.prompts_per_step=3", "rollout.num_generations=3",
     "rollout.temperature=1.0", "experience.min_gap=0.1", "objective.kl_coef=0.001", "evaluate.requests=0",
     "optim.lr=0.001", "teacher=ema", "ema_rate=0.3", "teacher_gate=below_best", "policy.lora.rank=4",
 ]  # fmt: skip
@@ -575,7 +575,9 @@ def test_resumed_with_an_averaged_teacher_equals_uninterrupted(tmp_path, capsys)
     assert len(run(tmp_path / "cut", lose=3)) == 2
     saved = tmp_path / "cut" / "checkpoints" / "step_000002"
     assert not (saved / "policy" / "model.safetensors").exists() and (saved / "teacher.safetensors").exists()
-    assert run(tmp_path / "cut", resume=True) == whole
+    assert run(tmp_path / "cut", resume=True) == whole and whole[2]["actor/teacher_share"] > 0
+    ends = [load_file(tmp_path / n / "checkpoints" / "step_000003" / "teacher.safetensors") for n in ("cut", "whole")]
+    assert same(*ends)
     assert not has_adapters(Policy.from_pretrained(tmp_path / "whole" / "policy"))
     last = tmp_path / "whole" / "checkpoints" / "step_000003"
     student = {n.removeprefix("base_model.model."): t for n, t in load_file(last / "policy" / WEIGHTS).items()}
