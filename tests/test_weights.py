@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 import torch
 from rollouts import demonstrated
+from safetensors.torch import load_file
 from test_shards import on_two_ranks
 
 from genevolve_fast.cli import open_sandbox
@@ -25,15 +27,18 @@ from genevolve_fast.policy.adapters import (
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import AdapterOff, Average, FrozenCopy, base_weights
 from genevolve_fast.protocols import Experience
+from genevolve_fast.sandbox.bootstrap import write_demonstrations
 from genevolve_fast.sandbox.tiny_policy import start_path
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.train.config import ConfigError, EvolveConfig, SftConfig, load_config, parse_config
 from genevolve_fast.train.evolve import evolve, teacher_skipped, training_rollouts, worth_teaching
 from genevolve_fast.train.prepare import refuse_dropout
 from genevolve_fast.train.run import RunError
+from genevolve_fast.train.sft import sft
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Judged
 
+WEIGHTS = "adapter_model.safetensors"
 ROOT = Path(__file__).parents[1]
 IDS = torch.arange(40, 70)[None]
 
@@ -197,7 +202,7 @@ def test_peft_loads_the_adapter_folder(policy, tmp_path):
     policy.save_pretrained(tmp_path / "base")
     start = Policy.from_pretrained(tmp_path / "base").eval()
     adapted(start).save_trainable(tmp_path / "adapter")
-    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "adapter" / WEIGHTS, "pt") as file:
         assert len(file.keys()) == len(trainable(start))
     theirs = PeftModel.from_pretrained(
         Policy.from_pretrained(tmp_path / "base").model, str(tmp_path / "adapter")
@@ -528,7 +533,7 @@ def test_a_model_with_dropout_is_refused(policy):
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "steps=3", "checkpoint.every=2", "pool_size=40", "rollout.prompts_per_step=2", "rollout.num_generations=3",
+    "steps=3", "checkpoint.every=2", "pool_size=40", "rollout.prompts_per_step=3", "rollout.num_generations=3",
     "rollout.temperature=1.0", "experience.min_gap=0.1", "objective.kl_coef=0.001", "evaluate.requests=0",
     "optim.lr=0.001", "teacher=ema", "ema_rate=0.3", "teacher_gate=below_best", "policy.lora.rank=4",
 ]  # fmt: skip
@@ -570,9 +575,52 @@ def test_resumed_with_an_averaged_teacher_equals_uninterrupted(tmp_path, capsys)
     assert len(run(tmp_path / "cut", lose=3)) == 2
     saved = tmp_path / "cut" / "checkpoints" / "step_000002"
     assert not (saved / "policy" / "model.safetensors").exists() and (saved / "teacher.safetensors").exists()
-    assert run(tmp_path / "cut", resume=True) == whole
+    assert run(tmp_path / "cut", resume=True) == whole and whole[2]["actor/teacher_share"] > 0
+    ends = [load_file(tmp_path / n / "checkpoints" / "step_000003" / "teacher.safetensors") for n in ("cut", "whole")]
+    assert same(*ends)
     assert not has_adapters(Policy.from_pretrained(tmp_path / "whole" / "policy"))
+    last = tmp_path / "whole" / "checkpoints" / "step_000003"
+    student = {n.removeprefix("base_model.model."): t for n, t in load_file(last / "policy" / WEIGHTS).items()}
+    for name, average in load_file(last / "teacher.safetensors").items():
+        if "lora_B" in name:  # zero at the start, so behind the student since
+            assert 0 < average.norm() < student[name.replace(".default", "")].norm()
+    live = run(tmp_path / "live", teacher="live", ema_rate="null")
+    assert live[0] == whole[0] and live[1]["actor/sdl_kl"] != whole[1]["actor/sdl_kl"]
     assert Policy.from_pretrained(saved / "policy").codec.encode("a")
+
+
+@pytest.mark.slow
+def test_sft_of_an_adapter_with_dropout_resumes(tmp_path):
+    data = write_demonstrations(SandboxWorld(), tmp_path / "data", count=16, experience_share=0.0, seed=0)
+    fields = {
+        "epochs": 3,
+        "batch_size": 8,
+        "policy": {"path": "sandbox:start", "lora": {"rank": 4, "dropout": 0.2}},
+        "data": {"path": str(data)},
+        "optim": {"lr": 2e-3},
+        "checkpoint": {"every": 2},
+    }
+
+    def train(name: str, **options) -> tuple[Policy, list[float]]:
+        policy = Policy.from_pretrained(start_path())
+        sft(parse_config(SftConfig, fields), policy, data, tmp_path / name, **options)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return policy, [r["loss"] for r in rows]
+
+    torch.manual_seed(0)
+    whole, losses = train("whole")
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1e-3
+    torch.manual_seed(1)
+    copytree(tmp_path / "whole", tmp_path / "cut")
+    for folder in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:
+        rmtree(folder)
+    again, resumed = train("cut", resume=True)
+    assert resumed == losses and same(bits(again), bits(whole))
+    start = Policy.from_pretrained(start_path())
+    final = Policy.from_pretrained(tmp_path / "cut" / "policy")
+    pairs = zip(final.named_parameters(), start.parameters(), strict=True)
+    changed = {n for (n, p), q in pairs if not torch.equal(p, q)}
+    assert changed == {n.split(".lora_")[0] + ".weight" for n in trainable(again)}
 
 
 @pytest.mark.slow
