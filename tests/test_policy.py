@@ -76,17 +76,6 @@ def test_teacher_keeps_targets_and_moves_rows(policy, pictures):
     assert len(teacher.ids) == len(student.ids) + 2 and teacher.ids[3:5].tolist() == [41, 42]
 
 
-def test_gradient_checkpointing_changes_no_gradient(policy, pictures):
-    sequences = [sequence(policy, pictures, [5, pictures[0], 9], 1), sequence(policy, pictures, [7], 2)]
-    gradients = []
-    for checkpointing in (False, True):
-        policy.gradient_checkpointing = checkpointing
-        policy.zero_grad()
-        run(policy, sequences)[0].square().sum().backward()
-        gradients.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 @pytest.mark.parametrize("wrong", ["missing image", "short run", "spare image"])
 def test_placeholders_without_their_image_raise(policy, pictures, wrong):
     pad, grid = policy.codec.image_pad_id, (1, 6, 6)

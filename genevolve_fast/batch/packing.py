@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genevolve_fast.ops import Layout
 from genevolve_fast.policy.positions import Grid, ImageMismatchError, mrope_positions
+from genevolve_fast.policy.visits import Packed
 from genevolve_fast.trajectory import Trajectory
 
 
@@ -43,6 +45,16 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return self.cu_seqlens[-1]
+
+    @property
+    def stretch(self) -> Packed:
+        """The tokens as the training pass takes them; their images are `images` in order."""
+        feature_rows = torch.arange(len(self.image_rows), device=self.ids.device)
+        return Packed(self.ids[0], self.positions[:, 0], self.image_rows, feature_rows)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.cu_seqlens)
 
 
 def student_sequence(trajectory: Trajectory, images: Mapping[str, np.ndarray], grid_of) -> TrainingSequence:

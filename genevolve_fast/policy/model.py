@@ -131,6 +131,16 @@ class Policy(nn.Module):
         for visit in self.visits:
             visit.checkpoint = on
 
+    @property
+    def tile_tokens(self) -> int:
+        """Rows of the projections and of the MLP that a checkpointed layer has in memory at once."""
+        return self.visits[0].tile_rows
+
+    @tile_tokens.setter
+    def tile_tokens(self, rows: int) -> None:
+        for visit in self.visits:
+            visit.tile_rows = rows
+
     def frame(self) -> AbstractContextManager:
         """Around a forward and its backward: layer inputs that are offloaded live until its end."""
         return self.offload.frame() if self.offload else nullcontext()
@@ -197,10 +207,7 @@ class Policy(nn.Module):
         x = self._embed(ids, image_rows, features and features.embeds)
         rotary = self.decoder.rotary_emb(x, self._axes(positions))
         for index, layer in enumerate(self.decoder.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(_layer, layer, x, rotary, attend, use_reentrant=False)
-            else:
-                x = _layer(layer, x, rotary, attend)
+            x = layer(x, position_embeddings=rotary, attention_mask=None, attend=attend)
             if features is not None and index < len(features.deepstack):
                 flat = x.reshape(-1, x.shape[-1])
                 x = flat.index_add(0, image_rows, features.deepstack[index].to(x.dtype)).view(x.shape)
@@ -232,7 +239,3 @@ class Policy(nn.Module):
         if features is None or layer >= len(features.deepstack) or not len(rows.image_rows):
             return x
         return x.index_add(0, rows.image_rows, features.deepstack[layer][rows.feature_rows].to(x.dtype))
-
-
-def _layer(layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-    return layer(x, position_embeddings=rotary, attention_mask=None, attend=attend)

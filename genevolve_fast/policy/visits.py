@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from genevolve_fast.ops.prefix_attention import Layout, attention_backward, attention_forward, prefix_attention
 
@@ -89,6 +90,7 @@ class Visit(nn.Module):
         self.rotate = rotate
         self.checkpoint = True
         self.tile_rows = TILE_ROWS
+        self.done: Callable[[], None] | None = None  # called when the backward has passed the layer
 
     def forward(
         self, x: Tensor | None, stream: Stream | None, teacher_x: Tensor | None = None, teacher: Stream | None = None
@@ -98,6 +100,8 @@ class Visit(nn.Module):
         if x is not None:
             if not torch.is_grad_enabled():
                 y = self.bare(x, stream)
+            elif self.checkpoint and self.draws:
+                y = checkpoint(self.differentiable, x, stream, use_reentrant=False)  # it restores the random state
             elif self.checkpoint:
                 y = _Checkpointed.apply(x, self, stream)
             else:
@@ -106,6 +110,11 @@ class Visit(nn.Module):
             with torch.no_grad():
                 teacher_x = self.bare(teacher_x, teacher)
         return y, teacher_x
+
+    @property
+    def draws(self) -> bool:
+        """Whether the layer drops at random, as an adapter's dropout does in training."""
+        return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.layer.modules())
 
     # --- the layer's parts, each of a tile of rows --------------------------------------------------------------------
 
@@ -196,6 +205,8 @@ class Visit(nn.Module):
             stream.fills.release(layer)
         for t, d_x in projections.backward((d_q, d_k, d_v)):
             g[t] += d_x
+        if self.done is not None:
+            self.done()
         return g
 
 

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from genevolve_fast.ops.objective import Objective
+from genevolve_fast.policy.visits import TILE_ROWS
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -44,10 +45,17 @@ class PolicyConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights and activations")
     freeze_vision: bool = Field(True, description="Vision tower and projector get no gradient")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in backward to save activation memory")
+    tile_tokens: int = Field(TILE_ROWS, ge=1, description="Rows of a layer's MLP and projections in memory at once")
+    offload_gib: float = Field(0.0, ge=0, description="Pinned host memory for layer inputs, in GiB")
+    liger: bool = Field(False, description="RMSNorm and SwiGLU by liger-kernel, on a GPU")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Train an adapter instead of the weights")
 
     @model_validator(mode="after")
     def _refuse(self) -> PolicyConfig:
+        if not self.gradient_checkpointing and (self.offload_gib or self.tile_tokens != TILE_ROWS):
+            raise ValueError(
+                "offload_gib and tile_tokens need gradient_checkpointing: without it a layer keeps everything"
+            )
         if self.lora.rank and not self.freeze_vision:
             raise ValueError(
                 "freeze_vision false with lora.rank > 0 trains no vision tower: LoRA freezes all but itself"
@@ -92,7 +100,10 @@ class OptimConfig(_Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps spent warming up linearly")
     schedule: Literal["constant", "cosine"] = Field("constant", description="After the warm-up")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradient clipping by the global norm; none: off")
+    release_gradients: bool = Field(
+        False, description="Update a layer as soon as its backward is done and drop its gradient; sft of single samples"
+    )
 
 
 class CheckpointConfig(_Section):
@@ -158,6 +169,11 @@ class EvolveConfig(_Section):
             raise ValueError(f"{', '.join(changed)} without experience.enabled would do nothing: there is no teacher")
         if self.ema_rate is not None and self.teacher != "ema":
             raise ValueError(f"ema_rate belongs to teacher 'ema': teacher {self.teacher!r} keeps no average")
+        if self.optim.release_gradients:
+            raise ValueError(
+                "optim.release_gradients cannot work in evolve: a layer's gradient is complete only after the last "
+                "reply's backward and the prefix's, when all layers hold one; lower memory by policy.lora.rank"
+            )
         if self.policy.lora.dropout:
             raise ValueError("policy.lora.dropout must be 0 in evolve: log-probs must be repeatable; sft may use it")
         if o.rollout_is == "sequence":
@@ -200,6 +216,16 @@ class SftConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> SftConfig:
+        if self.optim.release_gradients:
+            needs = {
+                "batch_size 1": self.batch_size == 1,  # several micro-batches would update on parts of the gradient
+                "optim.max_grad_norm null": self.optim.max_grad_norm is None,  # the norm is known at the end only
+                "optim.name adamw": self.optim.name == "adamw",
+                "policy.gradient_checkpointing": self.policy.gradient_checkpointing,
+                "policy.lora.dropout 0": not self.policy.lora.dropout,
+            }
+            if missing := [name for name, there in needs.items() if not there]:
+                raise ValueError(f"optim.release_gradients needs {', '.join(missing)}")
         if self.policy.path == "sandbox:new" and self.policy.lora.rank:
             raise ValueError("policy.lora.rank with 'sandbox:new' would leave the random weights as they are")
         if self.policy.path == "sandbox:new" and self.policy.freeze_vision:

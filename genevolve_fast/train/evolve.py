@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from genevolve_fast import trajectory as trajectories
 from genevolve_fast.agent.session import SessionSettings
@@ -25,7 +24,7 @@ from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_c
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.metrics import rollout_metrics
-from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
@@ -75,9 +74,7 @@ def evolve(
                 teacher=teacher,
             )
             metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
-            metrics["actor/grad_norm"] = float(
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm, error_if_nonfinite=True)
-            )
+            metrics["actor/grad_norm"] = gradient_norm(policy, config.optim.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
             if average:
                 average.update()

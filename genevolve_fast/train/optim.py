@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +49,29 @@ class Optimizer:
 
 
 def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Optimizer:
-    """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule."""
+    """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule.
+
+    With release_gradients every layer has an AdamW of its own, which its visit's backward steps.
+    """
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if config.name == "muon" and p.ndim == 2 and ".layers." in n]
     taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+
+    def adamw(params) -> torch.optim.Optimizer:
+        mine = [p for p in params if p.requires_grad and id(p) not in taken]
+        taken.update(map(id, mine))
+        groups = [
+            {"params": [p for p in mine if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+    parts: list[torch.optim.Optimizer] = []
+    if config.release_gradients:
+        for visit in policy.visits:
+            parts.append(adamw(visit.layer.parameters()))
+            visit.done = partial(_step_and_release, parts[-1])
+    parts.append(adamw(p for _, p in named))
     if matrices:
         parts.append(
             torch.optim.Muon(
@@ -74,3 +88,14 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
     return Optimizer(parts, factor)
+
+
+def _step_and_release(part: torch.optim.Optimizer) -> None:
+    part.step()
+    part.zero_grad(set_to_none=True)
+
+
+def gradient_norm(policy: Policy, limit: float | None, **options: Any) -> float:
+    """Global norm of the gradients, which are scaled down to `limit` where they exceed it."""
+    options = {"max_norm": math.inf if limit is None else limit} | options
+    return float(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], **options))

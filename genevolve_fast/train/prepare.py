@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import psutil
+import torch
 from torch import nn
 
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.weights import Average, WeightSource, base_weights
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig
 from genevolve_fast.train.run import RunError
 
 
 def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
-    """Freeze, adapt and checkpoint `policy` as its section says; the adapter is drawn with `seed`."""
+    """Freeze, adapt, checkpoint and offload `policy` as its section says; the adapter is drawn with `seed`.
+
+    Raises RunError for what this device cannot do.
+    """
     if config.freeze_vision:
         policy.freeze_vision()
     policy.gradient_checkpointing = config.gradient_checkpointing
+    policy.tile_tokens = config.tile_tokens
+    if config.liger:
+        use_liger(policy)
+    if config.offload_gib:
+        policy.offload = pinned_buffer(config.offload_gib, policy.device)
     if config.lora.rank:
         add_lora(policy, **config.lora.model_dump(), seed=seed)
+
+
+def use_liger(policy: Policy) -> None:
+    """Replace the norms and MLPs of the language model by liger-kernel's."""
+    if policy.device.type != "cuda":
+        raise RunError(f"policy.liger needs a GPU, the policy is on {policy.device.type}: set policy.liger=false")
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise RunError("policy.liger needs liger-kernel: pip install liger-kernel") from error
+    patch = getattr(monkey_patch, f"apply_liger_kernel_to_{policy.text_config.model_type.removesuffix('_text')}")
+    # its rotary embedding takes another layout, and its loss is not ours
+    patch(rope=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=policy.model)
+
+
+def pinned_buffer(gib: float, device: torch.device) -> ActivationOffload:
+    """Host memory for layer inputs, allocated now or refused. Raises RunError."""
+    if device.type != "cuda":
+        raise RunError(
+            f"policy.offload_gib moves layer inputs from a GPU to the host, the policy is on {device.type}: set it to 0"
+        )
+    needed, free = int(gib * 2**30), psutil.virtual_memory().available
+    print(f"offload: {gib:g} GiB of pinned host memory for layer inputs, {free / 2**30:.1f} GiB available", flush=True)
+    if needed > free:
+        raise RunError(
+            f"policy.offload_gib {gib:g} exceeds the host's available memory of {free / 2**30:.1f} GiB: set it below"
+        )
+    return ActivationOffload(needed, device)
 
 
 def refuse_dropout(policy: Policy) -> None:

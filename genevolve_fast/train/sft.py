@@ -13,11 +13,12 @@ import torch
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches
 from genevolve_fast.data.conversations import Conversation, ImageFiles, load_conversations
 from genevolve_fast.ops import linear_logprob
-from genevolve_fast.policy.attention import packed_causal
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.passes import through_layers
+from genevolve_fast.policy.visits import Stream
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from genevolve_fast.train.config import SftConfig
-from genevolve_fast.train.optim import build_optimizer
+from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import prepare
 from genevolve_fast.train.run import Run, peak_memory_gb
 
@@ -51,7 +52,7 @@ def sft(
         with run.phase("update_actor", step):
             begin = time.perf_counter()
             nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
+            norm = gradient_norm(policy, config.optim.max_grad_norm)
             optimizer.step()
             seconds = time.perf_counter() - begin
         step += 1
@@ -59,7 +60,7 @@ def sft(
             step,
             {
                 "loss": nll,
-                "grad_norm": norm,
+                **({} if config.optim.release_gradients else {"grad_norm": norm}),
                 "lr": optimizer.lr,
                 "num_tokens": tokens,
                 "dropped_samples": dropped,
@@ -93,11 +94,13 @@ def accumulate(policy: Policy, batch: Sequence[Conversation], pixels: ImageFiles
         ]
         packed = pack(sequences, policy.codec.image_pad_id, policy.codec.merge_size, policy.device)
         features = policy.image_features(packed.images)
-        attend = packed_causal(packed.cu_seqlens)
-        hidden = policy.hidden(packed.ids, packed.positions, attend, packed.image_rows, features)
-        logps = linear_logprob(hidden[0, packed.rows], policy.head_weight, packed.targets).logps
-        loss = -logps.sum() / total
-        loss.backward()
+        with policy.frame():
+            rows = packed.stretch
+            x, _ = through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), packed.layout)))
+            hidden = policy.decoder.norm(x[packed.rows])
+            loss = -linear_logprob(hidden, policy.head_weight, packed.targets).logps.sum() / total
+            del x, hidden
+            loss.backward()
         losses.append(loss.detach())
         tokens += packed.num_tokens
     return float(torch.stack(losses).sum()), tokens
