@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from genevolve_fast.kernels import logprob_epilogue as epilogue  # noqa: E402
+from genevolve_fast.kernels import prefix_attention as attention  # noqa: E402
 from genevolve_fast.ops import csrc  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,27 @@ def launches():
                 yield epilogue._d_logits, args, shared | dict(HAS_LOGPS=True, HAS_LSE=more, HAS_ENTROPY=more)
 
 
+def attention_launches():
+    """What the public functions launch, for every size of head that has its own tiles."""
+    tokens, kv_heads, groups = 40, 2, 4
+    tiles, runs = torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    lse = torch.zeros(groups * kv_heads, tokens)
+    for dtype, d in itertools.product((torch.float32, torch.bfloat16), (64, 80, 128, 256)):
+        q = torch.zeros(tokens, groups * kv_heads, d, dtype=dtype)
+        k = torch.zeros(tokens, kv_heads, d, dtype=dtype)
+        total = torch.zeros(k.shape)
+        options = attention._options(d, attention.tile_tokens(d, dtype))
+        numbers, strides = (groups, tokens, d, 0.1), attention._strides
+        yield attention._forward, (q, k, k, k, k, q, lse, tiles, *numbers, *strides(q, k, k, k, k, q)), options
+        args = (q, q, k, k, k, k, q, lse, lse, q, tiles, *numbers, *strides(q, q, k, k, k, k, q, q))
+        yield attention._dq, args, options
+        yield attention._dkv, (q, q, k, k, lse, lse, k, k, tiles, *numbers, *strides(q, q, k, k, k, k)), options
+        args = (q, q, k, k, lse, lse, total, total, runs, 2, tokens, *numbers, *strides(q, q, k, k, total, total))
+        yield attention._prefix_dkv, args, options
+        args = (q, lse, q, lse, tokens * groups * kv_heads, groups * kv_heads, d, tokens, tokens)
+        yield attention._merge, args, dict(ROWS=16, D=triton.next_power_of_2(d), num_warps=4)
+
+
 def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
     """Of each function in a cubin: registers of a thread, bytes of its stack, bytes of static shared memory."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -73,7 +96,7 @@ def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_triton_kernels_compile_and_fit(arch, tmp_path):
     driver.set_active(Device(arch))
-    for kernel, args, options in launches():
+    for kernel, args, options in itertools.chain(launches(), attention_launches()):
         compiled = kernel.warmup(*args, grid=(1,), **options)
         assert compiled.metadata.shared <= SHARED_MEMORY[arch]
         (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
