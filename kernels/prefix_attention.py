@@ -217,13 +217,13 @@ def _merge(out, lse, other, other_lse, rows, heads, d, lse_head, other_head, ROW
 
 
 def tile_tokens(d: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile, for the table of tiles: as many as shared memory holds for heads of d numbers."""
-    row_bytes = max(16, triton.next_power_of_2(d)) * dtype.itemsize
-    return 64 if row_bytes <= 256 else 32 if row_bytes <= 1024 else 16
+    """Tokens of a tile, for the table of tiles: as many as registers hold for heads of d numbers without spilling."""
+    wide = d > 128
+    return (16 if wide else 32) if dtype == torch.float32 else (32 if wide else 64)
 
 
 def _options(d: int, block: int) -> dict[str, int]:
-    return dict(BLOCK=block, D=max(16, triton.next_power_of_2(d)), num_warps=4, num_stages=2)
+    return dict(BLOCK=block, D=max(16, triton.next_power_of_2(d)), num_warps=4 if d <= 64 else 8, num_stages=2)
 
 
 def prefix_attention_forward(
