@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+# What differs from batch to batch is not specialised: a number divisible by 16, or a single run, compiles nothing anew.
+
 
 @triton.jit
 def _load(x, rows, head, row_stride, head_stride, inside, cols, d):
@@ -34,7 +36,7 @@ def _query_step(q, k, v, m, s, acc, visible, scale):
     return new, s * old + tl.sum(p, 1), acc * old[:, None] + _dot(p.to(v.dtype), v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     q, k, v, prefix_k, prefix_v, out, lse, tiles, groups, tokens, d, scale, q_row, q_head, k_row, k_head, v_row, v_head,
     pk_row, pk_head, pv_row, pv_head, out_row, out_head, BLOCK: tl.constexpr, D: tl.constexpr,
@@ -76,7 +78,7 @@ def _dq_step(q, k, v, d_out, lse, delta, visible, scale):
     return _dot(ds.to(k.dtype), k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _dq(
     d_out, q, k, v, prefix_k, prefix_v, out, lse, delta, dq, tiles, groups, tokens, d, scale, do_row, do_head, q_row,
     q_head, k_row, k_head, v_row, v_head, pk_row, pk_head, pv_row, pv_head, out_row, out_head, dq_row, dq_head,
@@ -135,7 +137,7 @@ def _key_step(
     return dk + _dot(ds.to(q_tile.dtype), q_tile), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _dkv(
     d_out, q, k, v, lse, delta, dk, dv, tiles, groups, tokens, d, scale, do_row, do_head, q_row, q_head, k_row, k_head,
     v_row, v_head, dk_row, dk_head, dv_row, dv_head, BLOCK: tl.constexpr, D: tl.constexpr,
@@ -163,7 +165,7 @@ def _dkv(
     tl.store(dv + kv_head * dv_head + wide * dv_row + cols[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "run_count", "prefix_rows"])
 def _prefix_dkv(
     d_out, q, prefix_k, prefix_v, lse, delta, prefix_dk, prefix_dv, runs, run_count, prefix_rows, groups, tokens, d,
     scale, do_row, do_head, q_row, q_head, pk_row, pk_head, pv_row, pv_head, dk_row, dk_head, dv_row, dv_head,
@@ -196,7 +198,7 @@ def _prefix_dkv(
     tl.store(at_v, tl.load(at_v, mask=mask, other=0.0) + dv_acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "lse_head", "other_head"])
 def _merge(out, lse, other, other_lse, rows, heads, d, lse_head, other_head, ROWS: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # row = token · heads + head
     cols = tl.arange(0, D)

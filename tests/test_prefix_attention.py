@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import prefix_attention as benchmark
 from benchmarks.memory import body_of
 from genevolve_fast.ops import Layout, attention_backward, attention_forward, attention_supported, prefix_attention
 
@@ -326,6 +327,13 @@ def test_torch_knows_the_shapes_of_the_calls():
         more = (layout,) if run == "causal_backward" else ()
         grads = getattr(module._Flash, run)(d_out, q, *keys, q, lse, *more, SCALE)
         assert [x.shape for x in grads] == [q.shape, keys[0].shape, keys[1].shape]
+
+
+def test_the_benchmark_runs_at_toy_size_and_writes_nothing(tmp_path, capsys):
+    assert benchmark.main(["--dry-run", "--file", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("repeated") == 16 and "float64 against the dense softmax" in printed
+    assert not any(tmp_path.iterdir())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

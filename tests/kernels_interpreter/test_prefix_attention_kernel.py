@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bf16 import mend
 from dense_attention import LAYOUTS, NAMES, dense, error, inputs
@@ -100,6 +98,19 @@ def test_what_other_segments_hold_reaches_nobody():
         assert error(got[name][kept], want[name][kept]) <= 2e-6
         others = slice(tile, None) if name.startswith("prefix") else slice(20, 40)
         assert got[name][others].isnan().all()
+
+
+@pytest.mark.slow
+def test_rows_further_apart_than_32_bits_count():
+    """Of 4 GiB of which a few pages are ever touched."""
+    layout, dtype = Layout((0, 20, 40), ((0, 30), (10, 40))), torch.bfloat16
+    stride = 2**31 // 39 + 1
+    apart = [torch.empty(39 * stride + 64, dtype=dtype).as_strided((40, 2, 16), (stride, 16, 1)) for _ in range(6)]
+    given = inputs(layout, 2, 2, 16, dtype=dtype)
+    for x, near in zip(apart, given, strict=True):
+        x.copy_(near)
+    got, want = by_triton(*apart, layout, 0.25), by_triton(*given, layout, 0.25)
+    assert all(torch.equal(got[name], want[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
