@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import prefix_attention as benchmark
 from benchmarks.memory import body_of
 from genevolve_fast.ops import Layout, attention_backward, attention_forward, attention_supported, prefix_attention
 
@@ -217,6 +219,123 @@ def test_compiles_without_a_graph_break():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+# --- the GPU's flash attentions: their calls, answered by the CPU's ---------------------------------------------------
+
+
+def packed_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+    """What flash attention says of itself: sequences [cu[i], cu[i + 1]), lse [heads, queries]; out has q's strides."""
+    pairs = sequences(cu_q, cu_k, max_q, max_k)
+    parts = [module._cpu_forward(q[a], k[b], v[b], causal, scale) for a, b in pairs]
+    out = torch.empty_like(q).copy_(torch.cat([p[0] for p in parts]))
+    return out, torch.cat([p[1] for p in parts], 1)
+
+
+def packed_backward(d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
+    assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q))
+    parts = [
+        module._cpu_backward(d_out[a], q[a], k[b], v[b], out[a], lse[:, a], causal, scale)
+        for a, b in sequences(cu_q, cu_k, max_q, max_k)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def sequences(cu_q, cu_k, max_q, max_k):
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k)
+    assert int(cu_q.diff().max()) == max_q and int(cu_k.diff().max()) == max_k
+    borders = [[slice(a, b) for a, b in pairwise(x.tolist())] for x in (cu_q, cu_k)]
+    return list(zip(*borders, strict=True))
+
+
+@pytest.fixture
+def torch_flash(monkeypatch):
+    """torch's own operators, with an implementation for CPUs."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None, **_):
+        assert dropout_p == 0 and not return_debug_mask
+        nothing = torch.empty(0)
+        return *packed_forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale), nothing, nothing, nothing
+
+    def backward(
+        d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale=None, **_
+    ):
+        assert dropout_p == 0 and rng_state.dtype == torch.uint64
+        return packed_backward(d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, is_causal, scale)
+
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    monkeypatch.setattr(module._Flash, "reason", staticmethod(lambda *_: None))
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def flash_attn_package(monkeypatch):
+    """The two functions of flash-attn 2.8 that are called, with their signatures."""
+    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert dropout_p == 0
+        numbers = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
+        return *packed_forward(q, k, v, *numbers), None, None
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0, -1, -1, 0, None)
+        numbers = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
+        for into, x in zip((dq, dk, dv), packed_backward(dout, q, k, v, out, softmax_lse, *numbers), strict=True):
+            into.copy_(x)
+
+    interface._flash_attn_varlen_forward = _flash_attn_varlen_forward
+    interface._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    monkeypatch.setattr(module._FlashAttn, "reason", staticmethod(lambda *_: None))
+
+
+@pytest.mark.parametrize("impl", ["flash", "flash_attn"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_calls_of_the_gpu_flash_attentions(impl, name, heads_first, request):
+    request.getfixturevalue({"flash": "torch_flash", "flash_attn": "flash_attn_package"}[impl])
+    layout = LAYOUTS[name]
+    given = inputs(layout)
+    if heads_first:  # as transformers lays them out
+        given = [x if x is None else x.transpose(0, 1).contiguous().transpose(0, 1) for x in given]
+    got = by_parts(*given, layout, impl=impl)
+    assert_equal(got, dense(*given, layout, SCALE))
+    assert all(got[n].is_contiguous() for n in NAMES[:4])
+
+
+def test_torch_knows_the_shapes_of_the_calls():
+    layout = LAYOUTS["several prefixes"]
+    q, k, v, prefix_k, prefix_v, d_out = (x.to("meta") for x in inputs(layout, dtype=torch.bfloat16))
+    part, lse = module._Flash.causal(q, k, v, layout, SCALE)
+    assert part.shape == q.shape and lse.shape == (q.shape[1], len(q)) and lse.dtype == torch.float32
+    part, lse = module._Flash.full(q, prefix_k, prefix_v, SCALE)
+    assert part.shape == q.shape and lse.shape == (q.shape[1], len(q)) and lse.dtype == torch.float32
+    for run in ("causal_backward", "full_backward"):
+        keys = (k, v) if run == "causal_backward" else (prefix_k, prefix_v)
+        more = (layout,) if run == "causal_backward" else ()
+        grads = getattr(module._Flash, run)(d_out, q, *keys, q, lse, *more, SCALE)
+        assert [x.shape for x in grads] == [q.shape, keys[0].shape, keys[1].shape]
+
+
+def test_the_benchmark_runs_at_toy_size_and_writes_nothing(tmp_path, capsys):
+    assert benchmark.main(["--dry-run", "--file", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("repeated") == 16 and "float64 against the dense softmax" in printed
+    assert not any(tmp_path.iterdir())
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -269,10 +388,52 @@ def test_wrong_arguments_are_named():
         prefix_attention(q, k, v, Layout((0, 4)), prefix_grads=(prefix_k, prefix_v))
 
 
-def test_an_implementation_that_cannot_serve_says_why():
-    assert attention_supported("torch", "cpu", torch.bfloat16, 128) is None
-    assert "CPU" in attention_supported("torch", "cuda", torch.bfloat16, 128)
-    assert "one of auto, torch" in attention_supported("fast", "cpu", torch.bfloat16, 128)
-    q = torch.zeros(2, 2, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="impl 'torch': q must be floating point"):
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "d", "want"),
+    [
+        ("torch", "cpu", torch.bfloat16, 128, None),
+        ("torch", "cuda", torch.bfloat16, 128, "torch is for CPUs, q is on cuda"),
+        ("torch", "cpu", torch.int64, 128, "q must be floating point"),
+        ("flash", "cpu", torch.bfloat16, 128, "flash needs a GPU, q is on cpu"),
+        ("triton", "cpu", torch.float64, 128, "triton computes in fp32, fp16 and bf16"),
+        ("triton", "cpu", torch.float32, 264, "triton holds heads up to 256, not 264"),
+        ("flash_attn", "cpu", torch.bfloat16, 128, "flash_attn needs a GPU, q is on cpu"),
+        ("fast", "cpu", torch.bfloat16, 128, "impl must be one of auto, torch, flash, triton, flash_attn, not 'fast'"),
+    ],
+)
+def test_an_implementation_that_cannot_serve_says_why(impl, device, dtype, d, want):
+    got = attention_supported(impl, device, dtype, d)
+    assert got is None if want is None else want in got
+    if want is not None and device == "cpu":
+        q = torch.zeros(2, 2, d, dtype=dtype)
+        with pytest.raises(ValueError, match=want.replace("(", r"\(")):
+            attention_forward(q, q, q, Layout((0, 2)), scale=1.0, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "want"),
+    [
+        (torch.float32, 128, "computes in fp16 and bf16, not torch.float32"),
+        (torch.bfloat16, 20, "needs heads of a multiple of 8 up to 256, not 20"),
+        (torch.bfloat16, 264, "needs heads of a multiple of 8 up to 256, not 264"),
+    ],
+)
+def test_what_flash_attention_cannot_do(dtype, d, want):
+    assert want in module._flash_reason("flash", torch.device("cuda"), dtype, d)
+
+
+@pytest.mark.parametrize(
+    ("capability", "d", "refused"),
+    [((7, 5), 128, True), ((8, 0), 256, False), ((8, 9), 256, True), ((8, 9), 128, False), ((9, 0), 256, False)],
+)
+def test_what_a_gpu_cannot_do(capability, d, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = module._flash_reason("flash", torch.device("cuda"), torch.bfloat16, d)
+    assert (reason is not None) == refused
+
+
+def test_where_nothing_can_serve_all_reasons_are_given():
+    q = torch.zeros(2, 2, 8, dtype=torch.float64, device="meta")
+    with pytest.raises(ValueError, match="'torch': .*; impl 'flash': .*; impl 'triton': .*; impl 'flash_attn': "):
         attention_forward(q, q, q, Layout((0, 2)), scale=1.0)

@@ -40,6 +40,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "head/workspace640_vs_floor": ("ratio", "<=", 1.4),
     "head/peers_dominating": ("count", "==", 0),
     "head/kernels_compiled_sm90": ("share", "==", 1),
+    "step/prefix_attention_error_f64": ("relative", "<=", 1e-10),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IMPLEMENTATIONS = ("torch",)
+IMPLEMENTATIONS = ("torch", "flash", "triton", "flash_attn")  # auto is the first that can serve
 _STRIP_NUMBERS = 1 << 24  # of the merge at a time: what it widens stays small beside a layer's activations
 
 
@@ -177,7 +177,9 @@ def attention_backward(
 def attention_supported(impl: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why `impl` cannot serve; None where it can.
 
-    torch: torch's flash attention for CPUs.
+    torch: torch's flash attention for CPUs. flash: torch's packed flash attention on a GPU, fp16 and bf16, heads of a
+    multiple of 8 up to 256. triton: one kernel for both parts, fp32 too, heads up to 256. flash_attn: the package, as
+    flash.
     """
     if impl not in IMPLEMENTATIONS:
         return f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {impl!r}"
@@ -293,7 +295,8 @@ def _forward(q, k, v, prefix_k, prefix_v, cu_seqlens, prefix_ranges, scale, impl
     layout = _layout(tuple(cu_seqlens), tuple(prefix_ranges))
     if not q.numel():
         return _empty_results(q)
-    return _BACKENDS[impl].forward(*map(_unit_stride, (q, k, v, prefix_k, prefix_v)), layout, scale)
+    out, lse = _BACKENDS[impl].forward(*map(_unit_stride, (q, k, v, prefix_k, prefix_v)), layout, scale)
+    return out.contiguous(), lse.contiguous()
 
 
 @_forward.register_fake
@@ -321,7 +324,7 @@ def _backward(
         return _empty_gradients(q, k, v)
     into = None if prefix_dk is None else (prefix_dk, prefix_dv)
     tensors = map(_unit_stride, (d_out, q, k, v, out, lse, prefix_k, prefix_v))
-    return _BACKENDS[impl].backward(*tensors, layout, scale, into)
+    return tuple(x.contiguous() for x in _BACKENDS[impl].backward(*tensors, layout, scale, into))
 
 
 @_backward.register_fake
@@ -438,4 +441,184 @@ def _cpu_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple
     return tuple(x[0].transpose(0, 1) for x in grads)
 
 
-_BACKENDS = {"torch": _Torch}
+@lru_cache(maxsize=1024)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32, copied once: every layer asks for the same, and a copy from pageable memory would synchronise."""
+    made = torch.tensor(numbers, dtype=torch.int32)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+class _Flash(_TwoParts):
+    """torch's own flash attention over packed sequences (the calls of torch.nn.attention.varlen)."""
+
+    @staticmethod
+    def reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return f"flash needs a GPU, q is on {device}"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this build of torch has no flash attention"
+        return _flash_reason("flash", device, dtype, head_dim)
+
+    @staticmethod
+    def attend(q, k, v, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float):
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, return_debug_mask=False, scale=scale
+        )[:2]
+
+    @staticmethod
+    def attend_backward(
+        d_out, q, k, v, out, lse, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    ):
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        return torch.ops.aten._flash_attention_backward(
+            d_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, no_dropout,
+            torch.empty(0, device=q.device), scale=scale,
+        )  # fmt: skip
+
+    @classmethod
+    def causal(cls, q, k, v, layout: Layout, scale: float):
+        out, lse = cls.attend(q, k, v, *_own(q, layout), True, scale)
+        return out.contiguous(), lse  # flash gives out the strides of q
+
+    @classmethod
+    def full(cls, q, k, v, scale: float):
+        out, lse = cls.attend(q, k, v, *_one_sequence(q, k), False, scale)
+        return out.contiguous(), lse
+
+    @classmethod
+    def causal_backward(cls, d_out, q, k, v, out, lse, layout: Layout, scale: float):
+        return cls.attend_backward(d_out, q, k, v, out, lse.contiguous(), *_own(q, layout), True, scale)
+
+    @classmethod
+    def full_backward(cls, d_out, q, k, v, out, lse, scale: float):
+        return cls.attend_backward(d_out, q, k, v, out, lse.contiguous(), *_one_sequence(q, k), False, scale)
+
+    @staticmethod
+    def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+        if _triton_reason(out.device) is None:
+            from genevolve_fast.kernels.prefix_attention import merge_attention
+
+            merge_attention(out, lse, other, other_lse)
+        else:
+            merge(out, lse, other, other_lse)
+
+
+def _own(q: Tensor, layout: Layout) -> tuple[Tensor, Tensor, int, int]:
+    """cu_seqlens and longest of queries and keys, for flash attention."""
+    cu = _on_device(layout.borders, q.device)
+    return cu, cu, layout.longest, layout.longest
+
+
+def _one_sequence(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    return _on_device((0, len(q)), q.device), _on_device((0, len(k)), k.device), len(q), len(k)
+
+
+def _flash_reason(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What flash attention 2 cannot do."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{name} computes in fp16 and bf16, not {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"{name} needs heads of a multiple of 8 up to 256, not {head_dim}"
+    if not torch.cuda.is_available():
+        return f"{name} needs a GPU, and none is available"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{name} needs compute capability 8.0, {device} has {major}.{minor}"
+    if head_dim > 192 and (major, minor) in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        return f"{name} trains heads above 192 on data-centre GPUs only, not on {major}.{minor}"
+    return None
+
+
+class _FlashAttn(_Flash):
+    """The flash-attn package, 2.8 or newer."""
+
+    @staticmethod
+    def reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return f"flash_attn needs a GPU, q is on {device}"
+        try:
+            import flash_attn.flash_attn_interface  # noqa: F401
+        except ImportError as e:
+            return f"flash-attn cannot be imported: {e}"
+        return _flash_reason("flash_attn", device, dtype, head_dim)
+
+    @staticmethod
+    def attend(q, k, v, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        return _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal)[:2]
+
+    @staticmethod
+    def attend_backward(
+        d_out, q, k, v, out, lse, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    ):
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        grads = _empty_gradients(q, k, v)
+        _flash_attn_varlen_backward(
+            d_out, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, window_size_left=-1,
+            window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return grads
+
+
+# --- one kernel for both parts ----------------------------------------------------------------------------------------
+
+
+class _Triton:
+    """kernels/prefix_attention.py: one online softmax over prefix and own keys."""
+
+    @staticmethod
+    def reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"triton computes in fp32, fp16 and bf16, not {dtype}"
+        if head_dim > 256:
+            return f"triton holds heads up to 256, not {head_dim}"
+        return _triton_reason(device)
+
+    @staticmethod
+    def forward(q, k, v, prefix_k, prefix_v, layout: Layout, scale: float):
+        from genevolve_fast.kernels.prefix_attention import prefix_attention_forward, tile_tokens
+
+        block = tile_tokens(q.shape[2], q.dtype)
+        tiles = _tiles(layout, block, q.device)
+        return prefix_attention_forward(q, k, v, prefix_k, prefix_v, tiles, block=block, scale=scale)
+
+    @staticmethod
+    def backward(d_out, q, k, v, out, lse, prefix_k, prefix_v, layout: Layout, scale: float, prefix_grads):
+        from genevolve_fast.kernels.prefix_attention import prefix_attention_backward, tile_tokens
+
+        block = tile_tokens(q.shape[2], q.dtype)
+        tiles, runs = _tiles(layout, block, q.device), _runs(layout, q.device)
+        return prefix_attention_backward(
+            d_out, q, k, v, out, lse, prefix_k, prefix_v, tiles, runs, prefix_grads, block=block, scale=scale
+        )
+
+
+def _triton_reason(device: torch.device) -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"triton needs a GPU, q is on {device}"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _tiles(layout: Layout, block: int, device: torch.device) -> Tensor:
+    """int32 [n, 5]: (first token, begin, end of its segment, start, stop of its prefix rows) of every tile."""
+    ranges = layout.prefix_ranges or ((0, 0),) * (len(layout.cu_seqlens) - 1)
+    segments = zip(pairwise(layout.cu_seqlens), ranges, strict=True)
+    numbers = [(first, a, b, *rows) for (a, b), rows in segments for first in range(a, b, block)]
+    return _on_device(tuple(x for tile in numbers for x in tile), device).view(-1, 5)
+
+
+@lru_cache(maxsize=64)
+def _runs(layout: Layout, device: torch.device) -> Tensor:
+    """int32 [runs, 4]: (begin, end, start, stop)."""
+    return _on_device(tuple(x for r in layout.runs for x in (r.begin, r.end, r.start, r.stop)), device).view(-1, 4)
+
+
+_BACKENDS = {"torch": _Torch, "flash": _Flash, "triton": _Triton, "flash_attn": _FlashAttn}

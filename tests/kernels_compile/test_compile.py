@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from genevolve_fast.kernels import logprob_epilogue as epilogue  # noqa: E402
+from genevolve_fast.kernels import prefix_attention as attention  # noqa: E402
 from genevolve_fast.ops import csrc  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,25 @@ def launches():
                 yield epilogue._d_logits, args, shared | dict(HAS_LOGPS=True, HAS_LSE=more, HAS_ENTROPY=more)
 
 
+def attention_launches(dtype, d):
+    """What the public functions launch for heads of d numbers."""
+    tokens, kv_heads, groups = 40, 2, 4
+    tiles, runs = torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    q = torch.zeros(tokens, groups * kv_heads, d, dtype=dtype)
+    k = torch.zeros(tokens, kv_heads, d, dtype=dtype)
+    lse, total = torch.zeros(groups * kv_heads, tokens), torch.zeros(k.shape)
+    options = attention._options(d, attention.tile_tokens(d, dtype))
+    numbers, strides = (groups, tokens, d, 0.1), attention._strides
+    yield attention._forward, (q, k, k, k, k, q, lse, tiles, *numbers, *strides(q, k, k, k, k, q)), options
+    args = (q, q, k, k, k, k, q, lse, lse, q, tiles, *numbers, *strides(q, q, k, k, k, k, q, q))
+    yield attention._dq, args, options
+    yield attention._dkv, (q, q, k, k, lse, lse, k, k, tiles, *numbers, *strides(q, q, k, k, k, k)), options
+    args = (q, q, k, k, lse, lse, total, total, runs, 2, tokens, *numbers, *strides(q, q, k, k, total, total))
+    yield attention._prefix_dkv, args, options
+    args = (q, lse, q, lse, tokens * groups * kv_heads, groups * kv_heads, d, tokens, tokens)
+    yield attention._merge, args, dict(ROWS=16, D=triton.next_power_of_2(d), num_warps=4)
+
+
 def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
     """Of each function in a cubin: registers of a thread, bytes of its stack, bytes of static shared memory."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -72,14 +92,35 @@ def resources(cubin: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_triton_kernels_compile_and_fit(arch, tmp_path):
+    compile_and_fit(arch, launches(), tmp_path)
+
+
+SLOW = [(torch.float32, 64), (torch.float32, 80), (torch.float32, 256), (torch.bfloat16, 64), (torch.bfloat16, 256)]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    ("dtype", "d"),
+    [(torch.float32, 128), (torch.bfloat16, 128), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)],
+)
+def test_attention_kernels_compile_and_fit(arch, dtype, d, tmp_path):
+    assert compile_and_fit(arch, attention_launches(dtype, d), tmp_path) <= 512  # a spill of kilobytes is a wrong tile
+
+
+def compile_and_fit(arch, launches, tmp_path) -> int:
+    """The largest stack, after checking that shared memory and registers suffice."""
     driver.set_active(Device(arch))
-    for kernel, args, options in launches():
+    largest = 0
+    for kernel, args, options in launches:
         compiled = kernel.warmup(*args, grid=(1,), **options)
         assert compiled.metadata.shared <= SHARED_MEMORY[arch]
         (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
         ((registers, stack, _),) = resources(tmp_path / "k.cubin").values()
         print(f"sm_{arch} {compiled.metadata.name} {options}: {registers} registers, {stack} bytes of stack")
         assert registers <= 255
+        largest = max(largest, stack)
+    return largest
 
 
 @pytest.fixture(scope="module")
