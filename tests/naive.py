@@ -11,7 +11,6 @@ from torch import Tensor
 
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.ops import Objective
-from genevolve_fast.policy.attention import register
 from genevolve_fast.policy.model import Policy
 
 
@@ -25,10 +24,8 @@ def sequence_logps(policy: Policy, ids: Sequence[int], images: Sequence[np.ndarr
     if images:
         patches, grids = zip(*(policy.codec.image_patches(p) for p in images), strict=True)
         extra |= {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
-    vision = {"vision_config": "sdpa"} if policy.has_vision else {}
-    policy.model.set_attn_implementation({"text_config": "sdpa"} | vision if vision else "sdpa")
-    out = policy.model(input_ids=tokens, use_cache=False, **extra)
-    policy.model.set_attn_implementation({"text_config": register()} | vision if vision else register())
+    with policy.own_attention():
+        out = policy.model(input_ids=tokens, use_cache=False, **extra)
     logps = (out.logits[0] / temperature).log_softmax(-1)
     at = torch.tensor(list(at))
     return logps[at - 1, tokens[0, at]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +63,8 @@ class Policy(nn.Module):
                 f"known to the training pass; it knows full attention in {known}"
             )
         self.has_vision = text is not model.config
-        model.set_attn_implementation(
-            {"text_config": register(), "vision_config": "sdpa"} if self.has_vision else register()
-        )
         self.model = model
+        self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
         self._frozen_features: dict[str, ImageFeatures] = {}
@@ -106,6 +104,19 @@ class Policy(nn.Module):
             self.codec.save_pretrained(path)
         else:
             self.save_pretrained(path)
+
+    def _route_attention(self, name: str) -> None:
+        parts = {"text_config": name, "vision_config": "sdpa"}
+        self.model.set_attn_implementation(parts if self.has_vision else name)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Where transformers' own forward of the language model works; elsewhere its attention is ours."""
+        self._route_attention("sdpa")
+        try:
+            yield
+        finally:
+            self._route_attention(register())
 
     @property
     def head_weight(self) -> Tensor:
