@@ -9,7 +9,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.profiler import ProfilerActivity, profile
 
-_NUMBERS = 64  # bytes; a Python number in an expression is an allocation too
+from genevolve_fast.profile.meter import allocations
 
 
 def body_of(operator) -> Callable | None:
@@ -34,10 +34,8 @@ def peak_bytes(run: Callable[[], Iterable[torch.Tensor]], device: torch.device) 
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and stop
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             returned = list(run())
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            if abs(event.nbytes()) >= _NUMBERS:
-                live += event.nbytes()
-                peak = max(peak, live)
+        for _, size in allocations(profiler):
+            live += size
+            peak = max(peak, live)
     return peak - sum(x.untyped_storage().nbytes() for x in returned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from genevolve_fast.profile.flops import (
     sharing_ratio,
     step_flops,
 )
+from genevolve_fast.profile.meter import Meter, snapshot
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape, ShapeError
 
 EIGHT = BUILT_IN["qwen3-vl-8b"]
@@ -234,3 +236,80 @@ def test_lengths_that_contradict_each_other_are_refused():
 )
 def test_gpus_are_known_by_their_drivers_name(name, key):
     assert gpu_named(name) == GPUS.get(key)
+
+
+# --- meter ------------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def test_the_meter_hears_what_each_phase_held():
+    meter = Meter("cpu")
+    with meter.phase("weights"):
+        weights = torch.empty(4 * MIB, dtype=torch.uint8)
+    with meter.phase("student"):
+        kept = torch.empty(2 * MIB, dtype=torch.uint8)
+        with meter.phase("teacher"):
+            for _ in range(3):
+                passing = torch.empty(8 * MIB, dtype=torch.uint8)
+                del passing
+        after = torch.empty(MIB, dtype=torch.uint8)
+        del after
+    assert meter.held == 6 * MIB
+    with meter.phase("step"):
+        del weights, kept
+    report = meter.report()
+    peaks = {p.name: p.peak_bytes for p in report.phases}
+    assert peaks == {"weights": 4 * MIB, "student": 7 * MIB, "teacher": 14 * MIB, "step": 6 * MIB}
+    assert [s.phase for s in report.segments] == ["weights", "student", "teacher", "student", "step"]
+    assert [s.held for s in report.segments] == [x * MIB for x in (4, 6, 6, 6, 0)]
+    assert report.peak_bytes == max(size for _, size in report.curve) == 14 * MIB
+    begins = [s.begin for s in report.segments]
+    assert begins == sorted(begins) and all(s.begin <= s.end for s in report.segments)
+
+
+def test_time_goes_to_the_innermost_phase():
+    meter = Meter("cpu")
+    with meter.phase("student"):
+        time.sleep(0.05)
+        with meter.phase("head"):
+            time.sleep(0.1)
+        time.sleep(0.05)
+    time.sleep(0.05)
+    with meter.phase("backward"):
+        time.sleep(0.02)
+    report = meter.report(
+        tokens={"student": 100}, flops={"student": 1e6, "head": 1e6}, peak_flops=1e8, microbatch_tokens=7
+    )
+    student, head, backward = report.phases
+    assert (student.name, head.name, backward.name) == ("student", "head", "backward")
+    for phase, seconds in ((student, 0.1), (head, 0.1), (backward, 0.02)):
+        assert seconds <= phase.seconds < seconds + 0.04
+    assert sum(p.share for p in report.phases) == pytest.approx(1)
+    assert student.tokens_per_second == pytest.approx(100 / student.seconds)
+    assert student.mfu == pytest.approx(1e6 / student.seconds / 1e8) and backward.mfu is None
+    assert report.mfu == pytest.approx(2e6 / (student.seconds + head.seconds) / 1e8)
+
+
+def test_without_a_known_device_there_is_no_utilisation():
+    meter = Meter("cpu")
+    with meter.phase("student"):
+        torch.ones(10)
+    assert meter.report(flops={"student": 1.0}).mfu_reason == "no peak FLOP/s known"
+    assert meter.report(peak_flops=1.0).mfu_reason == "no FLOPs counted"
+
+
+def test_a_phase_that_raises_is_over():
+    meter = Meter("cpu")
+    with pytest.raises(KeyError), meter.phase("student"), meter.phase("head"):
+        raise KeyError
+    with meter.phase("student"), pytest.raises(RuntimeError, match="still open"):
+        meter.report()
+    assert [s.phase for s in meter.report().segments] == ["student", "head", "student", "student"]
+
+
+def test_a_snapshot_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="CUDA allocator"), snapshot("cpu", tmp_path / "s.pickle"):
+        pass
+    with snapshot("cpu", None):
+        pass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,20 @@ class TokenTrace:
     selected: np.ndarray
 
 
-def score_rows(policy: Policy, batch: PackedBatch, temperature: float, entropy: bool = False):
+OpenPhase = Callable[[str], AbstractContextManager]  # profile.meter.Meter.phase, or nothing
+
+
+def score_rows(
+    policy: Policy, batch: PackedBatch, temperature: float, entropy: bool = False, phase: OpenPhase = nullcontext
+):
     """LogProbs of the batch's loss tokens under `policy`."""
     features = policy.image_features(batch.images)
     attend = packed_causal(batch.cu_seqlens)
     hidden = policy.hidden(batch.ids, batch.positions, attend, batch.image_rows, features)
-    return linear_logprob(
-        hidden[0, batch.rows], policy.head_weight, batch.targets, temperature=temperature, return_entropy=entropy
-    )
+    with phase("head"):
+        return linear_logprob(
+            hidden[0, batch.rows], policy.head_weight, batch.targets, temperature=temperature, return_entropy=entropy
+        )
 
 
 def accumulate_gradients(
@@ -53,27 +60,31 @@ def accumulate_gradients(
     temperature: float,
     max_tokens: int,
     reference: Policy | None = None,
+    phase: OpenPhase = nullcontext,
 ) -> tuple[dict[str, float], dict[str, TokenTrace]]:
     """Add the gradient of DESIGN §2's total loss to `policy`; returns (metrics, traces by trajectory id).
 
     `rollouts` are all rollouts of the optimizer step that have loss tokens and did not fail: they set the
     denominators. Those without advantage, experience and reference term have no gradient and are not forwarded.
+    `phase(name)` is entered around the student's and the teacher's passes, the head and the backward.
     """
     num_sequences = len(rollouts)
     num_tokens = sum(r.trajectory.num_loss_tokens for r in rollouts)
-    live = [r for r in rollouts if r.advantage or r.experience_ids or reference is not None]
+    live = forwarded(rollouts, reference is not None)
     totals = Totals(policy.device)
     traces: dict[str, TokenTrace] = {}
     lengths = [len(r.trajectory) + len(r.experience_ids) for r in live]
     for group in plan_microbatches(lengths, max_tokens):
         members = [live[i] for i in group]
         rows = MicroBatch(policy, members, images)
-        teacher_logps = rows.teacher_logps(policy, temperature)
+        with phase("teacher"):
+            teacher_logps = rows.teacher_logps(policy, temperature, phase)
         ref_logps = None
         if reference is not None:
             with torch.no_grad():
                 ref_logps = score_rows(reference, rows.student, temperature).logps
-        scored = score_rows(policy, rows.student, temperature, entropy=True)
+        with phase("student"):
+            scored = score_rows(policy, rows.student, temperature, entropy=True, phase=phase)
         sdl_mask = rows.sdl_mask(objective.sdl_scope)
         loss, stats = grpo_sdl(
             scored.logps,
@@ -87,13 +98,19 @@ def accumulate_gradients(
             num_tokens=num_tokens,
             objective=objective,
         )
-        loss.backward()
+        with phase("backward"):
+            loss.backward()
         totals.add(loss, stats, scored, rows, sdl_mask)
         traces |= rows.traces(scored.logps.detach(), teacher_logps, sdl_mask, objective)
     metrics = totals.metrics()
     metrics["actor/trained_share"] = len(live) / max(1, num_sequences)
     metrics["actor/teacher_share"] = sum(bool(r.experience_ids) for r in rollouts) / max(1, num_sequences)
     return metrics, traces
+
+
+def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[TrainingRollout]:
+    """Those that have a gradient."""
+    return [r for r in rollouts if r.advantage or r.experience_ids or reference]
 
 
 class MicroBatch:
@@ -124,12 +141,12 @@ class MicroBatch:
         )
         self.advantages = torch.tensor([m.advantage for m in members], dtype=torch.float32, device=device)
 
-    def teacher_logps(self, policy: Policy, temperature: float) -> Tensor | None:
+    def teacher_logps(self, policy: Policy, temperature: float, phase: OpenPhase = nullcontext) -> Tensor | None:
         """[rows] the same weights' log-probs of the student's tokens after the experience; 0 without a teacher."""
         if self.teacher is None:
             return None
         with torch.no_grad():
-            scored = score_rows(policy, self.teacher, temperature).logps
+            scored = score_rows(policy, self.teacher, temperature, phase=phase).logps
         return torch.zeros_like(self.has_teacher, dtype=scored.dtype).masked_scatter(self.has_teacher, scored)
 
     def sdl_mask(self, scope: str) -> Tensor:
