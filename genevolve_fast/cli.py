@@ -123,6 +123,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tile-tokens", type=int, help="rows of one MLP tile")
 
     p = command(
+        "profile",
+        run_profile,
+        "Run real steps of evolve and print each phase's time and peak memory beside the predicted one.",
+        "genevolve-fast profile --config demo --set rollout.prompts_per_step=2 --out runs/profile",
+    )
+    p.add_argument("--config", required=True, help="YAML file, or a built-in name")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+    p.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, default=RUNS / "profile", help="folder of profile.json and timeline.svg")
+    p.add_argument("--snapshot", type=Path, default=None, help="also write torch's memory snapshot there; GPU only")
+
+    p = command(
         "bench",
         run_bench_command,
         "Judge a policy on held-out sandbox requests; the same seeds for every policy.",
@@ -309,6 +321,33 @@ def run_plan(args: argparse.Namespace) -> int:
     else:
         print(f"{table(made)}\n\n{verdict(shape, settings, limit)}")
     return 0 if made.total <= limit else 1
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of memory that is older than the meter
+    from genevolve_fast.profile.shapes import ModelShape
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.fits import check_fits
+    from genevolve_fast.train.profiled import profile_steps, write_profile
+
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    where, shape = device(), ModelShape.from_config(policy_path(config.policy))
+    check_fits(config, shape, where)
+    sandbox, world = open_sandbox(config.world)
+    made = profile_steps(
+        config,
+        lambda: open_policy(config.policy),
+        world,
+        sandbox.requests("train", config.pool_size, seed=config.seed),
+        shape,
+        where,
+        steps=args.steps,
+        snapshot_file=args.snapshot,
+    )
+    write_profile(args.out, made, f"{config.name}: {config.policy.path}, {args.steps} step(s) on {made.device}")
+    print(f"{made.table()}\nwritten to {args.out}")
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PHASES = ("weights", "optimizer", "rollout", "prefix", "student", "teacher", "head", "backward", "step")
+TRAINING = ("prefix", "student", "teacher", "head", "backward", "step")
+PHASES = ("weights", "optimizer", "rollout", *TRAINING)
 SMALLEST = 64  # bytes; a Python number in an expression is an allocation too
 _MARK = "genevolve_fast.meter:"
 
@@ -120,6 +121,15 @@ class Meter:
         """Bytes above the start now, between phases."""
         return torch.cuda.memory_allocated(self.device) - self._base if self.cuda else self._live
 
+    def settle(self, held: int) -> None:
+        """Say what is held now, after a phase whose allocations other threads made or a file backs: a CPU's meter did
+        not hear them. A GPU's allocator needs no help."""
+        if self.cuda or self._running or not self._segments:
+            return
+        last = self._segments[-1]
+        last.peak, last.held, self._live = max(last.peak, held), held, held
+        self._curve.append((last.end, held))
+
     def report(
         self,
         *,
@@ -133,7 +143,7 @@ class Meter:
 
         `tokens` and `flops` by phase; FLOPs are model FLOPs, without recomputation; `peak_flops` of the device for the
         utilisation, which counts the phases that `flops` names. `microbatch_tokens`: those of the largest one, by which
-        a phase's bytes over `above` (what was held before the pass) are divided.
+        the bytes over `above` (what was held before the pass) of a training phase are divided.
         """
         if self._open:
             raise RuntimeError(f"phase {self._open[-1]!r} is still open: report after it")
@@ -156,7 +166,7 @@ class Meter:
                     peak,
                     count,
                     count / took if count and took else None,
-                    (peak - above) / microbatch_tokens if microbatch_tokens and peak > above else None,
+                    (peak - above) / microbatch_tokens if microbatch_tokens and name in TRAINING else None,
                     flops[name] / took / peak_flops if peak_flops and took and flops.get(name) else None,
                 )
             )
@@ -200,7 +210,7 @@ class Meter:
     def _border_cpu(self, following: str | None) -> None:
         if self._listener is None:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and stop
-            self._listener = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self._listener = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._listener.start()
             self._marked = len(self._segments)
         with record_function(f"{_MARK}{len(self._segments)}"):  # a border on the profiler's own clock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,15 +16,16 @@ from genevolve_fast.train.run import RunError
 EXPERIENCE_TOKENS = 600  # of the block that a teacher reads: the length that the study of a step assumes
 
 
-def settings_of(config: EvolveConfig, device: torch.device) -> Settings:
+def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings:
     """What the planner needs of a configuration: its longest rollouts, which one micro-batch must hold.
 
-    The engine's open rollouts are counted at half their longest reply: never are all of them that long at once.
+    `known` fields of Settings replace what the configuration can only bound. The engine's open rollouts are counted at
+    half their longest reply: never are all of them that long at once.
     """
     r = config.rollout
     lora = getattr(config.policy, "lora", None)
     distils = config.experience.enabled and config.objective.sdl_coef > 0
-    return Settings(
+    settings = Settings(
         tokens=r.max_prompt_length + r.max_response_length,
         prefix=r.max_prompt_length,
         prompts_per_step=r.prompts_per_step,
@@ -42,6 +44,7 @@ def settings_of(config: EvolveConfig, device: torch.device) -> Settings:
         offload_gib=getattr(config, "offload_gib", 0.0) if device.type == "cuda" else 0.0,
         device=device.type,
     )
+    return replace(settings, **known)
 
 
 def available_memory(device: torch.device) -> int:
