@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
 
+from genevolve_fast.cli import main
 from genevolve_fast.profile.flops import (
     GPUS,
     SHARED,
@@ -21,7 +24,8 @@ from genevolve_fast.profile.flops import (
     sharing_ratio,
     step_flops,
 )
-from genevolve_fast.profile.meter import Meter, snapshot
+from genevolve_fast.profile.meter import Meter, PeakBytes, snapshot
+from genevolve_fast.profile.plan import PlanError, Settings, longest_rollout, memory_of, plan, savings, verdict
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape, ShapeError
 
 EIGHT = BUILT_IN["qwen3-vl-8b"]
@@ -238,6 +242,148 @@ def test_gpus_are_known_by_their_drivers_name(name, key):
     assert gpu_named(name) == GPUS.get(key)
 
 
+# --- planner ----------------------------------------------------------------------------------------------------------
+
+KIB = 1024
+LORA = Settings(tokens=36_144, prefix=6144, lora=64, rollout=False, teacher="off")
+
+
+def term(made, name: str) -> int:
+    """Bytes of the one term whose name begins so."""
+    every = [*made.held, *(t for terms in made.phases.values() for t in terms)]
+    sizes = {t.bytes for t in every if t.name.startswith(name)}
+    assert len(sizes) == 1, f"{name}: {sizes} among {[t.name for t in every]}"
+    return sizes.pop()
+
+
+def test_a_prefix_costs_720_kib_a_token():
+    assert term(plan(EIGHT, LORA), "prefix: inputs") == 6144 * 720 * KIB
+
+
+@pytest.mark.parametrize(("offload", "target"), [(0, 400), (600, 128)])
+def test_bytes_of_a_student_token(offload, target):
+    """(peak at 2N − peak at N) / N, N ≥ 32k: the figure that the step benchmark holds the training pass to."""
+    totals = [plan(EIGHT, replace(LORA, tokens=6144 + n, offload_gib=offload)).total for n in (32_768, 65_536)]
+    slope = (totals[1] - totals[0]) / 32_768 / KIB
+    assert 0.5 * target < slope <= target
+    taught = [replace(LORA, tokens=6144 + n, offload_gib=offload, teacher="live") for n in (32_768, 65_536)]
+    assert plan(EIGHT, taught[1]).total - plan(EIGHT, taught[0]).total <= 1.02 * (totals[1] - totals[0])
+
+
+def test_offloading_takes_whole_layers_and_keeps_two_buffers():
+    layer = 30_000 * 4096 * 2
+    here = plan(EIGHT, LORA)
+    assert here.host_bytes == 0 and term(here, "student's layer inputs") == 36 * layer
+    some = plan(EIGHT, replace(LORA, offload_gib=10.5 * layer / 2**30))
+    assert some.host_bytes == 10 * layer
+    assert term(some, "student's layer inputs") == 26 * layer and term(some, "offload buffers") == 2 * layer
+    none = plan(EIGHT, replace(LORA, offload_gib=2.5 * layer / 2**30))
+    assert none == here  # two layers away and two buffers here would save nothing
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_weights_gradients_and_state_are_what_a_real_step_holds(policy, tmp_path, name, freeze):
+    from genevolve_fast.train.config import OptimConfig
+    from genevolve_fast.train.evolve import frozen_copy
+    from genevolve_fast.train.optim import build_optimizer
+
+    policy.save_pretrained(tmp_path)
+    if freeze:
+        policy.freeze_vision()
+    optimizer = build_optimizer(policy, OptimConfig(name=name), 1)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    gradients = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
+    optimizer.step()
+    moments = [
+        x for part in optimizer._parts for s in part.state.values() for x in s.values() if getattr(x, "ndim", 0) > 0
+    ]
+    s = Settings(tokens=900, dtype="float32", device="cpu", optimizer=name, freeze_vision=freeze)
+    made = plan(ModelShape.from_config(tmp_path), s)
+    assert term(made, "weights") == sum(p.nbytes for p in policy.parameters())
+    assert term(made, "gradients") == gradients
+    assert term(made, "optimizer state") == pytest.approx(sum(m.nbytes for m in moments), rel=0.001)
+    assert term(made, "frozen copy") == sum(p.nbytes for p in frozen_copy(policy).parameters())
+
+
+def test_what_the_other_weights_cost():
+    full = Settings(tokens=36_144, prefix=6144)
+    assert term(plan(EIGHT, full), "frozen copy (reference)") == 2 * EIGHT.total_parameters
+    both = plan(EIGHT, replace(full, teacher="base"))
+    assert term(both, "frozen copy (reference and base teacher)") == 2 * EIGHT.total_parameters
+    learns = EIGHT.total_parameters - EIGHT.parameters["vision"]
+    assert term(plan(EIGHT, replace(full, teacher="ema")), "EMA teacher") == 4 * learns
+    adapters = plan(EIGHT, replace(full, lora=16))
+    assert not [t for t in adapters.held if "copy" in t.name]
+    assert term(adapters, "gradients") == 2 * EIGHT.lora_parameters(16)
+    tied = BUILT_IN["qwen3-vl-2b"]
+    frozen = plan(tied, replace(full, freeze_head=True))  # the embedding is the head
+    assert term(frozen, "gradients") == 2 * (tied.parameters["layers"] + tied.parameters["norms"])
+
+
+def test_the_micro_batch_is_full_or_one_long_rollout():
+    s = Settings(tokens=1100, prefix=100, patch=50, num_generations=4, max_tokens_per_microbatch=3000)
+    assert (s.student_rows, s.teacher_rows) == (3000, 3000 + 3 * 50)
+    assert replace(s, max_tokens_per_microbatch=10**6).student_rows == 4000
+    assert replace(s, max_tokens_per_microbatch=10).student_rows == 1000
+
+
+def test_every_named_switch_saves_what_it_says():
+    s = Settings(tokens=36_144, prefix=6144, teacher="ema", dtype="float32", max_tokens_per_microbatch=60_000)
+    for settings in (s, replace(s, rollout=False)):
+        found = savings(EIGHT, settings)
+        before = plan(EIGHT, settings).total
+        assert len(found) >= 5 and "qwen3-vl-4b" in [name for name, *_ in found]
+        assert all(saved == before - other.total > 0 for _, saved, other in found)
+        assert [saved for _, saved, _ in found] == sorted((x for _, x, _ in found), reverse=True)
+
+
+def test_the_longest_rollout_is_the_longest():
+    limit = 141 * 2**30
+    s = replace(LORA, offload_gib=128, teacher="live")
+    longest = longest_rollout(EIGHT, s, limit)
+    assert plan(EIGHT, replace(s, tokens=longest)).total <= limit < plan(EIGHT, replace(s, tokens=longest + 1)).total
+    assert longest_rollout(EIGHT, s, 16 << 30) == 0
+
+
+def test_the_verdict_names_what_limits():
+    text = verdict(EIGHT, replace(LORA, teacher="live"), 24 << 30)
+    assert text.startswith("does not fit") and "limited by weights" in text
+    rollouts = replace(LORA, rollout=True, max_batch=1)
+    text = verdict(EIGHT, rollouts, 80 << 30)
+    assert "limited by open rollouts' keys and values" in text and "training alone" in text
+    assert plan(EIGHT, rollouts).limiting.bytes == 48 * 36_144 * 144 * KIB
+    roomy = verdict(EIGHT, rollouts, 10**13)
+    assert roomy.startswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 << 30), ("80GB", 80 * 10**9), ("16", 16 << 30), ("512MiB", 512 << 20),
+                       ("NVIDIA A100-PCIE-40GB", 40 << 30), ("l40s", 48 << 30)]
+)  # fmt: skip
+def test_sizes_and_gpus(text, size):
+    assert memory_of(text) == size
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(tokens=0), "tokens"),
+        (dict(tokens=10, prefix=10), "leaves no reply"),
+        (dict(tokens=10, loss_share=0.0), "loss_share"),
+        (dict(tokens=10, offload_gib=1.0, device="cpu"), "offload_gib"),
+        (dict(tokens=10, mean_tokens=11), "mean_tokens"),
+        (dict(tokens=10, lora=-1), "lora"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(wrong, message):
+    with pytest.raises(PlanError, match=message):
+        Settings(**wrong)
+    with pytest.raises(PlanError, match="A100|a100"):
+        memory_of("a potato")
+
+
 # --- meter ------------------------------------------------------------------------------------------------------------
 
 MIB = 2**20
@@ -313,3 +459,135 @@ def test_a_snapshot_needs_a_gpu(tmp_path):
         pass
     with snapshot("cpu", None):
         pass
+
+
+def test_the_high_water_mark_of_a_step():
+    peak = PeakBytes("cpu")
+    if peak.read() is None:
+        pytest.skip("this system does not tell a process its high-water mark")
+    passing = torch.ones(64 * MIB, dtype=torch.uint8)
+    del passing
+    assert 63 * MIB <= peak.read() < 96 * MIB
+    assert PeakBytes("cpu").read() < 16 * MIB  # and it starts again
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_plan_on_the_command_line(capsys):
+    small = [
+        "plan",
+        "--model",
+        "qwen3-vl-8b",
+        "--tokens",
+        "36144",
+        "--prefix",
+        "6144",
+        "--lora",
+        "64",
+        "--training-only",
+    ]
+    assert main([*small, "--gpu", "24GiB"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "limited by weights" in said
+    assert main([*small, "--gpu", "80GiB", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    settings = Settings(tokens=36_144, prefix=6144, lora=64, rollout=False)
+    assert made["fits"] and made["total"] == plan(EIGHT, settings).total
+    assert set(made["phases"]) == {"prefix", "student", "teacher", "head", "backward", "step"}
+
+
+def test_plan_takes_everything_from_a_configuration(capsys):
+    assert main(["plan", "--config", "genevolve_8b", "--model", "qwen3-vl-8b", "--gpu", "h200", "--json"]) == 1
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["peak_phase"] == "rollout"
+    again = ["plan", "--config", "genevolve_8b", "--model", "qwen3-vl-8b", "--gpu", "h200", "--json"]
+    main([*again, "--set", "objective.kl_coef=0", "--tokens", "20000"])
+    less = json.loads(capsys.readouterr().out)
+    assert not [t for t in less["held"] if "copy" in t["name"]] and less["total"] < whole["total"]
+    assert main(["plan", "--config", "demo"]) == 0  # on this machine
+
+
+@pytest.mark.parametrize("wrong", [["--model", "qwen3-vl-8b"], ["--tokens", "9"], ["--config", "demo", "--gpu", "x"],
+                                   ["--model", "qwen3-vl-8b", "--tokens", "9", "--set", "a=1"]])  # fmt: skip
+def test_half_a_question_is_refused(wrong, capsys):
+    assert main(["plan", *wrong]) == 2
+    assert "genevolve-fast plan:" in capsys.readouterr().err
+
+
+def test_evolve_refuses_before_it_loads_anything(tmp_path, capsys):
+    """A folder with nothing but the 8B model's config.json: the refusal comes before anything is missed."""
+    from transformers import Qwen3VLConfig
+
+    text = dict(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=3600, head_dim=128, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=151_936,
+    )  # fmt: skip
+    Qwen3VLConfig(text_config=text).save_pretrained(tmp_path / "policy")
+    config = ["--config", "genevolve_8b", "--set", f"policy.path={tmp_path / 'policy'}", "--runs", str(tmp_path)]
+    assert main(["evolve", *config]) == 2
+    said = capsys.readouterr().err
+    assert "cannot fit" in said and "Limited by" in said and " = " in said
+    assert not (tmp_path / "genevolve_8b").exists()
+
+
+PROFILE = {
+    "threads": 1,
+    "pool_size": 40,
+    "rollout.prompts_per_step": 1,
+    "rollout.num_generations": 4,
+    "rollout.temperature": 1.0,
+    "experience.min_gap": 0.01,
+    "policy.gradient_checkpointing": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    sets = [part for name, value in PROFILE.items() for part in ("--set", f"{name}={value}")]
+    assert main(["profile", "--config", "demo", *sets, "--out", str(folder)]) == 0
+    return folder, json.loads((folder / "profile.json").read_text())
+
+
+def test_a_profile_measures_every_phase(profiled):
+    folder, made = profiled
+    rows = {p["name"]: p for p in made["phases"]}
+    assert {"weights", "optimizer", "rollout", "student", "head", "backward", "step"} <= set(rows)
+    assert all(p["seconds"] > 0 for p in rows.values())
+    assert sum(p["share"] for p in rows.values()) == pytest.approx(1)
+    assert made["peak_bytes"] == max(p["peak_bytes"] for p in rows.values()) == rows["backward"]["peak_bytes"]
+    assert (
+        rows["student"]["tokens"]
+        == made["trained_tokens"]
+        == rows["backward"]["tokens"]
+        > made["microbatch_tokens"] / 2
+    )
+    assert rows["rollout"]["tokens"] == pytest.approx(rows["head"]["tokens"], rel=0.7)
+    assert rows["backward"]["bytes_per_token"] > 1000 and rows["rollout"]["bytes_per_token"] is None
+    assert made["mfu"] is None and made["mfu_reason"] == "no peak FLOP/s known"
+
+
+def test_what_does_not_depend_on_lengths_is_predicted_exactly(profiled):
+    rows = {p["name"]: p for p in profiled[1]["phases"]}
+    assert rows["weights"]["peak_bytes"] == pytest.approx(rows["weights"]["predicted_bytes"], rel=0.01)
+    assert rows["step"]["peak_bytes"] == pytest.approx(rows["step"]["predicted_bytes"], rel=0.03)
+
+
+def test_the_timeline_is_a_picture_of_the_segments(profiled):
+    folder, made = profiled
+    root = ElementTree.fromstring((folder / "timeline.svg").read_text())
+    spaces = {"s": "http://www.w3.org/2000/svg"}
+    blocks = [r for r in root.findall("s:rect", spaces) if r.find("s:title", spaces) is not None]
+    assert [b.find("s:title", spaces).text for b in blocks] == [s["phase"] for s in made["segments"]]
+    assert root.find("s:polyline", spaces) is not None
+    assert not list(folder.glob(".*"))
+
+
+def test_a_profile_that_cannot_be_made_is_refused(tmp_path, capsys):
+    base = ["profile", "--config", "demo", "--out", str(tmp_path / "out")]
+    assert main([*base, "--snapshot", str(tmp_path / "s.pickle")]) == 2
+    assert "CUDA allocator" in capsys.readouterr().err
+    assert main([*base, "--steps", "0"]) == 2
+    assert "steps must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from genevolve_fast.experience.bundle import best_and_worst
 from genevolve_fast.experience.context import render as render_experience
 from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.protocols import Experience, World
 from genevolve_fast.reward.advantages import advantages
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
@@ -27,7 +28,7 @@ from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.metrics import rollout_metrics
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
-from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
+from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded, largest_microbatch
 from genevolve_fast.trajectory import Failed, Request, Trajectory
 
 
@@ -59,6 +60,7 @@ def evolve(
         with run.phase("update_actor", step):
             begin = time.perf_counter()
             batch = training_rollouts(groups, experiences, policy, config)
+            memory_peak = PeakBytes(policy.device)
             metrics, traces = accumulate_gradients(
                 policy,
                 batch,
@@ -72,6 +74,9 @@ def evolve(
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm, error_if_nonfinite=True)
             )
             optimizer.step()
+            if (peak := memory_peak.read()) is not None:
+                tokens = largest_microbatch(forwarded(batch, reference is not None), config.max_tokens_per_microbatch)
+                metrics["perf/peak_bytes_per_token"] = peak / max(1, tokens)
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         engine.weights_updated()
         keep_for_report(folder, step, rollouts, traces, experiences)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from genevolve_fast.batch.packing import plan_microbatches
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.profile.flops import UNSHARED, GroupLengths, Passes, Pushed, gpu_named, pushed, step_flops
 from genevolve_fast.profile.meter import Inline, Meter, Report, snapshot
@@ -35,7 +34,7 @@ from genevolve_fast.train.evolve import (
 from genevolve_fast.train.fits import settings_of
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.run import RunError, write_atomic
-from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded
+from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded, largest_microbatch
 from genevolve_fast.trajectory import Request
 
 LAYOUT = UNSHARED  # how update.py lays a step out
@@ -229,12 +228,6 @@ def group_lengths(rollouts: Sequence[TrainingRollout]) -> list[GroupLengths]:
             )
         )
     return found
-
-
-def largest_microbatch(rollouts: Sequence[TrainingRollout], max_tokens: int) -> int:
-    """Student tokens of the largest micro-batch that update.py makes of `rollouts`."""
-    lengths = [len(r.trajectory) + len(r.experience_ids) for r in rollouts]
-    return max(sum(len(rollouts[i].trajectory) for i in m) for m in plan_microbatches(lengths, max_tokens))
 
 
 def _weight_bytes(*policies: Policy | None) -> int:

@@ -113,6 +113,13 @@ def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[Trai
     return [r for r in rollouts if r.advantage or r.experience_ids or reference]
 
 
+def largest_microbatch(rollouts: Sequence[TrainingRollout], max_tokens: int) -> int:
+    """Student tokens of the largest micro-batch that `rollouts` are packed into; 0 without any."""
+    lengths = [len(r.trajectory) + len(r.experience_ids) for r in rollouts]
+    groups = plan_microbatches(lengths, max_tokens)
+    return max((sum(len(rollouts[i].trajectory) for i in members) for members in groups), default=0)
+
+
 class MicroBatch:
     """Packed student rows of some rollouts and, for those with experience, the teacher's rows of the same tokens."""
 
