@@ -423,8 +423,8 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         lines.append(f"pinned host memory: {gib(made.host_bytes)} for {offloaded_layers(shape, s)} layers' inputs")
     for name, saved, other in savings(shape, s)[:5]:
         lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
-    longest = longest_rollout(shape, s, limit)
-    lines.append(f"longest rollout that fits: {longest:,} tokens" if longest else "no rollout of any length fits")
+    longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""
+    lines.append(f"longest rollout{prefix} that fits: {longest:,} tokens" if longest else f"no rollout{prefix} fits")
     if made.peak_phase == "rollout":
         lines += [
             "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from xml.sax.saxutils import escape
 
 from genevolve_fast.profile.meter import PHASES, Report
@@ -25,28 +27,29 @@ def draw(report: Report, title: str) -> str:
     """
     if not report.segments:
         raise ValueError("no phase was measured")
-    begin, end = report.segments[0].begin, max(s.end for s in report.segments)
+    clock = _Clock(report)
+    end = clock.end
     top = max(report.peak_bytes, 1)
     unit, name = (2**30, "GiB") if top >= 2**29 else (2**20, "MiB")
 
     def x(second: float) -> float:
-        return LEFT + (second - begin) / max(end - begin, 1e-9) * WIDTH
+        return LEFT + clock.at(second) / max(end, 1e-9) * WIDTH
 
     def y(size: float) -> float:
         return TOP + HEIGHT - max(size, 0) / top * HEIGHT
 
     out = [_text(LEFT, 24, title, font_size=16, font_weight=600)]
-    out.append(_text(LEFT, 44, f"{name} above the start, over seconds", fill="#868e96"))
+    out.append(_text(LEFT, 44, f"{name} above the start, over seconds inside phases", fill="#868e96"))
     for tick in _ticks(top / unit):
         at = y(tick * unit)
         out.append(f'<path d="M{LEFT} {at:.1f}h{WIDTH}" stroke="{PALE}"/>')
         out.append(_text(LEFT - 8, at + 4, f"{tick:g}", text_anchor="end"))
-    for tick in _ticks(end - begin):
-        at = x(begin + tick)
+    for tick in _ticks(end):
+        at = LEFT + tick / max(end, 1e-9) * WIDTH
         out.append(f'<path d="M{at:.1f} {TOP + HEIGHT}v5" stroke="{INK}"/>')
         out.append(_text(at, TOP + HEIGHT + 20, f"{tick:g}", text_anchor="middle"))
     for s in report.segments:
-        wide = max(x(s.end) - x(s.begin), 0.5)
+        wide = max((s.end - s.begin) / max(end, 1e-9) * WIDTH, 0.5)
         high = TOP + HEIGHT - y(s.peak)
         colour = COLOURS.get(s.phase, INK)
         out.append(
@@ -68,6 +71,23 @@ def draw(report: Report, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" {style} fill="{INK}">\n'
         f'<rect width="{wide}" height="{high}" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n"
     )
+
+
+class _Clock:
+    """Seconds of a report with the time between phases cut out."""
+
+    def __init__(self, report: Report) -> None:
+        self._begins = [s.begin for s in report.segments]
+        self._lengths = [s.end - s.begin for s in report.segments]
+        self._elapsed = [0.0, *accumulate(self._lengths)]
+
+    @property
+    def end(self) -> float:
+        return self._elapsed[-1]
+
+    def at(self, second: float) -> float:
+        index = max(bisect_right(self._begins, second) - 1, 0)
+        return self._elapsed[index] + min(max(second - self._begins[index], 0.0), self._lengths[index])
 
 
 def _text(x: float, y: float, content: str, **style: object) -> str:
