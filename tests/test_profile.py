@@ -352,8 +352,8 @@ def test_the_verdict_names_what_limits():
     assert text.startswith("does not fit") and "limited by weights" in text
     rollouts = replace(LORA, rollout=True, max_batch=1)
     text = verdict(EIGHT, rollouts, 80 << 30)
-    assert "limited by open rollouts' keys and values" in text and "training alone" in text
-    assert plan(EIGHT, rollouts).limiting.bytes == 48 * 36_144 * 144 * KIB
+    assert "limited by waiting rollouts' keys and values" in text and "training alone" in text
+    assert plan(EIGHT, rollouts).limiting.bytes == 47 * 36_144 * 144 * KIB
     roomy = verdict(EIGHT, rollouts, 10**13)
     assert roomy.startswith("fits")
 

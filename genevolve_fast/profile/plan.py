@@ -25,6 +25,10 @@ FORWARD_HIDDEN = 2  # layer input and output
 FORWARD_QUERIES = 2  # q, attention's output
 FORWARD_KEYS = 2  # k, v
 TEACHER_HIDDEN = 3  # the teacher's rows between two visits, and a visit's input and output
+# What one layer holds for each padded prompt token in the engine's prefill, which has no tiles.
+PREFILL_HIDDEN = 3  # layer input, norm, residual
+PREFILL_QUERIES = 4  # q, keys and values for every query head, attention's output
+PREFILL_INTERMEDIATE = 3  # gate, up, their product
 # One token tile of the MLP: gate, up and their product, in the backward the gradients too; norms and residuals.
 TILE_INTERMEDIATE = 7
 TILE_HIDDEN = 6
@@ -294,20 +298,26 @@ def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    """The transformers engine: every open rollout's cache, a padded working copy, and the widest prefill."""
+    """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
     b, rows = s.itemsize, min(s.max_batch, s.open_rollouts)
+    waiting, prompt = s.open_rollouts - rows, max(1, s.prefix)
     per_token = shape.layers * 2 * shape.kv * b
-    new = max(1, s.prefix)  # the first turn computes the whole prompt
-    widths = 2 * shape.hidden + 2 * shape.q + 2 * shape.kv + 3 * shape.intermediate
-    widths = 2 * shape.hidden + 2 * shape.q + 2 * shape.kv + 3 * shape.intermediate
-    kept, mask = s.open_rollouts * (s.mean_tokens or s.tokens), new * new * (1 + b)
-    return (
-        Term("open rollouts' keys and values", kept * per_token, "tokens · L · 2kv · b"),
-        Term("working cache", rows * s.tokens * per_token, "rows · longest · L · 2kv · b"),
-        Term("prefill: activations", rows * new * b * widths, "rows · prompt · b · (2H + 2q + 2kv + 3I)"),
-        Term("prefill: keys, values per query head", 2 * rows * s.tokens * shape.q * b, "2 · rows · longest · q · b"),
-        Term("prefill: mask", rows * mask, "rows · prompt² · (1 + b)"),
+    widths = PREFILL_HIDDEN * shape.hidden + PREFILL_QUERIES * shape.q + PREFILL_INTERMEDIATE * shape.intermediate
+    first = (
+        Term("waiting rollouts' keys and values", waiting * prompt * per_token, "rollouts · prompt · L · 2kv · b"),
+        Term("working cache", rows * prompt * per_token, "rows · prompt · L · 2kv · b"),
+        Term(
+            "prefill: one layer", rows * prompt * b * widths,
+            f"rows · prompt · b · ({PREFILL_HIDDEN}H + {PREFILL_QUERIES}q + {PREFILL_INTERMEDIATE}I)",
+        ),
+        Term("prefill: mask", rows * prompt * prompt * (1 + b), "rows · prompt² · (1 + b)"),
+    )  # fmt: skip
+    kept, longest = waiting * (s.mean_tokens or s.tokens), 2 * rows * s.tokens
+    last = (
+        Term("waiting rollouts' keys and values", kept * per_token, "tokens · L · 2kv · b"),
+        Term("working cache and its copy", longest * per_token, "2 · rows · longest · L · 2kv · b"),
     )
+    return max(first, last, key=lambda terms: sum(t.bytes for t in terms))
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
