@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -24,7 +25,7 @@ from genevolve_fast.profile.flops import (
     sharing_ratio,
     step_flops,
 )
-from genevolve_fast.profile.meter import Meter, PeakBytes, snapshot
+from genevolve_fast.profile.meter import Inline, Meter, PeakBytes, snapshot
 from genevolve_fast.profile.plan import PlanError, Settings, longest_rollout, memory_of, plan, savings, verdict
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape, ShapeError
 
@@ -459,6 +460,54 @@ def test_a_snapshot_needs_a_gpu(tmp_path):
         pass
     with snapshot("cpu", None):
         pass
+
+
+def test_what_other_threads_allocated_can_be_told():
+    meter = Meter("cpu")
+    with meter.phase("weights"):
+        thread = threading.Thread(target=lambda: held.append(torch.empty(3 * MIB, dtype=torch.uint8)))
+        held: list[torch.Tensor] = []
+        thread.start()
+        thread.join()
+    assert meter.held == 0
+    meter.settle(held[0].nbytes)
+    with meter.phase("student"):
+        kept = torch.empty(MIB, dtype=torch.uint8)
+    assert meter.held == 4 * MIB == meter.report().phases[1].peak_bytes
+    del kept
+
+
+def test_inline_runs_in_the_same_thread():
+    assert Inline().submit(threading.get_ident).result() == threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        Inline().submit(lambda: 1 // 0).result()
+
+
+def test_the_phases_of_a_training_pass_change_no_bit(policy, tokenizer):
+    from naive import gradient
+    from rollouts import demonstrated
+
+    from genevolve_fast.ops import Objective
+    from genevolve_fast.sandbox.world import SandboxWorld
+    from genevolve_fast.train.profiled import group_lengths
+    from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, largest_microbatch
+
+    world = SandboxWorld()
+    trajectories, images = demonstrated(world, policy.codec, world.requests("train", 3))
+    batch = [TrainingRollout(t, a, (41, 50)) for t, a in zip(trajectories, (1.0, -0.5, 0.3), strict=True)]
+    meter, gradients = Meter("cpu"), []
+    for phase in ({}, {"phase": meter.phase}):
+        policy.zero_grad()
+        accumulate_gradients(policy, batch, images, Objective(kl_coef=0.0), temperature=0.7, max_tokens=10**6, **phase)
+        gradients.append(gradient(policy))
+    assert torch.equal(*gradients)
+    rows = {p.name: p for p in meter.report().phases}
+    assert set(rows) == {"student", "teacher", "head", "backward"} and min(p.peak_bytes for p in rows.values()) > MIB
+    lengths = [len(t) for t in trajectories]
+    groups = group_lengths(batch)
+    assert [g.prefix + g.replies[0] for g in groups] == lengths and {g.patches for g in groups} == {(2,)}
+    assert [g.cut for g in groups] == [t.request_stop for t in trajectories]
+    assert largest_microbatch(batch, 10**6) == sum(lengths) and largest_microbatch(batch, 1) == max(lengths)
 
 
 def test_the_high_water_mark_of_a_step():

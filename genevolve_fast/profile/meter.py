@@ -103,8 +103,7 @@ class Meter:
         if self.cuda:
             self._base = torch.cuda.memory_allocated(self.device)
             self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-            self._origin = torch.cuda.Event(enable_timing=True)
-            self._origin.record()
+            self._origin = self._event()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -189,8 +188,7 @@ class Meter:
             self._border_cpu(following)
 
     def _border_cuda(self, following: str | None) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event = self._event()
         if self._running:
             segment = self._segments[-1]
             segment.peak = torch.cuda.max_memory_allocated(self.device) - self._base
@@ -201,6 +199,11 @@ class Meter:
             self._segments.append(Segment(following))
             self._events.append((event, event))
         self._running = following is not None
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def _resolve(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -41,7 +41,7 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         freeze_vision=config.policy.freeze_vision,
         teacher=getattr(config, "teacher", "live") if distils else "off",
         reference=config.objective.kl_coef > 0,
-        offload_gib=getattr(config, "offload_gib", 0.0) if device.type == "cuda" else 0.0,
+        offload_gib=getattr(config, "offload_gib", 0.0),
         device=device.type,
     )
     return replace(settings, **known)
