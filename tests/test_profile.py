@@ -26,7 +26,17 @@ from genevolve_fast.profile.flops import (
     step_flops,
 )
 from genevolve_fast.profile.meter import Inline, Meter, PeakBytes, snapshot
-from genevolve_fast.profile.plan import PlanError, Settings, longest_rollout, memory_of, plan, savings, verdict
+from genevolve_fast.profile.plan import (
+    PlanError,
+    Settings,
+    longest_rollout,
+    memory_of,
+    plan,
+    resized,
+    savings,
+    shorter_prompt,
+    verdict,
+)
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape, ShapeError
 
 EIGHT = BUILT_IN["qwen3-vl-8b"]
@@ -346,6 +356,15 @@ def test_the_longest_rollout_is_the_longest():
     longest = longest_rollout(EIGHT, s, limit)
     assert plan(EIGHT, replace(s, tokens=longest)).total <= limit < plan(EIGHT, replace(s, tokens=longest + 1)).total
     assert longest_rollout(EIGHT, s, 16 << 30) == 0
+
+
+def test_the_mean_rollout_grows_with_the_longest():
+    s = Settings(tokens=1100, prefix=100, mean_tokens=350)
+    assert (resized(s, 2100).tokens, resized(s, 2100).mean_tokens) == (2100, 600)
+    assert (shorter_prompt(s).prefix, shorter_prompt(s).tokens, shorter_prompt(s).mean_tokens) == (50, 1050, 300)
+    engine = replace(s, tokens=36_100, mean_tokens=9_100, lora=8)
+    made = plan(EIGHT, engine)
+    assert made.peak_phase == "rollout" and 36_100 <= longest_rollout(EIGHT, engine, made.total) <= 36_110
 
 
 def test_the_verdict_names_what_limits():

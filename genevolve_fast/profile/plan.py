@@ -338,7 +338,7 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
     """(switch, bytes of the peak it saves, the plan with it), the largest saving first; useless ones are left out."""
     block_mb = -(-1024 * shape.vocabulary * 4 // 2**20)
     budget = math.ceil(shape.layers * s.student_rows * shape.hidden * s.itemsize / GIB)
-    half = s.tokens - s.reply // 2
+    half, short = resized(s, s.tokens - s.reply // 2), shorter_prompt(s)
     tries: list[tuple[str, dict[str, Any]]] = [
         ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64}),
         (f"offload_gib {budget} of host memory", {"offload_gib": budget} if s.device == "cuda" else {}),
@@ -351,8 +351,8 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         ("tiles of 2048 rows", {"tile_tokens": min(2048, s.tile_tokens)}),
         ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),
         ("half the requests a step", {"prompts_per_step": max(1, s.prompts_per_step // 2)}),
-        ("replies half as long", {"tokens": half, "mean_tokens": s.mean_tokens and min(half, s.mean_tokens)}),
-        ("prompts half as long", {"prefix": s.prefix // 2, "tokens": s.reply + s.prefix // 2, "mean_tokens": None}),
+        ("replies half as long", {"tokens": half.tokens, "mean_tokens": half.mean_tokens}),
+        ("prompts half as long", {f: getattr(short, f) for f in ("tokens", "prefix", "mean_tokens")}),
         ("bfloat16", {"dtype": "bfloat16"}),
     ]
     now = plan(shape, s).total
@@ -361,6 +361,18 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         found.append((smaller, plan(BUILT_IN[smaller], s)))
     saved = [(name, now - other.total, other) for name, other in found]
     return sorted((row for row in saved if row[1] > 0), key=lambda row: -row[1])
+
+
+def shorter_prompt(s: Settings) -> Settings:
+    """Half the prefix, the same replies."""
+    cut = s.prefix - s.prefix // 2
+    return replace(s, tokens=s.tokens - cut, prefix=s.prefix - cut, mean_tokens=s.mean_tokens and s.mean_tokens - cut)
+
+
+def resized(s: Settings, tokens: int) -> Settings:
+    """Rollouts of another length with the same prefix; the mean reply stays the same share of the longest."""
+    mean = s.mean_tokens and s.prefix + max(1, (s.mean_tokens - s.prefix) * (tokens - s.prefix) // s.reply)
+    return replace(s, tokens=tokens, mean_tokens=mean)
 
 
 def next_smaller(shape: ModelShape) -> str | None:
@@ -374,7 +386,7 @@ def longest_rollout(shape: ModelShape, s: Settings, limit: int) -> int:
     """Tokens of the longest rollout, prefix included, that fits into `limit` bytes; 0 if none does."""
 
     def fits(tokens: int) -> bool:
-        return plan(shape, replace(s, tokens=tokens, mean_tokens=None)).total <= limit
+        return plan(shape, resized(s, tokens)).total <= limit
 
     low, high = s.prefix, s.prefix + 1
     while fits(high) and high < 2**26:
