@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def accumulate_gradients(
     own, as the reference is. `phase(name)` is entered around prefix, student, head, backward, teacher and reference.
     """
     step = _Step(policy, rollouts, objective, temperature, reference, teacher, phase)
-    live = [r for r in rollouts if r.advantage or r.experience_ids or reference is not None]
+    live = forwarded(rollouts, reference is not None)
     for bundle in bundles(
         live, images, policy.codec, policy.device, max_tokens=max_tokens, sdl_scope=objective.sdl_scope
     ):
@@ -57,6 +58,11 @@ def accumulate_gradients(
     metrics["actor/trained_share"] = len(live) / max(1, len(rollouts))
     metrics["actor/teacher_share"] = sum(bool(r.experience_ids) for r in rollouts) / max(1, len(rollouts))
     return metrics, step.traces()
+
+
+def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[TrainingRollout]:
+    """Those that have a gradient."""
+    return [r for r in rollouts if r.advantage or r.experience_ids or reference]
 
 
 class _Step:
@@ -69,6 +75,7 @@ class _Step:
         self.totals = Totals(policy.device)
         self.pushed = PushedTokens()
         self.separate = 0  # rows of passes with other weights
+        self.largest = 0  # student rows of a micro-batch
         self.seen: list[tuple[MicroBatch, RowLogProbs]] = []
 
     def add(self, bundle: Bundle) -> None:
@@ -101,13 +108,16 @@ class _Step:
     def reply(self, micro: MicroBatch, prefix: Prefix, features: ImageFeatures | None, ref_logps, teacher_logps):
         """Forward and backward of some replies; the teacher rides along where its weights are the student's."""
         policy = self.policy
+        self.largest = max(self.largest, len(micro.student))
         rides = micro.teacher if self.teacher is None else None
         with self.phase("student"):
             x, teacher_x = through_layers(
                 policy,
                 features,
                 reading(policy, micro.student, micro.student_layout, prefix),
-                reading(policy, rides, micro.teacher_layout, prefix, detached=True),
+                reading(
+                    policy, rides, micro.teacher_layout, prefix, detached=True, phase=partial(self.phase, "teacher")
+                ),
             )
         with self.phase("head"):
             loss, stats, logps = linear_grpo_sdl(
@@ -132,7 +142,8 @@ class _Step:
 
     def metrics(self) -> dict[str, float]:
         tokens = {f"tokens/{part}": float(getattr(self.pushed, part)) for part in ("prefix", "student", "teacher")}
-        return self.totals.metrics() | tokens | {"tokens/separate_passes": float(self.separate)}
+        tokens |= {"tokens/separate_passes": float(self.separate), "tokens/largest_microbatch": float(self.largest)}
+        return self.totals.metrics() | tokens
 
     def traces(self) -> dict[str, TokenTrace]:
         return {name: t for micro, logps in self.seen for name, t in trace(micro, *logps, self.objective).items()}
