@@ -393,7 +393,7 @@ def test_wrong_arguments_are_named():
             layout,
             prefix_k,
             prefix_v,
-            (prefix_k.mT.clone().mT,) * 2,
+            (transposed,) * 2,
         ),
         "prefix_grads takes": (d_out, q, k, v, out, lse, Layout((0, 4)), None, None, (prefix_k, prefix_v)),
     }
