@@ -383,18 +383,7 @@ def test_wrong_arguments_are_named():
         "d_out must be": (d_out[:2], q, k, v, out, lse, layout, prefix_k, prefix_v),
         "lse must be": (d_out, q, k, v, out, lse.float(), layout, prefix_k, prefix_v),
         "prefix_grads must be": (d_out, q, k, v, out, lse, layout, prefix_k, prefix_v, (prefix_k.float(),) * 2),
-        "prefix_grads must have unit": (
-            d_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            layout,
-            prefix_k,
-            prefix_v,
-            (transposed,) * 2,
-        ),
+        "prefix_grads must have unit": (d_out, q, k, v, out, lse, layout, prefix_k, prefix_v, (transposed,) * 2),
         "prefix_grads takes": (d_out, q, k, v, out, lse, Layout((0, 4)), None, None, (prefix_k, prefix_v)),
     }
     for match, args in results.items():
