@@ -137,6 +137,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--snapshot", type=Path, default=None, help="also write torch's memory snapshot there; GPU only")
 
     p = command(
+        "verify",
+        run_verify,
+        "Compare the shared training pass with whole sequences, one at a time, on your own model and first batch.",
+        "genevolve-fast verify --config demo --set rollout.prompts_per_step=2",
+    )
+    p.add_argument("--config", required=True, help="YAML file, or a built-in name")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+
+    p = command(
         "bench",
         run_bench_command,
         "Judge a policy on held-out sandbox requests; the same seeds for every policy.",
@@ -353,6 +362,40 @@ def run_profile(args: argparse.Namespace) -> int:
     write_profile(args.out, made, f"{config.name}: {config.policy.path}, {args.steps} step(s) on {made.device}")
     print(f"{made.table()}\nwritten to {args.out}")
     return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Exit status 1 where the gradients differ by more than their dtype explains."""
+    from genevolve_fast.rollout.transformers_engine import TransformersEngine
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.evolve import new_memory
+    from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
+    from genevolve_fast.train.single import sample_step
+    from genevolve_fast.train.verify import verify
+
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    sandbox, world = open_sandbox(config.world)
+    policy = open_policy(config.policy).eval()
+    refuse_dropout(policy)
+    prepare(policy, config.policy, config.seed)
+    reference, teacher = other_weights(config, policy)
+    print(f"sampling {config.rollout.prompts_per_step} x {config.rollout.num_generations} rollouts", flush=True)
+    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
+    batch, images = sample_step(config, policy, world, pool, engine, new_memory(config, world), 0)
+    deviation = verify(
+        policy,
+        batch,
+        images,
+        config.objective,
+        temperature=config.rollout.temperature,
+        max_tokens=config.max_tokens_per_microbatch,
+        reference=reference,
+        teacher=teacher,
+    )
+    print(deviation)
+    return 0 if deviation.holds else 1
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -20,20 +20,13 @@ from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.profile.timeline import draw
 from genevolve_fast.protocols import World
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
-from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig
-from genevolve_fast.train.evolve import (
-    group_by_request,
-    learn_from,
-    new_memory,
-    requests_of_step,
-    session_settings,
-    training_rollouts,
-)
+from genevolve_fast.train.evolve import new_memory
 from genevolve_fast.train.fits import settings_of
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import other_weights, prepare
 from genevolve_fast.train.run import RunError, write_atomic
+from genevolve_fast.train.single import sample_step
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded
 from genevolve_fast.trajectory import Request
 
@@ -141,25 +134,8 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
     memory = new_memory(config, world)
     work, widest, longest, held = Pushed(), 0, (1, 0), 0
     for step in range(steps):
-        requests = {r.id: r for r in requests_of_step(pool, config, step)}
-        with meter.phase("rollout"):
-            rollouts = sample_rollouts(
-                list(requests.values()),
-                config.rollout.num_generations,
-                world=world,
-                engine=engine,
-                codec=policy.codec,
-                settings=session_settings(config.rollout, world),
-                seed=config.seed,
-                step=step,
-            )
-        rollouts = judge_rollouts(rollouts, requests, world)
-        groups = group_by_request(rollouts.trajectories)
-        experiences, _ = learn_from(groups, requests, world, memory, config, step)
-        batch = training_rollouts(groups, experiences, policy, config)
+        batch, images = sample_step(config, policy, world, pool, engine, memory, step, meter.phase("rollout"))
         live = forwarded(batch, reference is not None)
-        if not live:
-            raise RunError(f"step {step}: no rollout has a gradient, there is no training pass to measure")
         work += pushed(group_lengths(live), LAYOUT)
         longest = max(longest, *((len(r.trajectory), _prompt(r)) for r in live))
         held = max(held, meter.held)
@@ -167,7 +143,7 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
             metrics, _ = accumulate_gradients(
                 policy,
                 batch,
-                rollouts.images,
+                images,
                 config.objective,
                 temperature=config.rollout.temperature,
                 max_tokens=config.max_tokens_per_microbatch,
