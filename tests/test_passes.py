@@ -13,7 +13,7 @@ from grouped import group, mixed_batch, text_policy
 from naive import gradient, naive_loss
 
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
-from genevolve_fast.ops import Objective
+from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.passes import Prefix, reading, through_layers
 from genevolve_fast.policy.visits import PrefixCache, Stream
@@ -260,3 +260,20 @@ def test_what_is_offloaded_leaves_the_device(case):
         assert x.requires_grad and alive == [False, False] + [True] * (len(alive) - 2)
     for handle in handles:
         handle.remove()
+
+
+def test_row_log_probs_are_returned_where_there_are_any():
+    torch.manual_seed(0)
+    h, w = torch.randn(6, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    y, has = torch.tensor([1, 2, -100, 4, 5, 6]), torch.tensor([True, False, True, True, False, True])
+    teacher = torch.tensor([-1.0, -2, -3, -4, -5, -6], dtype=torch.float64)
+    options = dict(objective=Objective(kl_coef=0.0), return_logps=True, cu_seqlens=[0, 3, 5, 6])
+    a = torch.tensor([1.0, 0.0, 0.5])
+    _, _, seen = linear_grpo_sdl(h, w, y, advantages=a, teacher_logps=teacher, sdl_mask=has, **options)
+    want = linear_logprob(h, w, y).logps
+    live = torch.tensor([True, True, False, True, False, True])  # the second sequence has a teacher in one row only
+    assert torch.equal(seen.student.isnan(), ~live) and torch.equal(seen.student[live], want[live])
+    eligible = has & (y >= 0)
+    assert torch.equal(seen.teacher.isnan(), ~eligible) and torch.equal(seen.teacher[eligible], teacher[eligible])
+    _, _, alone = linear_grpo_sdl(h, w, y, advantages=a, **options)
+    assert alone.teacher.isnan().all() and not alone.student.requires_grad
