@@ -285,7 +285,6 @@ def run_sft(args: argparse.Namespace) -> int:
 
 
 def run_evolve(args: argparse.Namespace) -> int:
-    from genevolve_fast.profile.plan import gib
     from genevolve_fast.profile.shapes import ModelShape
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.evolve import evolve
@@ -295,9 +294,7 @@ def run_evolve(args: argparse.Namespace) -> int:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     set_threads(config.threads)
-    plan = check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
-    if plan.host_bytes:
-        print(f"pinned host memory: {gib(plan.host_bytes)}")
+    check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
     sandbox, world = open_sandbox(config.world)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)

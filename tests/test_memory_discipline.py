@@ -117,3 +117,20 @@ def test_host_memory_that_is_not_there_is_refused(policy, monkeypatch):
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with pytest.raises(RunError, match="exceeds the host's available memory of 1.0 GiB"):
         module.pinned_buffer(1.5, torch.device("cuda"))
+
+
+def test_a_frozen_head_and_a_small_workspace_reach_the_pass(policy, pictures):
+    from grouped import mixed_batch
+
+    from genevolve_fast.ops import Objective
+    from genevolve_fast.train.update import accumulate_gradients
+
+    rollouts, images = mixed_batch(policy.codec, pictures)
+    prepare(policy, parse_config(EvolveConfig, dict(policy=dict(freeze_head=True))).policy, 0)
+    shared = dict(temperature=1.0, max_tokens=10**6)
+    accumulate_gradients(policy, rollouts, images, Objective(kl_coef=0.0), **shared)
+    assert policy.head_weight.grad is None and policy.decoder.norm.weight.grad is not None
+    with pytest.raises(ValueError, match="workspace_mb"):
+        accumulate_gradients(policy, rollouts, images, Objective(kl_coef=0.0), workspace_mb=0.001, **shared)
+    with pytest.raises(ConfigError, match="freeze_head with lora"):
+        parse_config(EvolveConfig, dict(policy=dict(freeze_head=True, lora=dict(rank=2))))

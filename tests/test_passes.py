@@ -277,3 +277,40 @@ def test_row_log_probs_are_returned_where_there_are_any():
     assert torch.equal(seen.teacher.isnan(), ~eligible) and torch.equal(seen.teacher[eligible], teacher[eligible])
     _, _, alone = linear_grpo_sdl(h, w, y, advantages=a, **options)
     assert alone.teacher.isnan().all() and not alone.student.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [False, True])
+def test_bytes_per_row_are_those_of_the_planner(teacher):
+    """(peak(2N) - peak(N)) / N of one rollout: layer inputs and one layer's working set; the teacher adds nothing."""
+    from benchmarks.memory import peak_bytes
+    from genevolve_fast.profile.plan import Settings, plan
+    from genevolve_fast.profile.shapes import ModelShape
+
+    policy = text_policy("Qwen3", num_hidden_layers=6, hidden_size=128, head_dim=32, vocab_size=320)
+    policy.gradient_checkpointing = True
+    policy.tile_tokens = 32
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    peaks, planned = [], []
+    for reply in (2048, 4096):
+        turns = [("assistant", [1]), ("tool", [reply - 2]), ("assistant", [1])]
+        trajectories, _ = group(policy.codec, [20], [turns], 1)
+        batch = [TrainingRollout(t, 1.0, (41, 42) if teacher else ()) for t in trajectories]
+        settings = dict(tokens=len(trajectories[0]), prefix=25, max_tokens_per_microbatch=1, tile_tokens=32, patch=2)
+        settings |= dict(dtype="float32", device="cpu", reference=False, rollout=False, num_generations=1)
+        made = plan(
+            ModelShape.from_config(policy.model.config.to_dict()),
+            Settings(**settings, teacher="live" if teacher else "off", loss_share=0.01),
+        )
+        planned.append(made.phase_bytes("backward"))
+
+        def run(batch=batch):
+            shared = dict(temperature=1.0, max_tokens=10**6)
+            accumulate_gradients(policy, batch, {}, Objective(kl_coef=0.0), **shared)
+            return []
+
+        run()  # what is made once and kept, such as the workspace's tables
+        peaks.append(peak_bytes(run, torch.device("cpu")))
+    measured, said = ((b - a) / 2048 for a, b in (peaks, planned))
+    assert measured == pytest.approx(said, rel=0.03)

@@ -14,16 +14,22 @@ from genevolve_fast.ops.memory import formula_bytes
 from genevolve_fast.profile.flops import GPUS, gpu_named
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
 
-# What one layer's backward holds for each student row: widths in the model's dtype, then bytes in fp32.
-VISIT_HIDDEN = 2  # layer input, its gradient
+# What one layer's backward holds for each student row in attention: widths in the model's dtype, then bytes in fp32.
+VISIT_HIDDEN = 1  # the gradient, written in place; the layer input is counted where it waits
 VISIT_QUERIES = 4  # q, attention's output, and the gradients of both
 VISIT_KEYS = 4  # k, v, dk, dv
 VISIT_FLASH_DQ = 4  # bytes per query element: flash's fp32 accumulator
 VISIT_FLASH_DKV = 2  # dk and dv for every query head, before the group is summed
+MLP_HIDDEN = 2  # in the MLP: the gradient, the residual stream after attention
+MLP_QUERIES = 2  # q, attention's output
+MLP_KEYS = 2  # k, v
+VISIT_CPU = 2  # the CPU's flash attention: dq of the prefix part, and its output with rows first
+ROTARY = 2  # cos and sin, shared by all layers
+ID_BYTES = 32  # a token's id and three positions
 # What autograd keeps of a layer that is not recomputed, in widths of (H, q, kv, I); bf16 has fp32 copies in the norms.
 GRAPH = {4: (6, 4, 4, 4), 2: (8, 5, 5, 4)}
 # What one layer's forward holds for each row.
-FORWARD_HIDDEN = 2  # layer input and output
+FORWARD_HIDDEN = 1  # layer output
 FORWARD_QUERIES = 2  # q, attention's output
 FORWARD_KEYS = 2  # k, v
 TEACHER_HIDDEN = 3  # the teacher's rows between two visits, and a visit's input and output
@@ -252,13 +258,13 @@ def _graph(shape: ModelShape, s: Settings) -> tuple[int, str]:
 
 def _prefix(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     graph, formula = _graph(shape, s)
-    per_token = graph + shape.layers * (2 * shape.kv * s.itemsize + 2 * shape.kv * 4)
+    stay = shape.layers - offloaded_layers(shape, s)[0]
+    if stay < shape.layers:
+        graph, formula = stay * shape.hidden * s.itemsize, "(L − offloaded) · H · b"
+    cache = shape.layers * (2 * shape.kv * s.itemsize + 2 * shape.kv * 4)
     return (
-        Term(
-            "prefix: inputs, keys, values, their gradients",
-            s.prefix * per_token,
-            f"P · ({formula} + L·(2kv·b + 2kv·4))",
-        ),
+        Term("prefix: keys, values, their gradients", s.prefix * cache, "P · L · (2kv·b + 2kv·4)"),
+        Term("prefix: layer inputs", s.prefix * graph, f"P · {formula}"),
     )
 
 
@@ -267,20 +273,22 @@ def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int
     if not s.gradient_checkpointing:
         graph, formula = _graph(shape, s)
         return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), 0
-    layer = s.student_rows * shape.hidden * s.itemsize
-    away = offloaded_layers(shape, s)
-    stay = shape.layers - away
+    row = shape.hidden * s.itemsize
+    of_prefix, away = offloaded_layers(shape, s)
     return (
-        Term("student's layer inputs", stay * layer, "N · (L − offloaded) · H · b"),
-        Term("offload buffers", min(away, PREFETCHED_LAYERS) * layer, f"{PREFETCHED_LAYERS} · N · H · b"),
-    ), away * layer
+        Term("student's layer inputs", (shape.layers - away) * s.student_rows * row, "N · (L − offloaded) · H · b"),
+        Term(
+            "offload buffers", min(away, PREFETCHED_LAYERS) * s.student_rows * row, f"{PREFETCHED_LAYERS} · N · H · b"
+        ),
+    ), (of_prefix * s.prefix + away * s.student_rows) * row
 
 
-def offloaded_layers(shape: ModelShape, s: Settings) -> int:
-    """Layers whose inputs fit into the host budget; as few as make a difference."""
-    layer = s.student_rows * shape.hidden * s.itemsize
-    away = min(shape.layers, int(s.offload_gib * GIB) // layer)
-    return away if away > PREFETCHED_LAYERS else 0
+def offloaded_layers(shape: ModelShape, s: Settings) -> tuple[int, int]:
+    """Layers of the prefix, then of the replies, whose inputs fit into the host budget."""
+    budget, row = int(s.offload_gib * GIB), shape.hidden * s.itemsize
+    of_prefix = min(shape.layers, budget // (s.prefix * row)) if s.prefix else 0
+    budget -= of_prefix * s.prefix * row
+    return of_prefix, min(shape.layers, budget // (s.student_rows * row))
 
 
 def _tile(shape: ModelShape, s: Settings, rows: int, intermediate: int, hidden: int) -> int:
@@ -301,14 +309,27 @@ def _forward(shape: ModelShape, s: Settings, rows: int, whose: str, hidden: int 
 
 
 def _backward(shape: ModelShape, s: Settings, rows: int, whose: str) -> Term:
+    """One layer's at its worse moment: attention's backward, or the MLP's with one token tile."""
+    b = s.itemsize
+    if s.device == "cpu":
+        flash, told = VISIT_CPU * shape.q * b, f"{VISIT_CPU}q·b"
+    else:
+        expanded = VISIT_FLASH_DKV * shape.q * b if shape.heads != shape.kv_heads else 0
+        flash, told = VISIT_FLASH_DQ * shape.q + expanded, f"{VISIT_FLASH_DQ}q + {VISIT_FLASH_DKV}q·b"
+    always = ROTARY * shape.head_dim * b + ID_BYTES
     widths = VISIT_HIDDEN * shape.hidden + VISIT_QUERIES * shape.q + VISIT_KEYS * shape.kv
-    flash = VISIT_FLASH_DQ * shape.q + (VISIT_FLASH_DKV * shape.q * s.itemsize if shape.heads != shape.kv_heads else 0)
-    tile = _tile(shape, s, rows, TILE_INTERMEDIATE, TILE_HIDDEN)
-    return Term(
-        f"{whose}'s layer visit, backward", rows * (s.itemsize * widths + flash) + tile,
-        f"rows · (b · ({VISIT_HIDDEN}H + {VISIT_QUERIES}q + {VISIT_KEYS}kv) + {VISIT_FLASH_DQ}q + "
-        f"{VISIT_FLASH_DKV}q·b) + tile · b · ({TILE_INTERMEDIATE}I + {TILE_HIDDEN}H)",
+    attention = Term(
+        f"{whose}'s layer visit, attention's backward", rows * (b * widths + flash + always),
+        f"rows · (b · ({VISIT_HIDDEN}H + {VISIT_QUERIES}q + {VISIT_KEYS}kv + {ROTARY}d) + {told} + {ID_BYTES})",
     )  # fmt: skip
+    widths = MLP_HIDDEN * shape.hidden + MLP_QUERIES * shape.q + MLP_KEYS * shape.kv
+    mlp = Term(
+        f"{whose}'s layer visit, MLP's backward",
+        rows * (b * widths + always) + _tile(shape, s, rows, TILE_INTERMEDIATE, TILE_HIDDEN),
+        f"rows · (b · ({MLP_HIDDEN}H + {MLP_QUERIES}q + {MLP_KEYS}kv + {ROTARY}d) + {ID_BYTES}) + tile · b · "
+        f"({TILE_INTERMEDIATE}I + {TILE_HIDDEN}H)",
+    )
+    return max(attention, mlp, key=lambda t: t.bytes)
 
 
 def _head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -370,7 +391,7 @@ def _present(terms: Iterable[Term]) -> tuple[Term, ...]:
 def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
     """(switch, bytes of the peak it saves, the plan with it), the largest saving first; useless ones are left out."""
     block_mb = -(-1024 * shape.vocabulary * 4 // 2**20)
-    budget = math.ceil(shape.layers * s.student_rows * shape.hidden * s.itemsize / GIB)
+    budget = math.ceil(shape.layers * (s.prefix + s.student_rows) * shape.hidden * s.itemsize / GIB)
     half, short = resized(s, s.tokens - s.reply // 2), shorter_prompt(s)
     tries: list[tuple[str, dict[str, Any]]] = [
         ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64}),
@@ -379,9 +400,9 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         ("no teacher (objective.sdl_coef 0)", {"teacher": "off"}),
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
         ("no reference (objective.kl_coef 0)", {"reference": False}),
-        ("a frozen head", {} if s.lora else {"freeze_head": True}),
-        (f"a head workspace of {block_mb} MiB", {"workspace_mb": block_mb}),
-        ("tiles of 2048 rows", {"tile_tokens": min(2048, s.tile_tokens)}),
+        ("policy.freeze_head", {} if s.lora else {"freeze_head": True}),
+        (f"head_workspace_mb {block_mb}", {"workspace_mb": block_mb}),
+        ("policy.tile_tokens 2048", {"tile_tokens": min(2048, s.tile_tokens)}),
         ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),
         ("half the requests a step", {"prompts_per_step": max(1, s.prompts_per_step // 2)}),
         ("replies half as long", {"tokens": half.tokens, "mean_tokens": half.mean_tokens}),
@@ -476,7 +497,9 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         f"limited by {t.name}: {gib(t.bytes)} = {t.formula}",
     ]
     if made.host_bytes:
-        lines.append(f"pinned host memory: {gib(made.host_bytes)} for {offloaded_layers(shape, s)} layers' inputs")
+        of_prefix, away = offloaded_layers(shape, s)
+        used = f"{gib(made.host_bytes)} of {s.offload_gib:g} GiB"
+        lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
     for name, saved, other in savings(shape, s)[:5]:
         lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
     longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""

@@ -74,6 +74,7 @@ def evolve(
                 max_tokens=config.max_tokens_per_microbatch,
                 reference=reference,
                 teacher=teacher,
+                workspace_mb=config.head_workspace_mb,
             )
             metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
             metrics["actor/grad_norm"] = gradient_norm(policy, config.optim.max_grad_norm, error_if_nonfinite=True)

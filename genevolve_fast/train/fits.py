@@ -38,6 +38,8 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         optimizer=config.optim.name,
         lora=config.policy.lora.rank,
         freeze_vision=config.policy.freeze_vision,
+        freeze_head=config.policy.freeze_head,
+        workspace_mb=config.head_workspace_mb,
         teacher=config.teacher if distils else "off",
         reference=config.objective.kl_coef > 0,
         gradient_checkpointing=config.policy.gradient_checkpointing,

@@ -149,6 +149,7 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
                 max_tokens=config.max_tokens_per_microbatch,
                 reference=reference,
                 teacher=teacher,
+                workspace_mb=config.head_workspace_mb,
                 phase=meter.phase,
             )
         widest = max(widest, int(metrics["tokens/largest_microbatch"]))

@@ -39,6 +39,7 @@ def accumulate_gradients(
     max_tokens: int,
     reference: WeightSource | None = None,
     teacher: WeightSource | None = None,
+    workspace_mb: float | None = None,
     phase: Phase = nullcontext,
 ) -> tuple[dict[str, float], dict[str, TokenTrace]]:
     """Add the gradient of DESIGN §2's total loss to `policy`; returns (metrics, traces by trajectory id).
@@ -46,9 +47,10 @@ def accumulate_gradients(
     `rollouts` are all rollouts of the optimizer step that have loss tokens and did not fail: they set the
     denominators. Those without advantage, experience and reference term have no gradient and are not forwarded.
     The teacher has the policy's weights and rides its layer visits; with other weights (`teacher`) it is a pass of its
-    own, as the reference is. `phase(name)` is entered around prefix, student, head, backward, teacher and reference.
+    own, as the reference is. workspace_mb: of `linear_grpo_sdl`. `phase(name)` is entered around prefix, student, head,
+    backward, teacher and reference.
     """
-    step = _Step(policy, rollouts, objective, temperature, reference, teacher, phase)
+    step = _Step(policy, rollouts, objective, temperature, reference, teacher, workspace_mb, phase)
     live = forwarded(rollouts, reference is not None)
     for bundle in bundles(
         live, images, policy.codec, policy.device, max_tokens=max_tokens, sdl_scope=objective.sdl_scope
@@ -68,8 +70,8 @@ def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[Trai
 class _Step:
     """An optimizer step in the making: gradients in the policy, metrics and traces on the device."""
 
-    def __init__(self, policy, rollouts, objective, temperature, reference, teacher, phase) -> None:
-        self.policy, self.objective, self.temperature = policy, objective, temperature
+    def __init__(self, policy, rollouts, objective, temperature, reference, teacher, workspace_mb, phase) -> None:
+        self.policy, self.objective, self.temperature, self.workspace_mb = policy, objective, temperature, workspace_mb
         self.reference, self.teacher, self.phase = reference, teacher, phase
         self.counts = dict(num_sequences=len(rollouts), num_tokens=sum(r.trajectory.num_loss_tokens for r in rollouts))
         self.totals = Totals(policy.device)
@@ -131,6 +133,7 @@ class _Step:
                 **teacher_terms(policy, micro, teacher_x, teacher_logps),
                 temperature=self.temperature,
                 objective=self.objective,
+                workspace_mb=self.workspace_mb,
                 return_logps=True,
                 **self.counts,
             )
