@@ -6,7 +6,7 @@ demo before prompts were shared: transformers' layers, log-probs, then the objec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -150,5 +150,3 @@ def microbatches(
 
 def counts_of(rollouts: Sequence[TrainingRollout]) -> dict[str, int]:
     return dict(num_sequences=len(rollouts), num_tokens=sum(r.trajectory.num_loss_tokens for r in rollouts))
-
-
