@@ -646,14 +646,8 @@ def demo_batch(small: bool):
     groups = group_by_request(judged.trajectories)
     found, _ = learn_from(groups, requests, world, new_memory(config, world), config, 0)
     rollouts = training_rollouts(groups, found, policy, config)
-    return (
-        policy,
-        rollouts,
-        judged.images,
-        config.objective,
-        config.rollout.temperature,
-        config.max_tokens_per_microbatch,
-    )
+    options = dict(temperature=config.rollout.temperature, max_tokens=config.max_tokens_per_microbatch)
+    return policy, rollouts, judged.images, config.objective, options
 
 
 def demo(bench: Bench) -> dict[str, Row]:
