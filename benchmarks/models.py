@@ -113,12 +113,6 @@ def ready_gradients(policy: Policy) -> None:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
 
 
-def gradient(policy: Policy) -> torch.Tensor:
-    """All trained weights' gradients in one fp32 vector on the host."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().cpu().flatten() for p in trained])
-
-
 # --- rollouts ---------------------------------------------------------------------------------------------------------
 
 

@@ -140,6 +140,7 @@ def line(row: Row) -> str:
         f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else "",
         f"{row['step_tokens_per_second']:.0f} tokens/s" if "step_tokens_per_second" in row else "",
         f"error {row['error']:.2g}" if "error" in row else "",
+        f"saves {row['saved_bytes']} bytes, {row['saved_bytes_without']} without" if "saved_bytes" in row else "",
     ]
     return f"{head} {'  '.join(p for p in parts if p)}"
 
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
         if until is not None and time.monotonic() + 60 * case.minutes > until:
             left.append(f"{case.section} {case.name}")
             continue
-        command = f"{COMMAND} --section {case.section} --case {' '.join(map(repr, [case.name]))}"
+        command = f"{COMMAND} --section {case.section} --case '{case.name}'"
         more = dict(stands_for=case.model, command=command, versions=versioned)
         results.note(results.stamp(group, "shared", "") | more)
         try:
@@ -224,8 +225,8 @@ def run(args: argparse.Namespace) -> int:
         results.add(rows)
         print("\n".join(map(line, rows)), flush=True)
     rows = [r for r in results.rows if r["code"] == results.code]
-    print_formulas(rows)
-    for name, (value, n) in scores(_as_meant(rows, args.dry_run), results.code).items():
+    print_formulas([r for r in rows if r["mode"] in {c.section for c in chosen_cases(args)}])
+    for name, (value, n) in scores(rows if args.dry_run else as_meant(rows), results.code).items():
         if args.record:
             record(name, value, n=n, command=COMMAND, at=args.commit)
         else:
@@ -235,9 +236,9 @@ def run(args: argparse.Namespace) -> int:
     return OUT_OF_TIME if left else 0
 
 
-def _as_meant(rows: Sequence[Row], dry: bool) -> list[Row]:
-    """A toy's rows give scores in a dry run only."""
-    return [r for r in rows if dry or r["model"] == r["stands_for"]]
+def as_meant(rows: Sequence[Row]) -> list[Row]:
+    """Without rows of toys, which give scores in a dry run only."""
+    return [r for r in rows if r["model"] == r["stands_for"]]
 
 
 def parser() -> argparse.ArgumentParser:
