@@ -94,7 +94,7 @@ STEP = [
         ("planner", 6, {"section": "planner"}, "six measured peaks for the planner"),
         ("speedup-2b", 3, {"section": "speedup", "model": "2b"}, "2B, all weights"),
         ("loop", 2.5, {"section": "loop"}, "a whole step of evolve"),
-        ("deep", 7, {"section": "longest", "case": "8 layers"}, "524 288 tokens on 8 of 36 layers"),
+        ("deep", 7, {"section": "longest", "case": "524288"}, "524 288 tokens on 8 of 36 layers"),
     )
 ]
 TIERS = {"core": CORE, "full": CORE + STEP + REST}

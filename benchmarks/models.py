@@ -15,7 +15,7 @@ from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.codec import NO_TOKEN
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape, VisionShape
-from genevolve_fast.trajectory import Trajectory
+from genevolve_fast.trajectory import Trajectory, Turn
 
 LOSS_SHARE = 0.3
 TURN_TOKENS = 1200  # of a reply, from one sampled stretch to the next
@@ -142,9 +142,20 @@ def rollouts_of(
         mask = np.concatenate([np.zeros(prompt, dtype=bool), loss_mask(tokens, turn)])
         logps = np.where(mask, -random.random(len(mask)), 0).astype(np.float32)
         ids = np.concatenate([shared, random.integers(0, top, tokens)])
-        t = Trajectory(f"{group}-{k}", group, group, ids, mask, logps, max(1, prompt - CLOSING), ())
+        t = Trajectory(f"{group}-{k}", group, group, ids, mask, logps, max(1, prompt - CLOSING), turns_of(mask))
         out.append(TrainingRollout(t, (-1.0) ** k * (1 + 0.1 * k), experience))
     return out
+
+
+def turns_of(mask: np.ndarray) -> tuple[Turn, ...]:
+    """The request up to the first sampled token, then what was sampled and what tools answered."""
+    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    turns = [Turn("user", *borders[:2])]
+    for start, stop in zip(borders[1:], borders[2:], strict=False):
+        sampled = bool(mask[start])
+        decision = (start + (stop - start) // 2, stop) if sampled else None
+        turns.append(Turn("assistant" if sampled else "tool", start, stop, decision=decision))
+    return tuple(turns)
 
 
 def uneven_replies(mean: int) -> tuple[int, ...]:
