@@ -28,7 +28,6 @@ from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.profile.flops import (
     SHARED,
     UNSHARED,
-    GroupLengths,
     Layout,
     Passes,
     pushed,
@@ -36,6 +35,8 @@ from genevolve_fast.profile.flops import (
     step_flops,
 )
 from genevolve_fast.profile.shapes import ModelShape
+from genevolve_fast.train.fits import available_memory
+from genevolve_fast.train.profiled import group_lengths
 from genevolve_fast.train.update import accumulate_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the naive passes that gradients are compared with
@@ -199,24 +200,6 @@ class Case:
 # --- sharing against packed whole sequences ---------------------------------------------------------------------------
 
 
-def lengths_of(rollouts: Sequence[TrainingRollout]) -> list[GroupLengths]:
-    """The groups as the FLOP formulas take them."""
-    found = []
-    for _, members in itertools.groupby(rollouts, key=lambda r: r.trajectory.group_id):
-        members = list(members)
-        prefix = int(members[0].trajectory.loss_mask.argmax())
-        found.append(
-            GroupLengths(
-                prefix,
-                tuple(len(r.trajectory) - prefix for r in members),
-                tuple(len(r.experience_ids) for r in members),
-                members[0].trajectory.request_stop,
-                tuple(r.trajectory.num_loss_tokens for r in members),
-            )
-        )
-    return found
-
-
 def passes_of(lora: int) -> Passes:
     """Student 4 times the linear maps' forward and 4.5 times attention's; with frozen weights 3 times and 4.5."""
     return Passes(weight_gradients=0, head=2) if lora else Passes()
@@ -224,7 +207,7 @@ def passes_of(lora: int) -> Passes:
 
 def work_of(shape: ModelShape, rollouts: Sequence[TrainingRollout], layout: Layout, lora: int) -> Row:
     """Tokens through the layers, and FLOPs of the step, for exactly these lengths."""
-    groups = lengths_of(rollouts)
+    groups = group_lengths(rollouts)
     work = pushed(groups, layout)
     return dict(
         tokens=work.student_tokens, teacher_tokens=work.teacher_tokens,
@@ -291,7 +274,7 @@ def speedup(bench: Bench, name: str, reply: str) -> dict[str, Row]:
         rows[n] |= work_of(shape, rollouts, layout, model.lora)
         if "seconds" in rows[n]:
             rows[n]["tflops"] = rows[n]["flops"] / rows[n]["seconds"] / 1e12
-    rows["unshared"]["flop_ratio"] = sharing_ratio(shape, lengths_of(rollouts), passes_of(model.lora))
+    rows["unshared"]["flop_ratio"] = sharing_ratio(shape, group_lengths(rollouts), passes_of(model.lora))
     return rows
 
 
@@ -409,18 +392,13 @@ def offload_cost(bench: Bench, name: str) -> dict[str, Row]:
 # --- the longest rollout ----------------------------------------------------------------------------------------------
 
 
-def available_host_bytes() -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
 def longest(bench: Bench, name: str, tokens: int, layers: int | None) -> dict[str, Row]:
     """One rollout of `tokens` in all, end to end, teacher included; as much offloaded as the host can hold."""
     policy = bench.policy(name, layers=layers)
     shape = shape_of(policy)
     rollouts = bench.rollouts([tokens - PROMPT], shape.vocabulary)
     wanted = shape.layers * (len(rollouts[0].trajectory) * shape.hidden * policy.head_weight.element_size() + 1024)
-    room = max(0, min(wanted, available_host_bytes() - HOST_RESERVE))
+    room = max(0, min(wanted, available_memory(torch.device("cpu")) - HOST_RESERVE))
     offload = ActivationOffload(room, bench.device)
     with offloading(policy, offload):
         row = bench.weigh(bench.shared(policy, rollouts))

@@ -20,7 +20,6 @@ from benchmarks.step_cases import (
     distance,
     exact_cases,
     gradients_by,
-    lengths_of,
     offload_of,
     passes_of,
     saved_bytes,
@@ -30,6 +29,7 @@ from genevolve_fast.batch.groups import PushedTokens, bundles, pushed_tokens
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.profile.flops import SHARED, pushed, sharing_ratio
 from genevolve_fast.profile.shapes import ModelShape
+from genevolve_fast.train.profiled import group_lengths
 from genevolve_fast.train.update import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_flops_count_what_the_pass_pushes():
     policy = random_policy(TOY, CPU)
     made = [make() for make in bundles(rollouts, {}, policy.codec, CPU, max_tokens=256)]
     fed = sum((pushed_tokens(b) for b in made), PushedTokens())
-    counted = pushed(lengths_of(rollouts), SHARED)
+    counted = pushed(group_lengths(rollouts), SHARED)
     assert (counted.prefix.tokens, counted.student.tokens) == (fed.prefix, fed.student + 12)
     assert counted.teacher.tokens == fed.teacher + 12
 
@@ -90,7 +90,7 @@ def test_flops_count_what_the_pass_pushes():
 def test_the_flop_ratio_is_the_studys(mean, least, most):
     rollouts = rollouts_of(6144, uneven_replies(mean), 600, 1000)
     for lora in (0, 64):
-        assert least < sharing_ratio(MODELS["8b"].shape, lengths_of(rollouts), passes_of(lora)) < most
+        assert least < sharing_ratio(MODELS["8b"].shape, group_lengths(rollouts), passes_of(lora)) < most
 
 
 # --- the contenders ---------------------------------------------------------------------------------------------------
