@@ -153,8 +153,23 @@ def test_offload_frees_the_device():
     on_the_gpu = peak()
     one_input = 40_000 * 256 * 2
     policy.offload = ActivationOffload(2 * layers * one_input, DEVICE)
-    assert policy.offload._buffer.is_pinned()
+    assert policy.offload._buffer.is_pinned(), "else every copy waits"
     assert on_the_gpu - peak() >= (layers - 4) * one_input
+
+
+@gpu_only
+def test_the_offload_takes_no_more_than_it_asks_for():
+    """1.1 GiB would be 2 GiB in torch's pool, which keeps them; here they are back at once."""
+
+    def resident() -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmRSS"].split()[0]) * 1024
+
+    nbytes, before = (11 << 30) // 10, resident()
+    offload = ActivationOffload(nbytes, DEVICE)
+    assert offload._buffer.is_pinned() and resident() - before < 1.2 * nbytes
+    del offload
+    assert resident() - before < 0.2 * nbytes
 
 
 def shared_again(policy: Policy, rollouts) -> None:
