@@ -315,8 +315,12 @@ def against_trl(bench: Bench, name: str) -> dict[str, Row]:
             break
     bench.time(rows, runs, rounds=max(1, bench.repeats - 1))
     rows["trl [batch 1]"] = bench.weigh(lambda: trl.run(rollouts, 1)) | said | dict(batch=1)
+    lengths = [len(r.trajectory) for r in rollouts]
     for row in rows.values():
-        row["real_tokens"] = sum(len(r.trajectory) for r in rollouts)
+        row["real_tokens"] = sum(lengths)
+        if batch := row.get("batch"):
+            parts = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+            row["tokens"] = sum(len(part) * max(part) for part in parts)
     return rows
 
 
@@ -468,7 +472,8 @@ def planned(bench: Bench, p: Planned) -> dict[str, Row]:
     room = offload.nbytes if offload else 0
     settings = settings_of(bench, model, p.replies, teacher=p.teacher, offload_bytes=room)
     bench.forget()  # its weights have moved
-    return {"shared": row | dict(settings=settings, held_bytes=sum(held.values()))}
+    tokens = sum(len(r.trajectory) for r in rollouts)
+    return {"shared": row | dict(settings=settings, held_bytes=sum(held.values()), tokens=tokens)}
 
 
 # --- a whole step of evolve -------------------------------------------------------------------------------------------

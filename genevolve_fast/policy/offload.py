@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,8 @@ def _pinned(nbytes: int) -> Tensor:
     buffer, runtime = torch.empty(nbytes, dtype=torch.uint8), torch.cuda.cudart()
     address = buffer.data_ptr()
     if not nbytes or runtime.cudaHostRegister(address, nbytes, 0) != runtime.cudaError.success:
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").zero_()  # a launch takes the refusal off the context
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def release() -> None:
