@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
         model = "toy" if toy and not on_cpu else case.model
         group = dict(mode=case.section, case=case.name, model=model, device=device_name(where), torch=torch.__version__)
         known = [r for r in results.rows if r["code"] == results.code and all(r[k] == group[k] for k in GROUP)]
-        if known:
+        if known and not (args.again and any(r["status"] != "timed" for r in known)):
             print("\n".join(f"kept: {line(r)}" for r in known), flush=True)
             continue
         if case.unless([r for r in results.rows if r["code"] == results.code]):
@@ -255,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, help="begin no case that would end after this; exit code 75: some are left")
     p.add_argument("--file", type=Path, help=f"(default: {FILES['cpu']}, {FILES['cuda'].name} on a GPU)")
     p.add_argument("--fresh", action="store_true", help="forget recorded rows; else those of the same code are kept")
+    p.add_argument("--again", action="store_true", help="measure once more what failed, was wrong or had no memory")
     p.add_argument("--record", action="store_true", help="write the scores on the scoreboard")
     p.add_argument("--commit", help="what to record where the tree is a copy that git does not know")
     p.add_argument("--debug", action="store_true", help="let a failing case raise")

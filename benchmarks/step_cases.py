@@ -28,6 +28,7 @@ from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.profile.flops import (
     SHARED,
     UNSHARED,
+    GroupLengths,
     Layout,
     Passes,
     pushed,
@@ -35,8 +36,6 @@ from genevolve_fast.profile.flops import (
     step_flops,
 )
 from genevolve_fast.profile.shapes import ModelShape
-from genevolve_fast.train.fits import available_memory
-from genevolve_fast.train.profiled import group_lengths
 from genevolve_fast.train.update import accumulate_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the naive passes that gradients are compared with
@@ -198,6 +197,19 @@ class Case:
 
 
 # --- sharing against packed whole sequences ---------------------------------------------------------------------------
+
+
+def group_lengths(rollouts: Sequence[TrainingRollout]) -> list[GroupLengths]:
+    """The groups as the FLOP formulas take them; train.profiled has it too, but reads configurations."""
+    found = []
+    for _, group in itertools.groupby(rollouts, key=lambda r: r.trajectory.group_id):
+        members = list(group)
+        prefix = int(members[0].trajectory.loss_mask.argmax())
+        replies = tuple(len(r.trajectory) - prefix for r in members)
+        patches = tuple(len(r.experience_ids) for r in members)
+        rows = tuple(r.trajectory.num_loss_tokens for r in members)
+        found.append(GroupLengths(prefix, replies, patches, members[0].trajectory.request_stop, rows))
+    return found
 
 
 def passes_of(lora: int) -> Passes:
@@ -396,13 +408,18 @@ def offload_cost(bench: Bench, name: str) -> dict[str, Row]:
 # --- the longest rollout ----------------------------------------------------------------------------------------------
 
 
+def available_host_bytes() -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def longest(bench: Bench, name: str, tokens: int, layers: int | None) -> dict[str, Row]:
     """One rollout of `tokens` in all, end to end, teacher included; as much offloaded as the host can hold."""
     policy = bench.policy(name, layers=layers)
     shape = shape_of(policy)
     rollouts = bench.rollouts([tokens - PROMPT], shape.vocabulary)
     wanted = shape.layers * (len(rollouts[0].trajectory) * shape.hidden * policy.head_weight.element_size() + 1024)
-    room = max(0, min(wanted, available_memory(torch.device("cpu")) - HOST_RESERVE))
+    room = max(0, min(wanted, available_host_bytes() - HOST_RESERVE))
     offload = ActivationOffload(room, bench.device)
     with offloading(policy, offload):
         row = bench.weigh(bench.shared(policy, rollouts))
@@ -447,24 +464,25 @@ PLANNED = (
 
 def planned(bench: Bench, p: Planned) -> dict[str, Row]:
     """Peak of a whole step, AdamW included, above an empty device and without the CUDA context."""
-    from genevolve_fast.train.config import OptimConfig
-    from genevolve_fast.train.optim import build_optimizer
-
     policy = bench.policy(p.model, lora=p.lora)
     model = replace(bench.model(p.model), lora=min(p.lora, 4) if bench.toy else p.lora)
     rollouts = bench.rollouts(p.replies, shape_of(policy).vocabulary, teacher=p.teacher)
     offload = offload_of(policy, sum(len(r.trajectory) for r in rollouts), bench.device) if p.offload else None
-    optimizer = build_optimizer(policy, OptimConfig(lr=1e-6), 10)
+    optimizer = torch.optim.AdamW((w for w in policy.parameters() if w.requires_grad), lr=1e-6, fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def step() -> None:
         bench.shared(policy, rollouts)()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
+        update()
 
-    optimizer.step()  # its state is there before the step that is measured, the gradients are not
+    update()  # its state is there before the step that is measured, the gradients are not
     with offloading(policy, offload):
         row = bench.weigh(step)
-    state = (t for part in optimizer.state_dict()["parts"] for s in part["state"].values() for t in s.values())
+    state = (t for s in optimizer.state.values() for t in s.values())
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in (*policy.parameters(), *policy.buffers(), *state) if isinstance(t, torch.Tensor)}  # fmt: skip
     if row["status"] == "timed":

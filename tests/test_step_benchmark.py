@@ -20,6 +20,7 @@ from benchmarks.step_cases import (
     distance,
     exact_cases,
     gradients_by,
+    group_lengths,
     offload_of,
     passes_of,
     saved_bytes,
@@ -29,7 +30,6 @@ from genevolve_fast.batch.groups import PushedTokens, bundles, pushed_tokens
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.profile.flops import SHARED, pushed, sharing_ratio
 from genevolve_fast.profile.shapes import ModelShape
-from genevolve_fast.train.profiled import group_lengths
 from genevolve_fast.train.update import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -91,6 +91,13 @@ def test_the_flop_ratio_is_the_studys(mean, least, most):
     rollouts = rollouts_of(6144, uneven_replies(mean), 600, 1000)
     for lora in (0, 64):
         assert least < sharing_ratio(MODELS["8b"].shape, group_lengths(rollouts), passes_of(lora)) < most
+
+
+def test_group_lengths_are_the_meters():
+    from genevolve_fast.train import profiled
+
+    rollouts = [*toy_rollouts(), *toy_rollouts(group="1")]
+    assert group_lengths(rollouts) == profiled.group_lengths(rollouts)
 
 
 # --- the contenders ---------------------------------------------------------------------------------------------------
@@ -238,9 +245,11 @@ def test_rows_are_kept_and_a_failure_ends_its_case_only(tmp_path, monkeypatch):
     status = {case: r["status"] for (case, _), r in rows_in(file).items()}
     assert status == {"first": "timed", "large": "out of memory", "broken": "failed", "last": "timed"}
     assert rows_in(file)["large", "shared"]["reason"].endswith("Tried to allocate 3 GiB")
+    step.main(command(file, "--again"))
+    assert ran == {"first": 1, "large": 2, "broken": 2, "last": 1}
     monkeypatch.setattr(step, "code", lambda: "other")
     step.main(command(file))
-    assert ran == dict.fromkeys(ran, 2), "other code"
+    assert ran == {"first": 2, "large": 3, "broken": 3, "last": 2}, "other code"
 
 
 def test_a_case_that_killed_its_process_is_left_out(tmp_path, monkeypatch):
