@@ -502,17 +502,17 @@ def loop(bench: Bench, name: str) -> dict[str, Row]:
     from transformers import AutoTokenizer
 
     from genevolve_fast.agent.session import SessionSettings
-    from genevolve_fast.cli import open_sandbox
     from genevolve_fast.policy.codec import TransformersCodec
     from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.sandbox.tiny_policy import start_path
+    from genevolve_fast.sandbox.world import SandboxWorld, open_world
     from genevolve_fast.train.collect import sample_rollouts
-    from genevolve_fast.train.config import EvolveConfig, PolicyConfig
 
     bench.forget()
     codec = TransformersCodec(AutoTokenizer.from_pretrained(start_path()), None)
     policy = random_policy(bench.model(name), bench.device, codec=codec)
-    sandbox, world = open_sandbox(EvolveConfig(name="step", policy=PolicyConfig(path="sandbox:start")).world)
+    sandbox = SandboxWorld()
+    world = open_world(sandbox)
     prompts, generations, new = (8, 6, 512) if not bench.toy else (2, 3, 16)
     engine = TransformersEngine(policy, max_batch=prompts * generations, deterministic=False)
     settings = SessionSettings(
