@@ -15,7 +15,7 @@ from naive import gradient, naive_loss
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.offload import ActivationOffload
-from genevolve_fast.policy.passes import Prefix, reading, through_layers
+from genevolve_fast.policy.passes import Prefix, head_input, reading, through_layers
 from genevolve_fast.policy.visits import PrefixCache, Stream
 from genevolve_fast.train.update import accumulate_gradients
 from genevolve_fast.trajectory import Trajectory
@@ -260,3 +260,20 @@ def test_what_is_offloaded_leaves_the_device(case):
         assert x.requires_grad and alive == [False, False] + [True] * (len(alive) - 2)
     for handle in handles:
         handle.remove()
+
+
+def test_what_replies_give_the_prompts_last_rows_keeps_no_reply_alive(case):
+    """autograd hands the prompt a view of the gradient of all rows: kept as it is, it would hold the longest reply."""
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    seen = []
+    for make in bundles(rollouts, images, policy.codec, "cpu", max_tokens=90):
+        bundle = make()
+        features = policy.image_features(bundle.images)
+        leaves = features and features.leaves()
+        prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, leaves)
+        for micro in bundle.microbatches:
+            x, _ = through_layers(policy, leaves, reading(policy, micro.student, micro.student_layout, prefix))
+            head_input(policy, prefix, x, micro.rows).square().sum().backward()
+            seen.append((prefix.last.grad.untyped_storage().nbytes(), prefix.last.nbytes))
+    assert len(seen) >= 3 and all(kept == own for kept, own in seen)

@@ -27,7 +27,7 @@ class Prefix:
         self._graph = x[last_rows]
         self.last = self._graph.detach()
         if torch.is_grad_enabled():
-            self.last.requires_grad_()
+            self.last.requires_grad_().register_hook(Tensor.clone)  # a view would keep all rows' gradient alive
             self.cache.collect_gradients()
 
     def backward(self) -> None:
