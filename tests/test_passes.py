@@ -15,7 +15,7 @@ from naive import gradient, naive_loss
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.offload import ActivationOffload
-from genevolve_fast.policy.passes import Prefix, head_input, reading, through_layers
+from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.visits import PrefixCache, Stream
 from genevolve_fast.train.update import accumulate_gradients
 from genevolve_fast.trajectory import Trajectory
@@ -277,3 +277,18 @@ def test_what_replies_give_the_prompts_last_rows_keeps_no_reply_alive(case):
             head_input(policy, prefix, x, micro.rows).square().sum().backward()
             seen.append((prefix.last.grad.untyped_storage().nbytes(), prefix.last.nbytes))
     assert len(seen) >= 3 and all(kept == own for kept, own in seen)
+
+
+def test_the_final_norm_widens_a_tile_and_saves_its_input(case):
+    policy, _, _ = case
+    policy.gradient_checkpointing, policy.tile_tokens = True, 7
+    x = torch.randn(30, policy.text_config.hidden_size, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(30, policy.text_config.hidden_size, dtype=torch.float64)
+    norm, widths = policy.decoder.norm, []
+    want = torch.autograd.grad(norm(x), (x, norm.weight), g)
+    handle = norm.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    assert saved_bytes(lambda: normed(policy, x)) == x.nbytes
+    normed(policy, x).backward(g)
+    handle.remove()
+    assert max(widths) <= 7 and sum(widths) == 3 * 30
+    assert distance(x.grad, want[0]) < 1e-12 and distance(norm.weight.grad, want[1]) < 1e-12

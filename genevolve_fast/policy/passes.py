@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.prefix_attention import Layout
 from genevolve_fast.policy.model import ImageFeatures, Policy
-from genevolve_fast.policy.visits import Packed, PrefixCache, Stream
+from genevolve_fast.policy.visits import Packed, PrefixCache, Stream, in_tiles
 
 
 class Prefix:
@@ -74,4 +74,13 @@ def reading(policy: Policy, rows: Packed | None, layout: Layout | None, prefix: 
 def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:
     """Normed hidden states [len(rows), H]: `rows` index the prefix's last rows, then those of x."""
     states = prefix.last if x is None else torch.cat([prefix.last, x])
-    return policy.decoder.norm(states[rows])
+    return normed(policy, states[rows])
+
+
+def normed(policy: Policy, x: Tensor) -> Tensor:
+    """The final norm of x [n, H]; with checkpointing it widens one tile of rows at a time and saves only x."""
+    return (
+        in_tiles(policy.decoder.norm, x, policy.tile_tokens)
+        if policy.gradient_checkpointing
+        else policy.decoder.norm(x)
+    )

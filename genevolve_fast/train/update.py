@@ -13,7 +13,7 @@ from torch import Tensor
 from genevolve_fast.batch.groups import Bundle, MicroBatch, PushedTokens, TrainingRollout, bundles, pushed_tokens
 from genevolve_fast.ops import Objective, RowLogProbs, linear_grpo_sdl, linear_logprob, select_sdl
 from genevolve_fast.policy.model import ImageFeatures, Policy
-from genevolve_fast.policy.passes import Prefix, head_input, reading, through_layers
+from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.weights import WeightSource
 
 Phase = Callable[[str], AbstractContextManager]
@@ -110,21 +110,24 @@ class _Step:
                 reading(policy, rides, micro.teacher_layout, prefix, detached=True),
             )
         with self.phase("head"):
+            hidden = head_input(policy, prefix, x, micro.rows)
+            distilled = teacher_terms(policy, micro, teacher_x, teacher_logps)
+            del x, teacher_x  # the head needs none of their other rows
             loss, stats, logps = linear_grpo_sdl(
-                head_input(policy, prefix, x, micro.rows),
+                hidden,
                 policy.head_weight,
                 micro.targets,
                 advantages=micro.advantages,
                 cu_seqlens=micro.cu_seqlens,
                 rollout_logps=micro.rollout_logps,
                 ref_logps=ref_logps,
-                **teacher_terms(policy, micro, teacher_x, teacher_logps),
+                **distilled,
                 temperature=self.temperature,
                 objective=self.objective,
                 return_logps=True,
                 **self.counts,
             )
-            del x, teacher_x
+            del hidden, distilled
         with self.phase("backward"):
             loss.backward()
         self.totals.add(loss, stats, logps.student, micro)
@@ -142,7 +145,7 @@ class _Step:
 def teacher_terms(policy: Policy, micro: MicroBatch, states: Tensor | None, logps: Tensor | None) -> dict:
     """The teacher's part of `linear_grpo_sdl`: hidden states that rode the visits, or log-probs of a pass apart."""
     if states is not None:
-        hidden = policy.decoder.norm(states[micro.teacher_rows])
+        hidden = normed(policy, states[micro.teacher_rows])
         return dict(teacher_hidden=hidden, teacher_index=micro.teacher_index)
     if logps is not None:
         return dict(teacher_logps=logps, sdl_mask=micro.eligible)
@@ -177,7 +180,7 @@ def _score(
     if micro.teacher is None:
         return out
     x, _ = through_layers(policy, features, reading(policy, micro.teacher, micro.teacher_layout, prefix))
-    hidden, targets = policy.decoder.norm(x[micro.teacher_rows]), micro.targets[micro.eligible]
+    hidden, targets = normed(policy, x[micro.teacher_rows]), micro.targets[micro.eligible]
     scored = linear_logprob(hidden, policy.head_weight, targets, temperature=temperature).logps
     return out.to(scored.dtype).masked_scatter(micro.eligible, scored)
 
