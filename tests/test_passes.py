@@ -243,9 +243,12 @@ def test_offloaded_inputs_change_no_bit(case, share):
     assert policy.offload._used == 0
 
 
-def test_what_is_offloaded_leaves_the_device(case):
+@pytest.mark.parametrize("embeddings", ["trained", "frozen"])
+def test_what_is_offloaded_leaves_the_device(case, embeddings):
     """Two layers' room: the first two layers' inputs are freed, the others' are kept alive by the graph."""
     policy, rollouts, images = case
+    policy.decoder.embed_tokens.requires_grad_(embeddings == "trained")
+    policy.freeze_vision()
     policy.gradient_checkpointing = True
     (make,) = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)
     bundle = make()

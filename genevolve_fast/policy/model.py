@@ -46,6 +46,18 @@ class ImageFeatures:
             torch.autograd.backward(*zip(*reached, strict=True))
 
 
+class _Entrance(torch.autograd.Function):
+    """Rows that require gradients and drop them: a leaf would be kept alive to gather its own."""
+
+    @staticmethod
+    def forward(ctx, x, anchor):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, None
+
+
 class Policy(nn.Module):
     """A Qwen3-VL model, or a plain Qwen3 or Llama, whose layers run one after another under our control.
 
@@ -240,10 +252,12 @@ class Policy(nn.Module):
         return cos[0], sin[0]
 
     def embed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """[n, H] what enters the first layer; a leaf that requires gradients where nothing before it does."""
+        """[n, H] what enters the first layer; it takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
         x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
-        return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+        if x.requires_grad or not torch.is_grad_enabled():
+            return x
+        return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
 
     def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
         """x after `layer` with the vision tower's features of that depth added at its image rows."""
