@@ -95,3 +95,24 @@ def test_microbatches_hold_every_sequence_once_within_the_budget():
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in g) <= 1000 or len(g) == 1 for g in groups)
     assert len(groups) == 4
+
+
+def test_kept_image_features_have_a_limit(policy, monkeypatch):
+    """Every image of a run would otherwise stay on the device; those used last stay, and what is dropped comes back."""
+    from genevolve_fast.policy import model
+
+    policy.freeze_vision()
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(6)]
+    want = policy.image_features(images[:2])
+    each = want.nbytes // 2
+    kept = lambda: sum(x.untyped_storage().nbytes() for f in policy._kept_features.values() for x in f.tensors)  # noqa: E731
+    monkeypatch.setattr(model, "KEPT_FEATURES", 3 * each)
+    for pixels in (*images[2:], images[4]):
+        policy.image_features([pixels])
+    assert kept() == policy._kept_bytes == 3 * each
+    again = policy.image_features(images[:2])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again.tensors, want.tensors, strict=True))
+    assert len(policy.image_features(images).embeds) == 3 * len(want.embeds) and kept() == 3 * each
+    policy.forget_images()
+    assert kept() == policy._kept_bytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from genevolve_fast.policy.positions import ImageMismatchError
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
+KEPT_FEATURES = 1 << 30  # bytes of image features that a policy keeps for the next time an image is seen
 ARCHITECTURES = ("qwen3_vl_text", "qwen3", "qwen2", "llama")  # text models whose layers our loop knows
 
 
@@ -33,6 +35,14 @@ class ImageFeatures:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.embeds, *self.deepstack
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
+    def copied(self) -> ImageFeatures:
+        """The same features in memory of their own: not views of all images that passed the tower with this one."""
+        return ImageFeatures(self.embeds.clone(), tuple(x.clone() for x in self.deepstack))
 
     def leaves(self) -> ImageFeatures:
         """The same features as leaves that gather gradients of their own where the tower is trained."""
@@ -79,7 +89,8 @@ class Policy(nn.Module):
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
-        self._frozen_features: dict[str, ImageFeatures] = {}
+        self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
+        self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
         # a plain list: the layers are registered in `model` already
         self.__dict__["visits"] = [Visit(layer, i, rotate) for i, layer in enumerate(self.decoder.layers)]
@@ -182,10 +193,12 @@ class Policy(nn.Module):
 
     def forget_images(self) -> None:
         """Drop cached features; needed after the vision tower's weights changed."""
-        self._frozen_features.clear()
+        self._kept_features.clear()
+        self._kept_bytes = 0
 
     def image_features(self, images: Sequence[np.ndarray]) -> ImageFeatures | None:
-        """Features of `images` in order. Repeated images pass the tower once; a frozen tower's features are kept."""
+        """Features of `images` in order. Repeated images pass the tower once; of a frozen tower KEPT_FEATURES bytes are
+        kept for the next call, those used last."""
         if not images:
             return None
         if not self.has_vision:
@@ -193,16 +206,25 @@ class Policy(nn.Module):
         keys = [image_hash(pixels) for pixels in images]
         unique = dict(zip(keys, images, strict=True))
         if self.vision_frozen or not torch.is_grad_enabled():
-            missing = {k: v for k, v in unique.items() if k not in self._frozen_features}
-            if missing:
+            by_key = {k: self._kept_features[k] for k in unique if k in self._kept_features}
+            if missing := {k: v for k, v in unique.items() if k not in by_key}:
                 with torch.no_grad():
-                    self._frozen_features.update(self._vision(missing))
-            by_key = self._frozen_features
+                    by_key |= {k: f.copied() for k, f in self._vision(missing).items()}
+            self._keep(by_key)
         else:
             by_key = self._vision(unique)
         parts = [by_key[k] for k in keys]
         deepstack = tuple(torch.cat(level) for level in zip(*(p.deepstack for p in parts), strict=True))
         return ImageFeatures(torch.cat([p.embeds for p in parts]), deepstack)
+
+    def _keep(self, features: dict[str, ImageFeatures]) -> None:
+        """Take these in as the last used; the ones unused for longest go."""
+        for key, f in features.items():
+            self._kept_bytes += 0 if key in self._kept_features else f.nbytes
+            self._kept_features[key] = f
+            self._kept_features.move_to_end(key)
+        while self._kept_bytes > KEPT_FEATURES:
+            self._kept_bytes -= self._kept_features.popitem(last=False)[1].nbytes
 
     def _vision(self, images: dict[str, np.ndarray]) -> dict[str, ImageFeatures]:
         patches, grids = zip(*(self.codec.image_patches(p) for p in images.values()), strict=True)
