@@ -117,3 +117,9 @@ def test_host_memory_that_is_not_there_is_refused(policy, monkeypatch):
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with pytest.raises(RunError, match="exceeds the host's available memory of 1.0 GiB"):
         module.pinned_buffer(1.5, torch.device("cuda"))
+
+
+def test_attention_dropout_is_refused_not_ignored(policy):
+    policy.model.config.text_config.attention_dropout = 0.1
+    with pytest.raises(RunError, match="attention_dropout=0.1 to 0"):
+        prepare(policy, SftConfig().policy, 0)

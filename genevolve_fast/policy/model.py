@@ -84,6 +84,12 @@ class Policy(nn.Module):
                 f"the layers of {text.model_type!r} (sliding_window {getattr(text, 'sliding_window', None)}) are not "
                 f"known to the training pass; it knows full attention in {known}"
             )
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type {rope!r} turns by the longest position of a call: a prompt and its replies would disagree; "
+                "the training pass knows rotations that do not change, such as default, linear, yarn and llama3"
+            )
         self.has_vision = text is not model.config
         self.model = model
         self._route_attention(register())
