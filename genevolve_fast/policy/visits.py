@@ -59,19 +59,26 @@ class PrefixCache:
         self.grads[layer] = (empty, empty)
 
 
-@dataclass
 class Stream:
     """Packed rows on their way through the layers.
 
     rotary: cos, sin [n, d]; `reads` is the prefix whose keys and values they attend to, `fills` the one they make;
-    detached: the prefix gets no gradient from these rows.
+    detached: the prefix gets no gradient from these rows. No dataclass: FSDP2 would cast a copy of it, caches included.
     """
 
-    rotary: tuple[Tensor, Tensor]
-    layout: Layout
-    reads: PrefixCache | None = None
-    fills: PrefixCache | None = None
-    detached: bool = False
+    def __init__(
+        self,
+        rotary: tuple[Tensor, Tensor],
+        layout: Layout,
+        reads: PrefixCache | None = None,
+        fills: PrefixCache | None = None,
+        detached: bool = False,
+    ) -> None:
+        self.rotary = rotary
+        self.layout = layout
+        self.reads = reads
+        self.fills = fills
+        self.detached = detached
 
     def prefix(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.reads is None else (self.reads.keys[layer], self.reads.values[layer])
@@ -126,7 +133,7 @@ class Visit(nn.Module):
         q, k, v = (p(x).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = self.rotate(q, k, cos, sin)
+        q, k = self.rotate(q, k, cos.to(x.dtype), sin.to(x.dtype))  # the weights' dtype differs where FSDP2 narrows it
         return q, k, v
 
     def output(self, attended: Tensor, x: Tensor) -> Tensor:
