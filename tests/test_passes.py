@@ -22,6 +22,7 @@ from genevolve_fast.trajectory import Trajectory
 
 TEMPERATURE = 0.7
 OBJECTIVE = Objective(kl_coef=0.0, sdl_permille=300)
+BF16 = Objective(kl_coef=0.0, sdl_permille=1000)  # which tokens are selected must not hang on a rounding
 
 
 def exact_norms(monkeypatch):
@@ -110,6 +111,23 @@ def test_adapters_get_the_naive_gradient(case, checkpointing, scope):
     got = shared_gradient(policy, rollouts, images, max_tokens=90, objective=objective)
     assert want.norm() > 0 and distance(got, want) < 1e-9
     assert all((p.grad is None) == (not p.requires_grad) for n, p in policy.named_parameters() if ".layers." in n)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
+def test_bf16_with_fp32_adapters_loses_its_rounding_only(case, checkpointing):
+    from genevolve_fast.policy.adapters import add_lora
+
+    policy, rollouts, images = case
+    policy.bfloat16()
+    add_lora(policy, rank=2)
+    factors = [p for n, p in policy.named_parameters() if "lora_" in n]
+    for p in factors:
+        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(p.numel()))
+    assert {p.dtype for p in factors} == {torch.float32}
+    policy.gradient_checkpointing, policy.tile_tokens = checkpointing, 16
+    got = shared_gradient(policy, rollouts, images, max_tokens=90, objective=BF16)
+    assert {p.grad.dtype for p in factors} == {torch.float32}
+    assert distance(got, naive_gradient(policy.double(), rollouts, images, BF16)) < 0.03
 
 
 def test_without_experience_no_teacher_row_passes(case):
