@@ -313,3 +313,36 @@ def test_the_final_norm_widens_a_tile_and_saves_its_input(case):
     handle.remove()
     assert max(widths) <= 7 and sum(widths) == 3 * 30
     assert distance(x.grad, want[0]) < 1e-12 and distance(norm.weight.grad, want[1]) < 1e-12
+
+
+def test_a_prompts_cache_is_given_up_layer_by_layer(case):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    bundle = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)[0]()
+    prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, policy.image_features(bundle.images))
+    cache, held = prefix.cache, []
+
+    def count():
+        held.append(sum(x.numel() > 0 for x in (*cache.keys, *cache.values, *sum(cache.grads, ()))))
+
+    for visit in policy.visits:
+        visit.done = count
+    prefix.backward()
+    assert held == [4 * i for i in reversed(range(len(policy.visits)))]
+
+
+def test_fetching_a_layers_input_starts_the_next_and_stays_in_its_frame(case, monkeypatch):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    policy.offload = ActivationOffload(1 << 24, policy.device)
+    real, below = ActivationOffload._fetch, []
+
+    def fetch(self, parked):
+        x = real(self, parked)
+        below.append(parked.below and parked.below.here is not None)
+        return x
+
+    monkeypatch.setattr(ActivationOffload, "_fetch", fetch)
+    shared_gradient(policy, rollouts, images, max_tokens=90)
+    one = [True] * (len(policy.visits) - 1) + [None]
+    assert len(below) > 2 * len(one) and below == one * (len(below) // len(one))
