@@ -157,6 +157,19 @@ def test_other_weights_make_a_pass_of_their_own(case):
     assert distance(shared_gradient(policy, trained, images, objective=objective, reference=same), want) > 1e-4
 
 
+def test_a_frozen_copy_scores_in_tiles_of_the_same_size(case):
+    from genevolve_fast.policy.weights import FrozenCopy
+
+    policy, rollouts, images = case
+    policy.tile_tokens = 7
+    same, widths = FrozenCopy(policy), []
+    for module in (same._policy.decoder.norm, same._policy.visits[0].layer.mlp):
+        module.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    objective = Objective(kl_coef=0.7, sdl_permille=300)
+    shared_gradient(policy, rollouts, images, objective=objective, reference=same, teacher=same)
+    assert widths and max(widths) <= 7
+
+
 def rows_visited(policy, run) -> dict[str, int]:
     """Rows that entered the first layer's visit in forwards, by what they are."""
     seen = {"prefix": 0, "student": 0, "teacher": 0}
@@ -310,8 +323,10 @@ def test_the_final_norm_widens_a_tile_and_saves_its_input(case):
     handle = norm.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     assert saved_bytes(lambda: normed(policy, x)) == x.nbytes
     normed(policy, x).backward(g)
+    with torch.no_grad():
+        normed(policy, x)
     handle.remove()
-    assert max(widths) <= 7 and sum(widths) == 3 * 30
+    assert max(widths) <= 7 and sum(widths) == 4 * 30
     assert distance(x.grad, want[0]) < 1e-12 and distance(norm.weight.grad, want[1]) < 1e-12
 
 

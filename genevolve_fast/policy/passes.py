@@ -78,9 +78,7 @@ def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -
 
 
 def normed(policy: Policy, x: Tensor) -> Tensor:
-    """The final norm of x [n, H]; with checkpointing it widens one tile of rows at a time and saves only x."""
-    return (
-        in_tiles(policy.decoder.norm, x, policy.tile_tokens)
-        if policy.gradient_checkpointing
-        else policy.decoder.norm(x)
-    )
+    """The final norm of x [n, H]; it widens one tile of rows at a time, and saves only x where layers do."""
+    if policy.gradient_checkpointing or not torch.is_grad_enabled():
+        return in_tiles(policy.decoder.norm, x, policy.tile_tokens)
+    return policy.decoder.norm(x)
