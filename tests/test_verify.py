@@ -22,7 +22,7 @@ def test_the_shared_pass_holds(kind, policy, pictures):
     policy = policy if kind == "Qwen3VL" else text_policy(kind)
     rollouts, images = mixed_batch(policy.codec, pictures if policy.has_vision else [])
     seen = deviation(policy, rollouts, images)
-    assert seen.holds and 0 < seen.gradient < 1e-5 and seen.logp < 1e-4 and "independent gradient" in str(seen)
+    assert seen.holds and 0 < seen.gradient < 1e-5 and 0 < seen.logp < 1e-4 and "independent gradient" in str(seen)
     assert all(p.grad is None for p in policy.parameters())
 
 
