@@ -361,3 +361,17 @@ def test_fetching_a_layers_input_starts_the_next_and_stays_in_its_frame(case, mo
     shared_gradient(policy, rollouts, images, max_tokens=90)
     one = [True] * (len(policy.visits) - 1) + [None]
     assert len(below) > 2 * len(one) and below == one * (len(below) // len(one))
+
+
+def test_an_expanded_gradient_is_not_written_to(case):
+    """sum() hands out one number for all rows."""
+    policy, rollouts, images = case
+    bundle = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)[0]()
+    rows = bundle.prefix, Stream(policy.rotary(bundle.prefix.positions), bundle.layout)
+    gradients = []
+    for checkpointing in (False, True):
+        policy.gradient_checkpointing = checkpointing
+        policy.zero_grad()
+        through_layers(policy, policy.image_features(bundle.images), rows)[0].sum().backward()
+        gradients.append(gradient(policy))
+    assert gradients[0].norm() > 0 and distance(gradients[1], gradients[0]) < 1e-9

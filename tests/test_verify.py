@@ -13,7 +13,8 @@ from genevolve_fast.train.verify import verify
 
 
 def deviation(policy, rollouts, images, **rest):
-    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300)
+    weighted = rest.pop("rollout_is", "none")
+    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300, rollout_is=weighted)
     return verify(policy, rollouts, images, objective, temperature=0.7, max_tokens=90, **rest)
 
 
@@ -33,6 +34,12 @@ def test_other_weights_are_compared_too(policy, pictures):
         for p in policy.decoder.layers.parameters():
             p.mul_(1.05)
     assert deviation(policy, rollouts, images, reference=other, teacher=other).holds
+
+
+def test_each_token_is_weighed_by_its_own_rollout_log_prob(policy, pictures):
+    rollouts, images = mixed_batch(policy.codec, pictures)
+    seen = deviation(policy, rollouts, images, rollout_is="token")
+    assert seen.holds and 0 < seen.gradient < 1e-5
 
 
 def test_a_lost_first_token_is_seen(policy, pictures, monkeypatch):
