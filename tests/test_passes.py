@@ -157,6 +157,21 @@ def test_other_weights_make_a_pass_of_their_own(case):
     assert distance(shared_gradient(policy, trained, images, objective=objective, reference=same), want) > 1e-4
 
 
+def test_rows_of_separate_passes_are_counted(case):
+    from genevolve_fast.policy.weights import FrozenCopy
+
+    policy, rollouts, images = case
+    same = FrozenCopy(policy)
+    objective = Objective(kl_coef=0.7, sdl_permille=300)
+    given = dict(temperature=TEMPERATURE, max_tokens=90)
+    metrics, _ = accumulate_gradients(policy, rollouts, images, objective, reference=same, teacher=same, **given)
+    seen = {part: metrics[f"tokens/{part}"] for part in ("prefix", "student", "teacher")}
+    assert all(seen.values())
+    made = [pushed_tokens(make()) for make in bundles(rollouts, images, policy.codec, "cpu", max_tokens=90)]
+    of_teacher = sum(b.prefix for b in made if b.teacher)
+    assert metrics["tokens/separate_passes"] == seen["prefix"] + seen["student"] + of_teacher
+
+
 def test_a_frozen_copy_scores_in_tiles_of_the_same_size(case):
     from genevolve_fast.policy.weights import FrozenCopy
 
