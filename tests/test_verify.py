@@ -13,8 +13,8 @@ from genevolve_fast.train.verify import verify
 
 
 def deviation(policy, rollouts, images, **rest):
-    weighted = rest.pop("rollout_is", "none")
-    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300, rollout_is=weighted)
+    options = {name: rest.pop(name) for name in ("rollout_is", "sdl_scope") if name in rest}
+    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300, **options)
     return verify(policy, rollouts, images, objective, temperature=0.7, max_tokens=90, **rest)
 
 
@@ -36,9 +36,10 @@ def test_other_weights_are_compared_too(policy, pictures):
     assert deviation(policy, rollouts, images, reference=other, teacher=other).holds
 
 
-def test_each_token_is_weighed_by_its_own_rollout_log_prob(policy, pictures):
+@pytest.mark.parametrize("options", [dict(rollout_is="token"), dict(sdl_scope="decision")], ids=str)
+def test_weights_and_scope_of_each_token_are_compared(policy, pictures, options):
     rollouts, images = mixed_batch(policy.codec, pictures)
-    seen = deviation(policy, rollouts, images, rollout_is="token")
+    seen = deviation(policy, rollouts, images, **options)
     assert seen.holds and 0 < seen.gradient < 1e-5
 
 
