@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command: its tests, and if they are green the benchmarks, by importance.
 
-Each section of benchmarks is `python -m benchmarks.run` in a process of its own, writing into one file: what a section
-has measured survives its end, a contender that kills its process is left out of the next attempt, and a section that is
-there already is not measured twice. When time runs out the rest is listed, not begun. The scoreboard's GPU rows are
-computed from that file.
+Each section is `python -m benchmarks.run` for the head, or `python -m benchmarks.step` for the training step, in a
+process of its own, writing into one file each: what a section has measured survives its end, a contender that kills its
+process is left out of the next attempt, and a section that is there already is not measured twice. When time runs out
+the rest is listed, not begun. The scoreboard's GPU rows are computed from those files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import run
+from benchmarks import run, step
 from benchmarks.inputs import OWN_MODES
 from benchmarks.peers import OURS
 from benchmarks.store import ROOT, Row, fingerprint, read
@@ -35,16 +35,22 @@ LAST_GROUP = 30  # seconds before the end in which no group is begun
 
 @dataclass(frozen=True)
 class Section:
-    """Options of `benchmarks.run`; the time they take on an H200 is an estimate."""
+    """Options of `benchmarks.run`, or of another program; the time they take on an H200 is an estimate."""
 
     name: str
     minutes: float
     options: dict[str, str]
     why: str
+    program: str = "benchmarks.run"
+
+    @property
+    def of_step(self) -> bool:
+        return self.program == "benchmarks.step"
 
     def argv(self, changes: dict[str, str]) -> list[str]:
         """`changes` replaces options that the section has; other ones are added."""
-        options = {"shapes": "8b", "rows": "16384", "logits": "peaked", "lengths": "uneven"} | self.options | changes
+        head = {"shapes": "8b", "rows": "16384", "logits": "peaked", "lengths": "uneven"}
+        options = ({} if self.of_step else head) | self.options | changes
         return [part for name, value in options.items() for part in (f"--{name}", *value.split())]
 
 
@@ -78,7 +84,21 @@ REST = [
     ),
     Section("flat", 4, {"modes": ALL, "logits": "flat"}, "probabilities near 1/V: what gradient filters do"),
 ]
-TIERS = {"core": CORE, "full": CORE + REST}
+STEP = [
+    Section(f"step-{name}", minutes, options, why, "benchmarks.step")
+    for name, minutes, options, why in (
+        ("speedup", 5.5, {"section": "speedup", "model": "8b"}, "8B, LoRA, against packed whole sequences"),
+        ("bytes", 8, {"section": "bytes"}, "bytes of a student token, on the GPU and offloaded; what that costs"),
+        ("longest", 8.5, {"section": "longest", "case": "all layers"}, "262 144 tokens, end to end"),
+        ("trl", 8, {"section": "trl"}, "against TRL's GRPOTrainer"),
+        ("planner", 6, {"section": "planner"}, "six measured peaks for the planner"),
+        ("speedup-2b", 3, {"section": "speedup", "model": "2b"}, "2B, all weights"),
+        ("loop", 2.5, {"section": "loop"}, "a whole step of evolve"),
+        ("deep", 7, {"section": "longest", "case": "524288"}, "524 288 tokens on 8 of 36 layers"),
+    )
+]
+TIERS = {"core": CORE, "full": CORE + STEP + REST}
+GROUPS = {"step": [s.name for s in STEP]}  # what `--only` takes besides a section's name
 
 
 # --- the plan and its parts -------------------------------------------------------------------------------------------
@@ -88,7 +108,7 @@ def print_plan(sections: list[Section], tier: str, minutes: float) -> None:
     print(f"tier {tier}: on an H200, at most {minutes:g} minutes")
     print(f"  {'tests':13} {1.5:4.1f} min  tests/gpu; nothing is timed unless they are green")
     for s in sections:
-        print(f"  {s.name:13} {s.minutes:4.1f} min  {s.why}\n{'':26}python -m benchmarks.run {' '.join(s.argv({}))}")
+        print(f"  {s.name:13} {s.minutes:4.1f} min  {s.why}\n{'':26}python -m {s.program} {' '.join(s.argv({}))}")
 
 
 def run_tests(seconds: float) -> str:
@@ -103,10 +123,10 @@ def run_tests(seconds: float) -> str:
     return "green" if code == 0 else "no test was collected" if code == 5 else f"red (pytest exits with {code})"
 
 
-def run_section(argv: list[str], seconds: float) -> str:
-    """Run benchmarks.run until it ends by itself; `done`, or what is missing."""
+def run_section(argv: list[str], seconds: float, program: str = "benchmarks.run") -> str:
+    """Run `program` until it ends by itself; `done`, or what is missing."""
     until = time.monotonic() + seconds
-    command = [sys.executable, "-m", "benchmarks.run", *argv]
+    command = [sys.executable, "-m", program, *argv]
     for _ in range(ATTEMPTS):
         left = until - time.monotonic()
         if left < 5:
@@ -121,7 +141,7 @@ def run_section(argv: list[str], seconds: float) -> str:
         if code == run.OUT_OF_TIME:
             return "out of time, some groups are left"
         if code != run.DEVICE_LOST and code > 0:
-            return f"failed: benchmarks.run exits with {code}"
+            return f"failed: {program} exits with {code}"
     return f"given up after {ATTEMPTS} attempts"
 
 
@@ -191,10 +211,14 @@ def dominating(mine: list[Row], peers: list[Row]) -> list[tuple[str, str]]:
 def dry_run(sections: list[Section], peers: str) -> int:
     """Every section at toy size on the CPU, in this process, into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / FILE.name
+        file, of_step = Path(folder) / FILE.name, Path(folder) / "step.json"
         print(f"== tests: {run_tests(180.0)}", flush=True)
         for s in sections:
             print(f"== {s.name}", flush=True)
+            if s.of_step:
+                if code := step.main(s.argv({"device": "cpu", "model": "toy", "repeats": "1", "file": str(of_step)})):
+                    return code
+                continue
             changes = {"device": "cpu", "shapes": "toy", "rows": "256", "repeats": "1", "file": str(file)}
             changes |= {"impls": "torch"} if "impls" in s.options else {}
             changes |= {} if s.options.get("peers") == "none" else {"peers": peers}
@@ -202,6 +226,9 @@ def dry_run(sections: list[Section], peers: str) -> int:
                 return code
         rows = read(file)["rows"]
         found = scores([r | CORE_CASE for r in rows], fingerprint())
+        steps = read(of_step)["rows"]
+        found |= step.scores(steps, step.code())
+        rows += steps
         print(f"{len(rows)} rows in {len(sections)} sections; ids that a GPU run records: {' '.join(found)}")
     return 0
 
@@ -211,17 +238,21 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--tier", choices=TIERS, default="core", help="core: 8B head, 16 384 rows; full: and all the rest")
-    p.add_argument("--only", nargs="+", metavar="SECTION", help=f"of {' '.join(s.name for s in TIERS['full'])}")
+    p.add_argument(
+        "--only", nargs="+", metavar="SECTION", help=f"of {' '.join(GROUPS)} {' '.join(s.name for s in TIERS['full'])}"
+    )
     p.add_argument("--minutes", type=float, help="(default: 8 for core, 60 for full)")
     p.add_argument("--dry-run", action="store_true", help="print the plan, run its code on the CPU at toy size")
     p.add_argument("--peers", nargs="+", default=["all"], help="of a dry run: fewer are quicker")
     p.add_argument("--file", type=Path, default=FILE, help="(default: %(default)s)")
+    p.add_argument("--step-file", type=Path, default=step.FILES["cuda"], help="(default: %(default)s)")
     p.add_argument("--commit", help="what to record where the tree is a copy that git does not know")
     args = p.parse_args(argv)
-    if unknown := set(args.only or ()) - {s.name for s in TIERS["full"]}:
+    only = {name for given in args.only or () for name in GROUPS.get(given, [given])}
+    if unknown := only - {s.name for s in TIERS["full"]}:
         p.error(f"no section {', '.join(sorted(unknown))}")
-    chosen = TIERS["full" if args.only else args.tier]
-    sections = [s for s in chosen if not args.only or s.name in args.only]
+    chosen = TIERS["full" if only else args.tier]
+    sections = [s for s in chosen if not only or s.name in only]
     minutes = args.minutes or {"core": 8.0, "full": 60.0}[args.tier]
     print_plan(sections, args.tier, minutes)
     if args.dry_run:
@@ -238,31 +269,36 @@ def measure(args: argparse.Namespace, sections: list[Section], minutes: float) -
     def left() -> float:
         return 60 * minutes - (time.monotonic() - begin)
 
-    def save(name: str, outcome: str, since: float) -> None:
-        data = read(args.file)
+    def save(name: str, outcome: str, since: float, file: Path) -> None:
+        data = read(file)
         report[name] = {"outcome": outcome, "seconds": round(time.monotonic() - since, 1)}
         data.setdefault("machine", {}).update(smi())
-        data["sections"] = data.get("sections", {}) | report
-        write_json(args.file, data)
+        data["sections"] = data.get("sections", {}) | {name: report[name]}
+        write_json(file, data)
         print(f"== {name}: {outcome} ({report[name]['seconds']} s)", flush=True)
 
     since = time.monotonic()
     outcome = run_tests(min(180.0, left()))
-    save("tests", outcome, since)
+    for file in dict.fromkeys(args.step_file if s.of_step else args.file for s in sections):
+        save("tests", outcome, since, file)
     if outcome != "green":
         print("nothing is timed while the GPU tests are not green")
         return 1
     for s in sections:
-        since = time.monotonic()
+        since, file = time.monotonic(), args.step_file if s.of_step else args.file
         if left() < 60 * s.minutes / 2:
-            save(s.name, "left: no time", since)
+            save(s.name, "left: no time", since, file)
             continue
-        options = {"file": str(args.file)} | ({"commit": args.commit} if args.commit else {})
+        options = {"file": str(file)} | ({"commit": args.commit} if args.commit else {})
         most = min(left(), 60 * (2 * s.minutes + 0.5))  # a section that hangs leaves time for the others
-        save(s.name, run_section(s.argv(options), most), since)
-    rows = read(args.file)["rows"]
+        save(s.name, run_section(s.argv(options), most, s.program), since, file)
+    rows, command = read(args.file)["rows"], f"python -m benchmarks.gpu --tier {args.tier}"
     for name, (value, n) in scores(rows, fingerprint()).items():
-        record(name, value, n=n, command=f"python -m benchmarks.gpu --tier {args.tier}", at=args.commit)
+        record(name, value, n=n, command=command, at=args.commit)
+    if any(s.of_step for s in sections):
+        steps = step.as_meant(read(args.step_file)["rows"])
+        for name, (value, n) in step.scores(steps, step.code()).items():
+            record(name, value, n=n, command="python -m benchmarks.gpu --only step", at=args.commit)
     missing = [name for name, r in report.items() if r["outcome"] not in ("done", "green")]
     print(f"left or failed: {', '.join(missing)}" if missing else "all sections are done")
     ours = [r for r in rows if r["impl"].startswith(OURS) and r["code"] == fingerprint() and r["status"] == "failed"]

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from benchmarks.check import Gate, Truth, errors, judge, make_run
 from benchmarks.inputs import MODES, Inputs
-from benchmarks.memory import formula_bytes, peak_bytes
+from benchmarks.memory import peak_bytes
 from benchmarks.peers import OURS, Contender, first_line
 from benchmarks.store import Results, Row
 from benchmarks.timing import quantiles, take_turns
+from genevolve_fast.ops.memory import formula_bytes
 
 FLOOR_ROWS = 16_384  # of one product; more rows are several
 

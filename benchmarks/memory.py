@@ -1,4 +1,4 @@
-"""Peak bytes of a computation, as the allocators report them, and what this library's documentation promises."""
+"""Peak bytes of a computation, as the allocators report them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.profiler import ProfilerActivity, profile
 
-_NUMBERS = 64  # bytes; a Python number in an expression is an allocation too
+from genevolve_fast.profile.meter import allocations
 
 
 def body_of(operator) -> Callable | None:
@@ -34,37 +34,8 @@ def peak_bytes(run: Callable[[], Iterable[torch.Tensor]], device: torch.device) 
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and stop
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             returned = list(run())
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            if abs(event.nbytes()) >= _NUMBERS:
-                live += event.nbytes()
-                peak = max(peak, live)
+        for _, size in allocations(profiler):
+            live += size
+            peak = max(peak, live)
     return peak - sum(x.untyped_storage().nbytes() for x in returned)
-
-
-def formula_bytes(
-    mode: str,
-    rows: int,
-    hidden: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    workspace_mb: float | None = None,
-    main_grad: bool = False,
-    block_rows: int = 1024,
-) -> int:
-    """Peak bytes that the operations' docstrings promise above inputs and returned gradients."""
-    itemsize = torch.float64.itemsize if dtype == torch.float64 else torch.float32.itemsize
-    block = block_rows * vocabulary * itemsize
-    blocks = (1 if device.type == "cpu" else 4) if workspace_mb is None else int(workspace_mb * 2**20) // block
-    blocks = min(blocks, -(-rows // block_rows))
-    workspace = blocks * block if workspace_mb is None else workspace_mb * 2**20
-    total = workspace + 16 * hidden * blocks * block_rows + 40 * rows + (32 << 20)
-    if mode == "frozen":
-        total += rows * hidden * dtype.itemsize
-    elif mode != "logprob" and not main_grad:
-        total += vocabulary * hidden * itemsize
-    if mode in ("objective", "teacher"):
-        total += 160 * rows
-    return int(total)

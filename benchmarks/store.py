@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,33 @@ GROUP = (
 Row = dict[str, Any]
 
 
-def fingerprint() -> str:
+def fingerprint(measured: Sequence[str] = MEASURED) -> str:
     """12 hex digits of everything whose change makes a recorded time worthless."""
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in MEASURED for p in ROOT.glob(pattern)):
+    for path in sorted(p for pattern in measured for p in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 class Results:
-    """`rows` of a results file. `note` names what is about to run; a process that dies leaves it behind."""
+    """`rows` of a results file. `note` names what is about to run; a process that dies leaves it behind.
 
-    def __init__(self, file: Path, where: torch.device, *, fresh: bool = False, at: str | None = None) -> None:
-        self.file, self.where = file, where
+    `group`: the fields that rows measured in one go have in common. `code`: fingerprint of what is measured.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        where: torch.device,
+        *,
+        fresh: bool = False,
+        at: str | None = None,
+        group: Sequence[str] = GROUP,
+        code: str | None = None,
+    ) -> None:
+        self.file, self.where, self.group = file, where, group
         self.commit = at or commit()
-        self.code = fingerprint()
+        self.code = code or fingerprint()
         self.data = read(file)
         if fresh:
             self.data["rows"] = []
@@ -77,7 +89,7 @@ class Results:
         """The row of this contender that still holds: same group, same code, same version."""
         for row in self.rows:
             same = row["impl"] == impl and row["version"] == version and row["code"] == self.code
-            if same and all(row[k] == group[k] for k in GROUP):
+            if same and all(row[k] == group[k] for k in self.group):
                 return row
         return None
 
@@ -89,11 +101,11 @@ class Results:
         """Put rows in place of older ones of their contender, and of any of their group that other code measured."""
         new = list(rows)
         for row in new:
-            key = [row[k] for k in GROUP]
+            key = [row[k] for k in self.group]
             self.data["rows"] = [
                 r
                 for r in self.rows
-                if [r[k] for k in GROUP] != key or (r["impl"] != row["impl"] and r["code"] == row["code"])
+                if [r[k] for k in self.group] != key or (r["impl"] != row["impl"] and r["code"] == row["code"])
             ]
         self.rows.extend(new)
         self.save()

@@ -29,12 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.policy.adapters import AdapterError
+    from genevolve_fast.profile.plan import PlanError
+    from genevolve_fast.profile.shapes import ShapeError
     from genevolve_fast.report.build import ReportError
     from genevolve_fast.train.config import ConfigError
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    return AdapterError, ConfigError, DataError, InvariantError, ReportError, RunError, FileNotFoundError
+    mistakes = AdapterError, ConfigError, DataError, InvariantError, PlanError, ReportError, RunError, ShapeError
+    return *mistakes, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +91,59 @@ def parser() -> argparse.ArgumentParser:
         "genevolve-fast demo",
     )
     training(p, "demo")
+
+    p = command(
+        "plan",
+        run_plan,
+        "Predict the peak memory of a run before anything is loaded; exit status 1 if it does not fit.",
+        "genevolve-fast plan --model qwen3-vl-8b --gpu 24GiB --tokens 36144 --prefix 6144 --lora 64 --offload-gib 40",
+    )
+    p.add_argument("--config", default=None, help="take everything from an evolve configuration; flags below override")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+    p.add_argument("--model", default=None, help="folder, config.json, cached hub id or a name such as qwen3-vl-8b")
+    p.add_argument("--gpu", default=None, help="size such as 24GiB, or a GPU's name (default: this machine)")
+    p.add_argument("--json", action="store_true", help="print the plan as JSON")
+    p.add_argument("--training-only", action="store_true", help="rollouts are sampled elsewhere")
+    p.add_argument("--tokens", type=int, help="tokens of the longest rollout, prefix included")
+    p.add_argument("--prefix", type=int, help="tokens that a group's rollouts share")
+    p.add_argument("--prompts-per-step", type=int, help="requests of a step")
+    p.add_argument("--num-generations", type=int, help="rollouts of each request")
+    p.add_argument("--max-tokens-per-microbatch", type=int, help="tokens packed into one forward and backward")
+    p.add_argument("--max-batch", type=int, help="turns the embedded engine samples together")
+    p.add_argument("--mean-tokens", type=int, help="mean length of the rollouts that the engine keeps open")
+    p.add_argument("--patch", type=int, help="tokens of experience that the teacher reads")
+    p.add_argument("--loss-share", type=float, help="share of a reply that the policy sampled")
+    p.add_argument("--image-tokens", type=int, help="tokens of all pictures whose features are kept")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and activations")
+    p.add_argument("--optimizer", choices=["adamw", "muon"])
+    p.add_argument("--lora", type=int, help="rank of the adapters; 0 trains the weights")
+    p.add_argument("--freeze-head", action=argparse.BooleanOptionalAction, help="no gradient of the LM head")
+    p.add_argument("--teacher", choices=["live", "ema", "base", "off"])
+    p.add_argument("--reference", action=argparse.BooleanOptionalAction, help="KL to the starting policy")
+    p.add_argument("--offload-gib", type=float, help="host memory for layer inputs")
+    p.add_argument("--workspace-mb", type=float, help="logits of the head that exist at once")
+    p.add_argument("--tile-tokens", type=int, help="rows of one MLP tile")
+
+    p = command(
+        "profile",
+        run_profile,
+        "Run real steps of evolve and print each phase's time and peak memory beside the predicted one.",
+        "genevolve-fast profile --config demo --set rollout.prompts_per_step=2 --out runs/profile",
+    )
+    p.add_argument("--config", required=True, help="YAML file, or a built-in name")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+    p.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, default=RUNS / "profile", help="folder of profile.json and timeline.svg")
+    p.add_argument("--snapshot", type=Path, default=None, help="also write torch's memory snapshot there; GPU only")
+
+    p = command(
+        "verify",
+        run_verify,
+        "Compare the shared training pass with whole sequences, one at a time, on your own model and first batch.",
+        "genevolve-fast verify --config demo --set rollout.prompts_per_step=2",
+    )
+    p.add_argument("--config", required=True, help="YAML file, or a built-in name")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
 
     p = command(
         "bench",
@@ -159,11 +215,29 @@ def open_policy(config):
     import torch
 
     from genevolve_fast.policy.model import Policy
+
+    return Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype)).to(device())
+
+
+def policy_path(config) -> str | Path:
+    """Folder of the weights that a policy section names; a hub id that is not cached yet gets its config.json."""
     from genevolve_fast.sandbox.tiny_policy import start_path
 
-    path = start_path() if config.path == "sandbox:start" else config.path
-    policy = Policy.from_pretrained(path, getattr(torch, config.dtype))
-    return policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    if config.path == "sandbox:start":
+        return start_path()
+    if config.path.count("/") == 1 and not Path(config.path).exists():
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(config.path, "config.json"), str):
+            snapshot_download(config.path, allow_patterns=["config.json"])
+    return config.path
+
+
+def device():
+    """The GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_sandbox(config):
@@ -211,18 +285,114 @@ def run_sft(args: argparse.Namespace) -> int:
 
 
 def run_evolve(args: argparse.Namespace) -> int:
+    from genevolve_fast.profile.shapes import ModelShape
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.evolve import evolve
+    from genevolve_fast.train.fits import check_fits
 
     if args.fields:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     set_threads(config.threads)
+    check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
     sandbox, world = open_sandbox(config.world)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)
     print(f"policy: {final}")
     return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from dataclasses import fields, replace
+
+    import torch
+
+    from genevolve_fast.profile.plan import PlanError, Settings, memory_of, plan, table, verdict
+    from genevolve_fast.profile.shapes import ModelShape
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.fits import available_memory, settings_of
+
+    where = torch.device("cuda") if args.gpu else device()
+    limit = memory_of(args.gpu) if args.gpu else available_memory(where)
+    named = {f.name: value for f in fields(Settings) if (value := getattr(args, f.name, None)) is not None}
+    if args.config:
+        config = load(args, EvolveConfig)
+        settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}), **named)
+        shape = ModelShape.from_config(args.model or policy_path(config.policy))
+    elif args.model and args.tokens:
+        if args.set:
+            raise PlanError("--set overrides a field of --config")
+        shape, settings = ModelShape.from_config(args.model), Settings(device=where.type, **named)
+    else:
+        raise PlanError("give --config, or --model and --tokens")
+    settings = replace(settings, rollout=not args.training_only)
+    made = plan(shape, settings)
+    if args.json:
+        print(json.dumps(made.as_dict() | {"limit": limit, "fits": made.total <= limit}, indent=1))
+    else:
+        print(f"{table(made)}\n\n{verdict(shape, settings, limit)}")
+    return 0 if made.total <= limit else 1
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of memory that is older than the meter
+    from genevolve_fast.profile.shapes import ModelShape
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.fits import check_fits
+    from genevolve_fast.train.profiled import profile_steps, write_profile
+
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    where, shape = device(), ModelShape.from_config(policy_path(config.policy))
+    check_fits(config, shape, where)
+    sandbox, world = open_sandbox(config.world)
+    made = profile_steps(
+        config,
+        lambda: open_policy(config.policy),
+        world,
+        sandbox.requests("train", config.pool_size, seed=config.seed),
+        shape,
+        where,
+        steps=args.steps,
+        snapshot_file=args.snapshot,
+    )
+    write_profile(args.out, made, f"{config.name}: {config.policy.path}, {args.steps} step(s) on {made.device}")
+    print(f"{made.table()}\nwritten to {args.out}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Exit status 1 where the gradients differ by more than their dtype explains."""
+    from genevolve_fast.rollout.transformers_engine import TransformersEngine
+    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.evolve import new_memory
+    from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
+    from genevolve_fast.train.single import sample_step
+    from genevolve_fast.train.verify import verify
+
+    config = load(args, EvolveConfig)
+    set_threads(config.threads)
+    sandbox, world = open_sandbox(config.world)
+    policy = open_policy(config.policy).eval()
+    refuse_dropout(policy)
+    prepare(policy, config.policy, config.seed)
+    reference, teacher = other_weights(config, policy)
+    print(f"sampling {config.rollout.prompts_per_step} x {config.rollout.num_generations} rollouts", flush=True)
+    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
+    batch, images = sample_step(config, policy, world, pool, engine, new_memory(config, world), 0)
+    deviation = verify(
+        policy,
+        batch,
+        images,
+        config.objective,
+        temperature=config.rollout.temperature,
+        max_tokens=config.max_tokens_per_microbatch,
+        reference=reference,
+        teacher=teacher,
+    )
+    print(deviation)
+    return 0 if deviation.holds else 1
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -91,8 +91,8 @@ def mixed_batch(
     return rollouts, pixels
 
 
-def text_policy(kind: str) -> Policy:
-    """A tiny random Qwen3 or Llama in eval mode with the sandbox's tokenizer."""
+def text_policy(kind: str, **shape) -> Policy:
+    """A tiny random Qwen3 or Llama in eval mode with the sandbox's tokenizer; `shape` changes its configuration."""
     import transformers
 
     from genevolve_fast.policy.codec import TransformersCodec
@@ -100,10 +100,10 @@ def text_policy(kind: str) -> Policy:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(start_path())
 
-    shape = dict(
+    usual = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**usual | shape))
     return Policy(model.eval(), TransformersCodec(tokenizer, None))

@@ -145,3 +145,20 @@ def test_sft_gives_the_host_buffer_back_after_every_micro_batch(policy):
     policy.offload = ActivationOffload(one + 512 * len(policy.visits), policy.device)
     accumulate(policy, batch, None, 20)
     assert policy.offload.peak_bytes >= one and policy.offload._used == 0
+
+
+def test_a_frozen_head_and_a_small_workspace_reach_the_pass(policy, pictures):
+    from grouped import mixed_batch
+
+    from genevolve_fast.ops import Objective
+    from genevolve_fast.train.update import accumulate_gradients
+
+    rollouts, images = mixed_batch(policy.codec, pictures)
+    prepare(policy, parse_config(EvolveConfig, dict(policy=dict(freeze_head=True))).policy, 0)
+    shared = dict(temperature=1.0, max_tokens=10**6)
+    accumulate_gradients(policy, rollouts, images, Objective(kl_coef=0.0), **shared)
+    assert policy.head_weight.grad is None and policy.decoder.norm.weight.grad is not None
+    with pytest.raises(ValueError, match="workspace_mb"):
+        accumulate_gradients(policy, rollouts, images, Objective(kl_coef=0.0), workspace_mb=0.001, **shared)
+    with pytest.raises(ConfigError, match="freeze_head with lora"):
+        parse_config(EvolveConfig, dict(policy=dict(freeze_head=True, lora=dict(rank=2))))

@@ -13,7 +13,7 @@ from grouped import group, mixed_batch, text_policy
 from naive import gradient, naive_loss
 
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
-from genevolve_fast.ops import Objective
+from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.visits import PrefixCache, Stream
@@ -390,3 +390,57 @@ def test_an_expanded_gradient_is_not_written_to(case):
         through_layers(policy, policy.image_features(bundle.images), rows)[0].sum().backward()
         gradients.append(gradient(policy))
     assert gradients[0].norm() > 0 and distance(gradients[1], gradients[0]) < 1e-9
+
+
+def test_row_log_probs_are_returned_where_there_are_any():
+    torch.manual_seed(0)
+    h, w = torch.randn(6, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    y, has = torch.tensor([1, 2, -100, 4, 5, 6]), torch.tensor([True, False, True, True, False, True])
+    teacher = torch.tensor([-1.0, -2, -3, -4, -5, -6], dtype=torch.float64)
+    options = dict(objective=Objective(kl_coef=0.0), return_logps=True, cu_seqlens=[0, 3, 5, 6])
+    a = torch.tensor([1.0, 0.0, 0.5])
+    _, _, seen = linear_grpo_sdl(h, w, y, advantages=a, teacher_logps=teacher, sdl_mask=has, **options)
+    want = linear_logprob(h, w, y).logps
+    live = torch.tensor([True, True, False, True, False, True])  # the second sequence has a teacher in one row only
+    assert torch.equal(seen.student.isnan(), ~live) and torch.equal(seen.student[live], want[live])
+    eligible = has & (y >= 0)
+    assert torch.equal(seen.teacher.isnan(), ~eligible) and torch.equal(seen.teacher[eligible], teacher[eligible])
+    _, _, alone = linear_grpo_sdl(h, w, y, advantages=a, **options)
+    assert alone.teacher.isnan().all() and not alone.student.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [False, True])
+def test_bytes_per_row_are_those_of_the_planner(teacher):
+    """(peak(2N) - peak(N)) / N of one rollout: layer inputs and one layer's working set; the teacher adds nothing."""
+    from benchmarks.memory import peak_bytes
+    from genevolve_fast.profile.plan import Settings, plan
+    from genevolve_fast.profile.shapes import ModelShape
+
+    policy = text_policy("Qwen3", num_hidden_layers=6, hidden_size=128, head_dim=32, vocab_size=320)
+    policy.gradient_checkpointing = True
+    policy.tile_tokens = 32
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    peaks, planned = [], []
+    for reply in (2048, 4096):
+        turns = [("assistant", [1]), ("tool", [reply - 2]), ("assistant", [1])]
+        trajectories, _ = group(policy.codec, [20], [turns], 1)
+        batch = [TrainingRollout(t, 1.0, (41, 42) if teacher else ()) for t in trajectories]
+        settings = dict(tokens=len(trajectories[0]), prefix=25, max_tokens_per_microbatch=1, tile_tokens=32, patch=2)
+        settings |= dict(dtype="float32", device="cpu", reference=False, rollout=False, num_generations=1)
+        made = plan(
+            ModelShape.from_config(policy.model.config.to_dict()),
+            Settings(**settings, teacher="live" if teacher else "off", loss_share=0.01),
+        )
+        planned.append(made.phase_bytes("backward"))
+
+        def run(batch=batch):
+            shared = dict(temperature=1.0, max_tokens=10**6)
+            accumulate_gradients(policy, batch, {}, Objective(kl_coef=0.0), **shared)
+            return []
+
+        run()  # what is made once and kept, such as the workspace's tables
+        peaks.append(peak_bytes(run, torch.device("cpu")))
+    measured, said = ((b - a) / 2048 for a, b in (peaks, planned))
+    assert measured == pytest.approx(said, rel=0.03)

@@ -204,19 +204,22 @@ def test_the_operators_keep_their_promises():
         torch.library.opcheck(module._backward, args, test_utils=check)
 
 
-def test_compiles_without_a_graph_break():
-    layout = LAYOUTS["several prefixes"]
-    *tensors, d_out = inputs(layout)
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_compiles_without_a_graph_break(accumulates):
+    def loss(q, k, v, prefix_k, prefix_v, d_out, layout, into):
+        return (prefix_attention(q, k, v, layout, prefix_k, prefix_v, prefix_grads=into) * d_out).sum()
 
-    def loss(q, k, v, prefix_k, prefix_v):
-        return (prefix_attention(q, k, v, layout, prefix_k, prefix_v) * d_out).sum()
-
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [x.detach().clone().requires_grad_() for x in tensors]
-        run(*leaves).backward()
-        results.append([x.grad for x in leaves])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for name in ("several prefixes", "mixed lengths"):  # the second one with other numbers
+        layout = LAYOUTS[name]
+        *tensors, d_out = inputs(layout)
+        results = []
+        for run in (loss, compiled):
+            leaves = [x.detach().clone().requires_grad_() for x in tensors]
+            into = tuple(torch.ones_like(x) for x in tensors[3:]) if accumulates else None
+            run(*leaves, d_out, layout, into).backward()
+            results.append([*(x.grad for x in leaves[:3]), *(into or (x.grad for x in leaves[3:]))])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # --- the GPU's flash attentions: their calls, answered by the CPU's ---------------------------------------------------
@@ -375,10 +378,12 @@ def test_wrong_arguments_are_named():
         with pytest.raises(ValueError, match=match):
             f(*args)
     out, lse = f(q, k, v, layout, prefix_k, prefix_v)
+    transposed = prefix_k.mT.contiguous().mT
     results = {
         "d_out must be": (d_out[:2], q, k, v, out, lse, layout, prefix_k, prefix_v),
         "lse must be": (d_out, q, k, v, out, lse.float(), layout, prefix_k, prefix_v),
         "prefix_grads must be": (d_out, q, k, v, out, lse, layout, prefix_k, prefix_v, (prefix_k.float(),) * 2),
+        "prefix_grads must have unit": (d_out, q, k, v, out, lse, layout, prefix_k, prefix_v, (transposed,) * 2),
         "prefix_grads takes": (d_out, q, k, v, out, lse, Layout((0, 4)), None, None, (prefix_k, prefix_v)),
     }
     for match, args in results.items():
@@ -393,11 +398,12 @@ def test_wrong_arguments_are_named():
     [
         ("torch", "cpu", torch.bfloat16, 128, None),
         ("torch", "cuda", torch.bfloat16, 128, "torch is for CPUs, q is on cuda"),
-        ("torch", "cpu", torch.int64, 128, "q must be floating point"),
+        ("torch", "cpu", torch.int64, 128, "torch computes in fp64, fp32, bf16 and fp16, not torch.int64"),
         ("flash", "cpu", torch.bfloat16, 128, "flash needs a GPU, q is on cpu"),
         ("triton", "cpu", torch.float64, 128, "triton computes in fp32, fp16 and bf16"),
         ("triton", "cpu", torch.float32, 264, "triton holds heads up to 256, not 264"),
         ("flash_attn", "cpu", torch.bfloat16, 128, "flash_attn needs a GPU, q is on cpu"),
+        ("auto", "cpu", torch.float32, 20, None),
         ("fast", "cpu", torch.bfloat16, 128, "impl must be one of auto, torch, flash, triton, flash_attn, not 'fast'"),
     ],
 )
@@ -435,5 +441,5 @@ def test_what_a_gpu_cannot_do(capability, d, refused, monkeypatch):
 
 def test_where_nothing_can_serve_all_reasons_are_given():
     q = torch.zeros(2, 2, 8, dtype=torch.float64, device="meta")
-    with pytest.raises(ValueError, match="'torch': .*; impl 'flash': .*; impl 'triton': .*; impl 'flash_attn': "):
+    with pytest.raises(ValueError, match="impl 'auto': torch is .*; flash needs .*; triton computes .*; flash_attn "):
         attention_forward(q, q, q, Layout((0, 2)), scale=1.0)

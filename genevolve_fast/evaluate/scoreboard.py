@@ -41,6 +41,19 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "head/peers_dominating": ("count", "==", 0),
     "head/kernels_compiled_sm90": ("share", "==", 1),
     "step/prefix_attention_error_f64": ("relative", "<=", 1e-10),
+    "step/speedup_reply8k": ("ratio", ">=", 1.3),
+    "step/speedup_reply2k": ("ratio", ">=", 2),
+    "step/share_of_flop_ratio": ("share", ">=", 0.9),
+    "step/speedup_vs_trl": ("ratio", ">=", 3),
+    "step/memory_vs_trl": ("ratio", "<=", 0.25),
+    "step/kib_per_token_gpu": ("KiB", "<=", 400),
+    "step/kib_per_token_offload": ("KiB", "<=", 128),
+    "step/offload_cost": ("relative", "<=", 0.08),
+    "step/longest_rollout_tokens": ("tokens", ">=", 262_144),
+    "step/planner_error": ("relative", "<=", 0.07),
+    "step/grad_error": ("relative", "<=", 1e-5),
+    "step/teacher_saved_bytes": ("bytes", "==", 0),
+    "step/demo_train_ratio": ("ratio", None, None),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

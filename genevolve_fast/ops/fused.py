@@ -29,6 +29,7 @@ from genevolve_fast.ops.shards import group_name, whole
 
 STATS = (*reference.STATS, "entropy")
 _DEFAULT = Objective()
+_NO_LOGP = 1.0  # of a probability above 1: inside the operator, whose results are compared, NaN would not equal itself
 
 
 class RowLogProbs(NamedTuple):
@@ -132,7 +133,9 @@ def linear_grpo_sdl(
             own = grads[1] = None
         loss = _HandOut.apply(loss, hidden, own, head.bias, *grads)
     stats = dict(zip(STATS, stats.unbind(), strict=True))
-    return (loss, stats, RowLogProbs(*logps.unbind())) if return_logps else (loss, stats)
+    if not return_logps:
+        return loss, stats
+    return loss, stats, RowLogProbs(*logps.masked_fill(logps == _NO_LOGP, torch.nan).unbind())
 
 
 def _number(name: str, x: float | Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -428,15 +431,15 @@ class _Sweep:
         return self._scaled(loss), torch.stack([stats[name].to(loss.dtype) for name in STATS])
 
     def row_logps(self) -> Tensor:
-        """[2, rows] log-probs of the student and of the teacher, as `RowLogProbs`."""
-        out = torch.full((2, len(self.all.keep)), torch.nan, dtype=self.logps.dtype, device=self.logps.device)
-        logps = where(self.c.keep, self.logps, torch.nan)
+        """[2, rows] log-probs of the student and of the teacher, _NO_LOGP where there is none."""
+        out = torch.full((2, len(self.all.keep)), _NO_LOGP, dtype=self.logps.dtype, device=self.logps.device)
+        logps = where(self.c.keep, self.logps, _NO_LOGP)
         if self.live is None:
             out[0] = logps
         else:
             out[0, self.live] = logps
         if self.all.teacher is not None:
-            out[1] = where(self.all.eligible, self.all.teacher.to(out.dtype), torch.nan)
+            out[1] = where(self.all.eligible, self.all.teacher.to(out.dtype), _NO_LOGP)
         return out
 
     def _scaled(self, x: Tensor) -> Tensor:

@@ -178,22 +178,24 @@ def attention_supported(impl: str, device: torch.device | str, dtype: torch.dtyp
     """Why `impl` cannot serve; None where it can.
 
     torch: torch's flash attention for CPUs. flash: torch's packed flash attention on a GPU, fp16 and bf16, heads of a
-    multiple of 8 up to 256. triton: one kernel for both parts, fp32 too, heads up to 256. flash_attn: the package, as
-    flash.
+    multiple of 8 up to 256. triton: one kernel for both parts, fp32 too, heads up to 256; its gradients repeat bit for
+    bit, those of flash only under torch.use_deterministic_algorithms. flash_attn: the package, as flash. auto: the
+    first of these that can.
     """
+    if impl == "auto":
+        reasons = [attention_supported(name, device, dtype, head_dim) for name in IMPLEMENTATIONS]
+        return None if None in reasons else "; ".join(reasons)
     if impl not in IMPLEMENTATIONS:
         return f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {impl!r}"
     return _BACKENDS[impl].reason(torch.device(device), dtype, head_dim)
 
 
 def choose(impl: str, q: Tensor) -> str:
-    """The implementation that runs: auto is the first that can. Raises ValueError with the reason where none can."""
-    reasons = {}
-    for name in IMPLEMENTATIONS if impl == "auto" else (impl,):
-        reasons[name] = attention_supported(name, q.device, q.dtype, q.shape[-1])
-        if reasons[name] is None:
-            return name
-    raise ValueError("; ".join(f"impl {name!r}: {reason}" for name, reason in reasons.items()))
+    """The implementation that runs. Raises ValueError with the reason where none can."""
+    about = q.device, q.dtype, q.shape[-1]
+    if reason := attention_supported(impl, *about):
+        raise ValueError(f"impl {impl!r}: {reason}")
+    return next(n for n in IMPLEMENTATIONS if attention_supported(n, *about) is None) if impl == "auto" else impl
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout, prefix_k: Tensor | None, prefix_v: Tensor | None) -> None:
@@ -242,6 +244,8 @@ def _check_grads(prefix_grads: tuple[Tensor, Tensor] | None, prefix_k: Tensor | 
         if x.shape != prefix_k.shape or x.dtype != accumulator(prefix_k.dtype) or x.device != prefix_k.device:
             want = f"{accumulator(prefix_k.dtype)} {list(prefix_k.shape)} on {prefix_k.device}"
             raise ValueError(f"prefix_grads must be {want}, got {x.dtype} {list(x.shape)} on {x.device}")
+        if x.stride(2) != 1:
+            raise ValueError(f"prefix_grads must have unit stride in their last dimension, got strides {x.stride()}")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -394,7 +398,8 @@ class _Torch(_TwoParts):
     def reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
             return f"torch is for CPUs, q is on {device}"
-        return None if dtype.is_floating_point else f"q must be floating point, got {dtype}"
+        served = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        return None if dtype in served else f"torch computes in fp64, fp32, bf16 and fp16, not {dtype}"
 
     @classmethod
     def causal(cls, q, k, v, layout: Layout, scale: float):

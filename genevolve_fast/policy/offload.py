@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class ActivationOffload:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = torch.device(device)
         self._on_gpu = self.device.type == "cuda"
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+        self._buffer = _pinned(nbytes) if self._on_gpu else torch.empty(nbytes, dtype=torch.uint8)
         self._used = 0
         self._top: _Parked | None = None
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -111,3 +112,20 @@ class ActivationOffload:
         with torch.cuda.stream(self._side):
             parked.here.copy_(parked.host, non_blocking=True)
             parked.arrived = self._side.record_event()
+
+
+def _pinned(nbytes: int) -> Tensor:
+    """[nbytes] page-locked bytes. torch's own allocator would round up to a power of two and keep what is freed."""
+    buffer, runtime = torch.empty(nbytes, dtype=torch.uint8), torch.cuda.cudart()
+    address = buffer.data_ptr()
+    if not nbytes or runtime.cudaHostRegister(address, nbytes, 0) != runtime.cudaError.success:
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").zero_()  # a launch takes the refusal off the context
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def release() -> None:
+        torch.cuda.synchronize()  # copies may be on their way
+        runtime.cudaHostUnregister(address)
+
+    weakref.finalize(buffer, release).atexit = False
+    return buffer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -64,11 +65,18 @@ def through_layers(
     return x, teacher_x
 
 
-def reading(policy: Policy, rows: Packed | None, layout: Layout | None, prefix: Prefix, detached: bool = False):
+def reading(
+    policy: Policy,
+    rows: Packed | None,
+    layout: Layout,
+    prefix: Prefix,
+    detached: bool = False,
+    phase: Callable[[], AbstractContextManager] = nullcontext,
+) -> Rows | None:
     """`rows` with the prefix they attend to; None where there are none."""
     if rows is None or not len(rows):
         return None
-    return rows, Stream(policy.rotary(rows.positions), layout, reads=prefix.cache, detached=detached)
+    return rows, Stream(policy.rotary(rows.positions), layout, reads=prefix.cache, detached=detached, phase=phase)
 
 
 def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the projections backward in token tiles.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +64,8 @@ class Stream:
     """Packed rows on their way through the layers.
 
     rotary: cos, sin [n, d]; `reads` is the prefix whose keys and values they attend to, `fills` the one they make;
-    detached: the prefix gets no gradient from these rows. No dataclass: FSDP2 would cast a copy of it, caches included.
+    detached: the prefix gets no gradient from these rows. `phase` is entered around the teacher's part of a visit.
+    No dataclass: FSDP2 would cast a copy of it, caches included.
     """
 
     def __init__(
@@ -73,12 +75,14 @@ class Stream:
         reads: PrefixCache | None = None,
         fills: PrefixCache | None = None,
         detached: bool = False,
+        phase: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.rotary = rotary
         self.layout = layout
         self.reads = reads
         self.fills = fills
         self.detached = detached
+        self.phase = phase
 
     def prefix(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.reads is None else (self.reads.keys[layer], self.reads.values[layer])
@@ -114,7 +118,7 @@ class Visit(nn.Module):
             else:
                 y = self.differentiable(x, stream)
         if teacher_x is not None:
-            with torch.no_grad():
+            with teacher.phase(), torch.no_grad():
                 teacher_x = self.bare(teacher_x, teacher)
         return y, teacher_x
 

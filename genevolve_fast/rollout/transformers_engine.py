@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,16 +94,24 @@ class TransformersEngine:
 
     deterministic=True waits until every open session asks for a turn and then runs them in order of session id, so
     that batches, and with them every bit, do not depend on which tool answered first. Otherwise whatever waits is run.
+    `executor` runs the batches, one at a time; none: a thread of the engine's own.
     """
 
-    def __init__(self, policy: Policy, *, max_batch: int = 64, deterministic: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_batch: int = 64,
+        deterministic: bool = True,
+        executor: Executor | None = None,
+    ) -> None:
         self.policy = policy
         self.max_batch = max_batch
         self.deterministic = deterministic
         self._sessions: dict[str, _Session] = {}
         self._waiting: list[_Call] = []
         self._running = False
-        self._thread = ThreadPoolExecutor(1, "engine")
+        self._executor = executor or ThreadPoolExecutor(1, "engine")
         self.sampled_tokens = 0
 
     def open(self, session_id: str) -> None:
@@ -154,7 +162,7 @@ class TransformersEngine:
 
     async def _answer(self, calls: list[_Call]) -> None:
         try:
-            done = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
+            done = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, calls)
         except Exception as error:
             for call in calls:
                 if not call.future.done():

@@ -44,6 +44,7 @@ class PolicyConfig(_Section):
     path: str = Field("sandbox:start", description="Folder or hub name; `sandbox:start` ships, `sandbox:new` is random")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights and activations")
     freeze_vision: bool = Field(True, description="Vision tower and projector get no gradient")
+    freeze_head: bool = Field(False, description="The LM head, and an embedding tied to it, get no gradient")
     gradient_checkpointing: bool = Field(False, description="Recompute layers in backward to save activation memory")
     tile_tokens: int = Field(TILE_ROWS, ge=1, description="Rows of a layer's MLP and projections in memory at once")
     offload_gib: float = Field(0.0, ge=0, description="Pinned host memory for layer inputs, in GiB")
@@ -56,6 +57,8 @@ class PolicyConfig(_Section):
             raise ValueError(
                 "offload_gib and tile_tokens need gradient_checkpointing: without it a layer keeps everything"
             )
+        if self.lora.rank and self.freeze_head:
+            raise ValueError("freeze_head with lora.rank > 0 would do nothing: LoRA freezes all but itself")
         if self.lora.rank and not self.freeze_vision:
             raise ValueError(
                 "freeze_vision false with lora.rank > 0 trains no vision tower: LoRA freezes all but itself"
@@ -134,6 +137,7 @@ class EvolveConfig(_Section):
         "all", description="Rollouts with experience worth a teacher pass, by reward in their group"
     )
     max_tokens_per_microbatch: int = Field(16384, ge=1, description="Tokens packed into one forward and backward")
+    head_workspace_mb: float | None = Field(None, gt=0, description="Logits in memory at once, MiB; none: four blocks")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="Refuse to train on a step with more failed rollouts")
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
     policy: PolicyConfig = Field(default_factory=PolicyConfig)

@@ -17,6 +17,7 @@ from genevolve_fast.experience.context import render as render_experience
 from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import Average
+from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.protocols import Experience, World
 from genevolve_fast.reward.advantages import advantages
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
@@ -63,6 +64,7 @@ def evolve(
         with run.phase("update_actor", step):
             begin = time.perf_counter()
             batch = training_rollouts(groups, experiences, policy, config)
+            memory_peak = PeakBytes(policy.device)
             metrics, traces = accumulate_gradients(
                 policy,
                 batch,
@@ -72,12 +74,15 @@ def evolve(
                 max_tokens=config.max_tokens_per_microbatch,
                 reference=reference,
                 teacher=teacher,
+                workspace_mb=config.head_workspace_mb,
             )
             metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
             metrics["actor/grad_norm"] = gradient_norm(policy, config.optim.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
             if average:
                 average.update()
+            if (peak := memory_peak.read()) is not None:
+                metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics["tokens/largest_microbatch"])
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         engine.weights_updated()
         keep_for_report(folder, step, rollouts, traces, experiences)

@@ -26,6 +26,7 @@ def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
         )
     if config.freeze_vision:
         policy.freeze_vision()
+    policy.head_weight.requires_grad_(not config.freeze_head)
     policy.gradient_checkpointing = config.gradient_checkpointing
     policy.tile_tokens = config.tile_tokens
     if config.liger:

@@ -30,7 +30,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak bytes allocated on a GPU, or this process's peak resident set on CPU, in GB."""
+    """Peak bytes allocated on a GPU, or this process's peak resident set on CPU, in GB, since the last reset.
+
+    Run.phase resets a GPU's, profile.meter.PeakBytes both.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def accumulate_gradients(
     max_tokens: int,
     reference: WeightSource | None = None,
     teacher: WeightSource | None = None,
+    workspace_mb: float | None = None,
     phase: Phase = nullcontext,
 ) -> tuple[dict[str, float], dict[str, TokenTrace]]:
     """Add the gradient of DESIGN §2's total loss to `policy`; returns (metrics, traces by trajectory id).
@@ -57,10 +59,11 @@ def accumulate_gradients(
     `rollouts` are all rollouts of the optimizer step that have loss tokens and did not fail: they set the
     denominators. Those without advantage, experience and reference term have no gradient and are not forwarded.
     The teacher has the policy's weights and rides its layer visits; with other weights (`teacher`) it is a pass of its
-    own, as the reference is. `phase(name)` is entered around prefix, student, head, backward, teacher and reference.
+    own, as the reference is. workspace_mb: of `linear_grpo_sdl`. `phase(name)` is entered around prefix, student, head,
+    backward, teacher and reference.
     """
-    step = _Step(policy, rollouts, objective, temperature, reference, teacher, phase)
-    live = [r for r in rollouts if r.advantage or r.experience_ids or reference is not None]
+    step = _Step(policy, rollouts, objective, temperature, reference, teacher, workspace_mb, phase)
+    live = forwarded(rollouts, reference is not None)
     for bundle in bundles(
         live, images, policy.codec, policy.device, max_tokens=max_tokens, sdl_scope=objective.sdl_scope
     ):
@@ -71,16 +74,22 @@ def accumulate_gradients(
     return metrics, step.traces()
 
 
+def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[TrainingRollout]:
+    """Those that have a gradient."""
+    return [r for r in rollouts if r.advantage or r.experience_ids or reference]
+
+
 class _Step:
     """An optimizer step in the making: gradients in the policy, metrics and traces on the device."""
 
-    def __init__(self, policy, rollouts, objective, temperature, reference, teacher, phase) -> None:
-        self.policy, self.objective, self.temperature = policy, objective, temperature
+    def __init__(self, policy, rollouts, objective, temperature, reference, teacher, workspace_mb, phase) -> None:
+        self.policy, self.objective, self.temperature, self.workspace_mb = policy, objective, temperature, workspace_mb
         self.reference, self.teacher, self.phase = reference, teacher, phase
         self.counts = dict(num_sequences=len(rollouts), num_tokens=sum(r.trajectory.num_loss_tokens for r in rollouts))
         self.totals = Totals(policy.device)
         self.pushed = PushedTokens()
         self.separate = 0  # rows of passes with other weights
+        self.largest = 0  # student rows of a micro-batch
         self.seen: list[Seen] = []
 
     def add(self, bundle: Bundle) -> None:
@@ -113,13 +122,16 @@ class _Step:
     def reply(self, micro: MicroBatch, prefix: Prefix, features: ImageFeatures | None, ref_logps, teacher_logps):
         """Forward and backward of some replies; the teacher rides along where its weights are the student's."""
         policy = self.policy
+        self.largest = max(self.largest, len(micro.student))
         rides = micro.teacher if self.teacher is None else None
         with self.phase("student"):
             x, teacher_x = through_layers(
                 policy,
                 features,
                 reading(policy, micro.student, micro.student_layout, prefix),
-                reading(policy, rides, micro.teacher_layout, prefix, detached=True),
+                reading(
+                    policy, rides, micro.teacher_layout, prefix, detached=True, phase=partial(self.phase, "teacher")
+                ),
             )
         with self.phase("head"):
             hidden = head_input(policy, prefix, x, micro.rows)
@@ -136,6 +148,7 @@ class _Step:
                 **distilled,
                 temperature=self.temperature,
                 objective=self.objective,
+                workspace_mb=self.workspace_mb,
                 return_logps=True,
                 **self.counts,
             )
@@ -147,7 +160,8 @@ class _Step:
 
     def metrics(self) -> dict[str, float]:
         tokens = {f"tokens/{part}": float(getattr(self.pushed, part)) for part in ("prefix", "student", "teacher")}
-        return self.totals.metrics() | tokens | {"tokens/separate_passes": float(self.separate)}
+        tokens |= {"tokens/separate_passes": float(self.separate), "tokens/largest_microbatch": float(self.largest)}
+        return self.totals.metrics() | tokens
 
     def traces(self) -> dict[str, TokenTrace]:
         return {name: t for seen in self.seen for name, t in trace(seen, self.objective).items()}

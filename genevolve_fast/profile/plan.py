@@ -1,0 +1,513 @@
+"""Predicts a run's peak memory from the model's config alone: what is held in each phase, what limits, what helps."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from genevolve_fast.ops.memory import formula_bytes
+from genevolve_fast.profile.flops import GPUS, gpu_named
+from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
+
+# What one layer's backward holds for each student row in attention: widths in the model's dtype, then bytes in fp32.
+VISIT_HIDDEN = 1  # the gradient, written in place; the layer input is counted where it waits
+VISIT_QUERIES = 4  # q, attention's output, and the gradients of both
+VISIT_KEYS = 4  # k, v, dk, dv
+VISIT_FLASH_DQ = 4  # bytes per query element: flash's fp32 accumulator
+VISIT_FLASH_DKV = 2  # dk and dv for every query head, before the group is summed
+MLP_HIDDEN = 2  # in the MLP: the gradient, the residual stream after attention
+MLP_QUERIES = 2  # q, attention's output
+MLP_KEYS = 2  # k, v
+VISIT_CPU = 2  # the CPU's flash attention: dq of the prefix part, and its output with rows first
+ROTARY = 2  # cos and sin, shared by all layers
+ID_BYTES = 32  # a token's id and three positions
+# What autograd keeps of a layer that is not recomputed, in widths of (H, q, kv, I); bf16 has fp32 copies in the norms.
+GRAPH = {4: (6, 4, 4, 4), 2: (8, 5, 5, 4)}
+# What one layer's forward holds for each row.
+FORWARD_HIDDEN = 1  # layer output
+FORWARD_QUERIES = 2  # q, attention's output
+FORWARD_KEYS = 2  # k, v
+TEACHER_HIDDEN = 3  # the teacher's rows between two visits, and a visit's input and output
+# What one layer holds for each padded prompt token in the engine's prefill, which has no tiles.
+PREFILL_HIDDEN = 3  # layer input, norm, residual
+PREFILL_QUERIES = 4  # q, keys and values for every query head, attention's output
+PREFILL_INTERMEDIATE = 3  # gate, up, their product
+# One token tile of the MLP: gate, up and their product, in the backward the gradients too; norms and residuals.
+TILE_INTERMEDIATE = 7
+TILE_HIDDEN = 6
+TILE_FORWARD_INTERMEDIATE = 3
+TILE_FORWARD_HIDDEN = 3
+PREFETCHED_LAYERS = 2  # of the offloaded layer inputs: one in use, one on its way
+MUON_COPIES = 4  # of one matrix in bf16 while it is orthogonalised
+ADAPTER_BYTES = 4  # A and B are fp32, so that small updates are not lost
+CUDA_CONTEXT = round(0.6 * 2**30)  # driver, kernels, cuBLAS: assumed
+FRAGMENTATION = 1.04  # on what is allocated and freed within a step: assumed
+GIB = 2**30
+
+Teacher = Literal["live", "ema", "base", "off"]
+
+
+class PlanError(ValueError):
+    """The settings contradict each other; the message names one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan depends on besides the model. Tokens are those of the longest rollout, its prefix included."""
+
+    tokens: int
+    prefix: int = 0
+    prompts_per_step: int = 8
+    num_generations: int = 6
+    max_tokens_per_microbatch: int = 16384
+    max_batch: int = 64
+    mean_tokens: int | None = None  # of the rollouts that the engine keeps open; none: all as long as the longest
+    patch: int = 600  # tokens of experience
+    loss_share: float = 1.0  # of a rollout's own tokens
+    image_tokens: int = 0  # of all pictures whose features are kept
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lora: int = 0  # rank; 0 trains the weights themselves
+    freeze_vision: bool = True
+    freeze_head: bool = False
+    teacher: Teacher = "live"
+    reference: bool = True
+    rollout: bool = True  # sampled on this device by the embedded engine
+    offload_gib: float = 0.0
+    workspace_mb: float | None = None
+    tile_tokens: int = 8192
+    gradient_checkpointing: bool = True
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "prompts_per_step", "num_generations", "max_tokens_per_microbatch", "max_batch"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prefix", "patch", "image_tokens", "lora", "offload_gib"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prefix >= self.tokens:
+            raise PlanError(f"prefix {self.prefix} leaves no reply in a rollout of {self.tokens} tokens")
+        if not 0 < self.loss_share <= 1:
+            raise PlanError(f"loss_share must lie in (0, 1], got {self.loss_share}")
+        if self.mean_tokens is not None and not self.prefix < self.mean_tokens <= self.tokens:
+            raise PlanError(f"mean_tokens {self.mean_tokens} does not lie between prefix and tokens")
+        if self.offload_gib and not self.gradient_checkpointing:
+            raise PlanError("offload_gib needs gradient_checkpointing: without it a layer keeps everything")
+        if self.device == "cpu" and self.offload_gib:
+            raise PlanError("offload_gib moves layer inputs off a GPU: nothing to move on a CPU")
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+    @property
+    def reply(self) -> int:
+        """Own tokens of the longest rollout."""
+        return self.tokens - self.prefix
+
+    @property
+    def student_rows(self) -> int:
+        """Rows of the largest micro-batch: as many replies as fit, or one that is longer."""
+        return max(self.reply, min(self.max_tokens_per_microbatch, self.num_generations * self.reply))
+
+    @property
+    def teacher_rows(self) -> int:
+        rollouts = -(-self.student_rows // self.reply)
+        return 0 if self.teacher == "off" else self.student_rows + rollouts * self.patch
+
+    @property
+    def loss_rows(self) -> int:
+        return math.ceil(self.loss_share * self.student_rows)
+
+    @property
+    def open_rollouts(self) -> int:
+        return self.prompts_per_step * self.num_generations
+
+
+@dataclass(frozen=True)
+class Term:
+    """Bytes of one thing that is held, and the formula that says so."""
+
+    name: str
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`held`: what stays on the device all the time. `phases`: what each phase holds besides, gradients included."""
+
+    held: tuple[Term, ...]
+    phases: dict[str, tuple[Term, ...]]
+    overhead: int  # of the CUDA context
+    host_bytes: int  # pinned
+
+    def phase_bytes(self, phase: str) -> int:
+        return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
+
+    def phase_above(self, phase: str) -> int:
+        """Without context, weights and optimizer state."""
+        slack = FRAGMENTATION if self.overhead else 1.0
+        return round(slack * sum(t.bytes for t in self.phases[phase]))
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phase_bytes)
+
+    @property
+    def total(self) -> int:
+        return self.phase_bytes(self.peak_phase)
+
+    @property
+    def limiting(self) -> Term:
+        """The largest thing held at the peak."""
+        return max((*self.held, *self.phases[self.peak_phase]), key=lambda t: t.bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "total": self.total,
+            "peak_phase": self.peak_phase,
+            "limiting": asdict(self.limiting),
+            "host_bytes": self.host_bytes,
+            "overhead": self.overhead,
+            "held": [asdict(t) for t in self.held],
+            "phases": {
+                name: {"bytes": self.phase_bytes(name), "terms": [asdict(t) for t in terms]}
+                for name, terms in self.phases.items()
+            },
+        }
+
+
+def plan(shape: ModelShape, settings: Settings) -> Plan:
+    """The peak of each phase. Nothing is loaded."""
+    s = settings
+    prefix, gradients = _prefix(shape, s), _gradients(shape, s)
+    inputs, host = _layer_inputs(shape, s)
+    features = _features(shape, s)
+    teacher = _forward(shape, s, s.teacher_rows, "teacher", TEACHER_HIDDEN)
+    student = _forward(shape, s, s.student_rows, "student")
+    widest = max(student, teacher, key=lambda t: t.bytes)
+    phases = {
+        "rollout": (*_rollout(shape, s), *features) if s.rollout else (),
+        "prefix": (*gradients, *prefix, _backward(shape, s, s.prefix, "prefix"), *features) if s.prefix else (),
+        "student": (*gradients, *prefix, *inputs, student, *features),
+        "teacher": (*gradients, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
+        "head": (*gradients, *prefix, *inputs, *_head(shape, s), *features),
+        "backward": (*gradients, *prefix, *inputs, _backward(shape, s, s.student_rows, "student"), *features),
+        "step": (*gradients, *_step(shape, s), *features),
+    }
+    overhead = CUDA_CONTEXT if s.device == "cuda" else 0
+    return Plan(_held(shape, s), {name: _present(terms) for name, terms in phases.items() if terms}, overhead, host)
+
+
+def trainable(shape: ModelShape, s: Settings) -> int:
+    """Parameters that receive a gradient."""
+    if s.lora:
+        return shape.lora_parameters(s.lora)
+    counts = shape.parameters
+    frozen = s.freeze_vision * counts["vision"]
+    if s.freeze_head:
+        frozen += counts["embedding"] if shape.tied else counts["head"]
+    return shape.total_parameters - frozen
+
+
+def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    b, count, learns = s.itemsize, shape.total_parameters, trainable(shape, s)
+    adapters = shape.lora_parameters(s.lora) if s.lora else 0
+    frozen = [use for use, wanted in (("reference", s.reference), ("base teacher", s.teacher == "base")) if wanted]
+    copied = learns * b if frozen and not s.lora else 0  # what is frozen anyway is shared
+    by_muon = (adapters or shape.linear_parameters) if s.optimizer == "muon" else 0
+    return _present(
+        (
+            Term("weights", count * b, "parameters · b"),
+            Term("adapters", adapters * ADAPTER_BYTES, f"{ADAPTER_BYTES} · parameters"),
+            Term(
+                "optimizer state",
+                (2 * learns - by_muon) * trained_bytes(s),
+                f"{trained_bytes(s)} · (2 · trainable parameters − those of Muon)",
+            ),
+            Term(f"frozen copy ({' and '.join(frozen)})", copied, "trainable parameters · b"),
+            Term("EMA teacher", 4 * learns if s.teacher == "ema" else 0, "4 · trainable parameters"),
+        )
+    )
+
+
+def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    return (Term("gradients", trainable(shape, s) * trained_bytes(s), f"{trained_bytes(s)} · trainable parameters"),)
+
+
+def trained_bytes(s: Settings) -> int:
+    """Of one trained parameter and of its gradient."""
+    return ADAPTER_BYTES if s.lora else s.itemsize
+
+
+def _graph(shape: ModelShape, s: Settings) -> tuple[int, str]:
+    """(bytes, formula) of what the backward of a row needs of all layers."""
+    if s.gradient_checkpointing:
+        return shape.layers * shape.hidden * s.itemsize, "L · H · b"
+    h, q, kv, i = GRAPH[s.itemsize]
+    widths = h * shape.hidden + q * shape.q + kv * shape.kv + i * shape.intermediate
+    return shape.layers * widths * s.itemsize, f"L · b · ({h}H + {q}q + {kv}kv + {i}I)"
+
+
+def _prefix(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    graph, formula = _graph(shape, s)
+    stay = shape.layers - offloaded_layers(shape, s)[0]
+    if stay < shape.layers:
+        graph, formula = stay * shape.hidden * s.itemsize, "(L − offloaded) · H · b"
+    cache = shape.layers * (2 * shape.kv * s.itemsize + 2 * shape.kv * 4)
+    return (
+        Term("prefix: keys, values, their gradients", s.prefix * cache, "P · L · (2kv·b + 2kv·4)"),
+        Term("prefix: layer inputs", s.prefix * graph, f"P · {formula}"),
+    )
+
+
+def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int]:
+    """(What stays on the device, host bytes)."""
+    if not s.gradient_checkpointing:
+        graph, formula = _graph(shape, s)
+        return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), 0
+    row = shape.hidden * s.itemsize
+    of_prefix, away = offloaded_layers(shape, s)
+    return (
+        Term("student's layer inputs", (shape.layers - away) * s.student_rows * row, "N · (L − offloaded) · H · b"),
+        Term(
+            "offload buffers", min(away, PREFETCHED_LAYERS) * s.student_rows * row, f"{PREFETCHED_LAYERS} · N · H · b"
+        ),
+    ), (of_prefix * s.prefix + away * s.student_rows) * row
+
+
+def offloaded_layers(shape: ModelShape, s: Settings) -> tuple[int, int]:
+    """Layers of the prefix, then of the replies, whose inputs fit into the host budget."""
+    budget, row = int(s.offload_gib * GIB), shape.hidden * s.itemsize
+    of_prefix = min(shape.layers, budget // (s.prefix * row)) if s.prefix else 0
+    budget -= of_prefix * s.prefix * row
+    return of_prefix, min(shape.layers, budget // (s.student_rows * row))
+
+
+def _tile(shape: ModelShape, s: Settings, rows: int, intermediate: int, hidden: int) -> int:
+    return min(rows, s.tile_tokens) * s.itemsize * (intermediate * shape.intermediate + hidden * shape.hidden)
+
+
+def _forward_tile(shape: ModelShape, s: Settings, rows: int) -> int:
+    return _tile(shape, s, rows, TILE_FORWARD_INTERMEDIATE, TILE_FORWARD_HIDDEN)
+
+
+def _forward(shape: ModelShape, s: Settings, rows: int, whose: str, hidden: int = FORWARD_HIDDEN) -> Term:
+    widths = hidden * shape.hidden + FORWARD_QUERIES * shape.q + FORWARD_KEYS * shape.kv
+    return Term(
+        f"{whose}'s layer visit, forward", rows * s.itemsize * widths + _forward_tile(shape, s, rows),
+        f"rows · b · ({hidden}H + {FORWARD_QUERIES}q + {FORWARD_KEYS}kv) + tile · b · "
+        f"({TILE_FORWARD_INTERMEDIATE}I + {TILE_FORWARD_HIDDEN}H)",
+    )  # fmt: skip
+
+
+def _backward(shape: ModelShape, s: Settings, rows: int, whose: str) -> Term:
+    """One layer's at its worse moment: attention's backward, or the MLP's with one token tile."""
+    b = s.itemsize
+    if s.device == "cpu":
+        flash, told = VISIT_CPU * shape.q * b, f"{VISIT_CPU}q·b"
+    else:
+        expanded = VISIT_FLASH_DKV * shape.q * b if shape.heads != shape.kv_heads else 0
+        flash, told = VISIT_FLASH_DQ * shape.q + expanded, f"{VISIT_FLASH_DQ}q + {VISIT_FLASH_DKV}q·b"
+    always = ROTARY * shape.head_dim * b + ID_BYTES
+    widths = VISIT_HIDDEN * shape.hidden + VISIT_QUERIES * shape.q + VISIT_KEYS * shape.kv
+    attention = Term(
+        f"{whose}'s layer visit, attention's backward", rows * (b * widths + flash + always),
+        f"rows · (b · ({VISIT_HIDDEN}H + {VISIT_QUERIES}q + {VISIT_KEYS}kv + {ROTARY}d) + {told} + {ID_BYTES})",
+    )  # fmt: skip
+    widths = MLP_HIDDEN * shape.hidden + MLP_QUERIES * shape.q + MLP_KEYS * shape.kv
+    mlp = Term(
+        f"{whose}'s layer visit, MLP's backward",
+        rows * (b * widths + always) + _tile(shape, s, rows, TILE_INTERMEDIATE, TILE_HIDDEN),
+        f"rows · (b · ({MLP_HIDDEN}H + {MLP_QUERIES}q + {MLP_KEYS}kv + {ROTARY}d) + {ID_BYTES}) + tile · b · "
+        f"({TILE_INTERMEDIATE}I + {TILE_HIDDEN}H)",
+    )
+    return max(attention, mlp, key=lambda t: t.bytes)
+
+
+def _head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    b, frozen, rows = s.itemsize, s.freeze_head or s.lora > 0, s.loss_rows
+    taught = rows if s.teacher != "off" else 0
+    mode = "frozen" if frozen else "objective"
+    work = formula_bytes(
+        mode, rows, shape.hidden, shape.vocabulary, getattr(torch, s.dtype), torch.device(s.device), s.workspace_mb
+    )
+    return (
+        Term("head: rows and gradients", (2 * rows + taught) * shape.hidden * b, "3 · M · H · b"),
+        Term("last hidden states and gradients", 2 * s.student_rows * shape.hidden * b, "2 · N · H · b"),
+        Term("head: workspace" + ("" if frozen else " and dW"), work, "ops.memory.formula_bytes"),
+    )
+
+
+def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    levels = 1 + (shape.vision.deepstack if shape.vision else 0)
+    return (Term("image features", s.image_tokens * levels * shape.hidden * s.itemsize, "tokens · levels · H · b"),)
+
+
+def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
+    b, rows = s.itemsize, min(s.max_batch, s.open_rollouts)
+    waiting, prompt = s.open_rollouts - rows, max(1, s.prefix)
+    per_token = shape.layers * 2 * shape.kv * b
+    widths = PREFILL_HIDDEN * shape.hidden + PREFILL_QUERIES * shape.q + PREFILL_INTERMEDIATE * shape.intermediate
+    first = (
+        Term("waiting rollouts' keys and values", waiting * prompt * per_token, "rollouts · prompt · L · 2kv · b"),
+        Term("working cache", rows * prompt * per_token, "rows · prompt · L · 2kv · b"),
+        Term(
+            "prefill: one layer", rows * prompt * b * widths,
+            f"rows · prompt · b · ({PREFILL_HIDDEN}H + {PREFILL_QUERIES}q + {PREFILL_INTERMEDIATE}I)",
+        ),
+        Term("prefill: mask", rows * prompt * prompt * (1 + b), "rows · prompt² · (1 + b)"),
+    )  # fmt: skip
+    kept, longest = waiting * (s.mean_tokens or s.tokens), 2 * rows * s.tokens
+    last = (
+        Term("waiting rollouts' keys and values", kept * per_token, "tokens · L · 2kv · b"),
+        Term("working cache and its copy", longest * per_token, "2 · rows · longest · L · 2kv · b"),
+    )
+    return max(first, last, key=lambda terms: sum(t.bytes for t in terms))
+
+
+def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    if s.optimizer != "muon":
+        return ()
+    widest = max(a * b for a, b in shape.matrices)
+    return (Term("Muon's matrices", MUON_COPIES * 2 * widest, f"{MUON_COPIES} · 2 · in · out"),)
+
+
+def _present(terms: Iterable[Term]) -> tuple[Term, ...]:
+    return tuple(t for t in terms if t.bytes)
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
+    """(switch, bytes of the peak it saves, the plan with it), the largest saving first; useless ones are left out."""
+    block_mb = -(-1024 * shape.vocabulary * 4 // 2**20)
+    budget = math.ceil(shape.layers * (s.prefix + s.student_rows) * shape.hidden * s.itemsize / GIB)
+    half, short = resized(s, s.tokens - s.reply // 2), shorter_prompt(s)
+    tries: list[tuple[str, dict[str, Any]]] = [
+        ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64}),
+        (f"offload_gib {budget} of host memory", {"offload_gib": budget} if s.device == "cuda" else {}),
+        (f"max_tokens_per_microbatch {s.reply}", {"max_tokens_per_microbatch": s.reply}),
+        ("no teacher (objective.sdl_coef 0)", {"teacher": "off"}),
+        ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
+        ("no reference (objective.kl_coef 0)", {"reference": False}),
+        ("policy.freeze_head", {} if s.lora else {"freeze_head": True}),
+        (f"head_workspace_mb {block_mb}", {"workspace_mb": block_mb}),
+        ("policy.tile_tokens 2048", {"tile_tokens": min(2048, s.tile_tokens)}),
+        ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),
+        ("half the requests a step", {"prompts_per_step": max(1, s.prompts_per_step // 2)}),
+        ("replies half as long", {"tokens": half.tokens, "mean_tokens": half.mean_tokens}),
+        ("prompts half as long", {f: getattr(short, f) for f in ("tokens", "prefix", "mean_tokens")}),
+        ("policy.gradient_checkpointing", {} if s.gradient_checkpointing else {"gradient_checkpointing": True}),
+        ("bfloat16", {"dtype": "bfloat16"}),
+    ]
+    now = plan(shape, s).total
+    found = [(name, plan(shape, replace(s, **change))) for name, change in tries if change]
+    if smaller := next_smaller(shape):
+        found.append((smaller, plan(BUILT_IN[smaller], s)))
+    saved = [(name, now - other.total, other) for name, other in found]
+    return sorted((row for row in saved if row[1] > 0), key=lambda row: -row[1])
+
+
+def shorter_prompt(s: Settings) -> Settings:
+    """Half the prefix, the same replies."""
+    cut = s.prefix - s.prefix // 2
+    return replace(s, tokens=s.tokens - cut, prefix=s.prefix - cut, mean_tokens=s.mean_tokens and s.mean_tokens - cut)
+
+
+def resized(s: Settings, tokens: int) -> Settings:
+    """Rollouts of another length with the same prefix; the mean reply stays the same share of the longest."""
+    mean = s.mean_tokens and s.prefix + max(1, (s.mean_tokens - s.prefix) * (tokens - s.prefix) // s.reply)
+    return replace(s, tokens=tokens, mean_tokens=mean)
+
+
+def next_smaller(shape: ModelShape) -> str | None:
+    """The largest published model below this one; None where `shape` is not a published one."""
+    below = [n for n, other in BUILT_IN.items() if other.total_parameters < shape.total_parameters]
+    known = shape in BUILT_IN.values() and below
+    return max(below, key=lambda n: BUILT_IN[n].total_parameters) if known else None
+
+
+def longest_rollout(shape: ModelShape, s: Settings, limit: int) -> int:
+    """Tokens of the longest rollout, prefix included, that fits into `limit` bytes; 0 if none does."""
+
+    def fits(tokens: int) -> bool:
+        return plan(shape, resized(s, tokens)).total <= limit
+
+    low, high = s.prefix, s.prefix + 1
+    while fits(high) and high < 2**26:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if low > s.prefix else 0
+
+
+def memory_of(text: str) -> int:
+    """Bytes of "24GiB", "80GB", "24" (GiB) or a GPU's name. Raises PlanError listing what is known."""
+    size = re.fullmatch(r"\s*([\d.]+)\s*(gib|gb|g|mib|mb)?\s*", text.lower())
+    if size:
+        unit = {"gb": 10**9, "mb": 10**6, "mib": 2**20}.get(size[2] or "gib", GIB)
+        return int(float(size[1]) * unit)
+    if found := gpu_named(text):
+        named = re.search(r"(\d+)\s*gb", text.lower())
+        return int(named[1]) << 30 if named else found.memory
+    raise PlanError(f"{text!r} is neither a size such as 24GiB nor one of {', '.join(GPUS)}")
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def gib(count: float) -> str:
+    """1.23 GiB, 45.6 MiB."""
+    return f"{count / GIB:.2f} GiB" if abs(count) >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
+
+
+def table(made: Plan) -> str:
+    """What is held, phase by phase."""
+    rows = [("held all the time", sum(t.bytes for t in made.held) + made.overhead, "")]
+    rows += [(f"  {t.name}", t.bytes, t.formula) for t in made.held]
+    if made.overhead:
+        rows.append(("  CUDA context", made.overhead, "assumed"))
+    for phase, terms in made.phases.items():
+        mark = "  <- peak" if phase == made.peak_phase else ""
+        rows.append((f"{phase}: {gib(made.phase_bytes(phase))} in all{mark}", made.phase_above(phase), ""))
+        rows += [(f"  {t.name}", t.bytes, t.formula) for t in terms]
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(f"{name:{width}} {gib(size):>11}  {formula}".rstrip() for name, size, formula in rows)
+
+
+def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
+    """Whether it fits, what limits, what helps, and how long a rollout may be."""
+    made = plan(shape, s)
+    fits = made.total <= limit
+    t = made.limiting
+    lines = [
+        f"{'fits' if fits else 'does not fit'}: the peak of {gib(made.total)} comes in phase {made.peak_phase}, "
+        f"{gib(abs(limit - made.total))} {'below' if fits else 'above'} {gib(limit)}",
+        f"limited by {t.name}: {gib(t.bytes)} = {t.formula}",
+    ]
+    if made.host_bytes:
+        of_prefix, away = offloaded_layers(shape, s)
+        used = f"{gib(made.host_bytes)} of {s.offload_gib:g} GiB"
+        lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
+    for name, saved, other in savings(shape, s)[:5]:
+        lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
+    longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""
+    lines.append(f"longest rollout{prefix} that fits: {longest:,} tokens" if longest else f"no rollout{prefix} fits")
+    if made.peak_phase == "rollout":
+        lines += [
+            "",
+            "training alone, with the rollouts sampled elsewhere:",
+            verdict(shape, replace(s, rollout=False), limit),
+        ]
+    return "\n".join(lines)
