@@ -36,4 +36,5 @@ def policy(tokenizer):
 @pytest.fixture(scope="session")
 def pictures():
     random = np.random.default_rng(0)
-    return [random.integers(0, 255, (96, 96, 3), dtype=np.uint8) for _ in range(4)]
+    shapes = (96, 64), (64, 96), (64, 128), (96, 96)  # tall, wide, wider, square: positions go on by the longer side
+    return [random.integers(0, 255, (*shape, 3), dtype=np.uint8) for shape in shapes]

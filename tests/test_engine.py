@@ -47,11 +47,11 @@ def test_is_an_engine(policy):
 def test_reported_logps_are_the_trainers_over_several_turns_with_images(policy, pictures):
     engine = TransformersEngine(policy)
     sampling = Sampling(temperature=0.8, top_p=1.0, max_tokens=7)
-    image = [policy.codec.image_pad_id] * 9
-    ids, images, sampled = PROMPT[:20], [], []
+    codec, ids, images, sampled = policy.codec, PROMPT[:20], [], []
+    image = [codec.image_pad_id]
     for step in range(3):
         images = [*images, pictures[step]]
-        ids = [*ids, *image, 41, 42 + step]
+        ids = [*ids, *image * codec.image_tokens(codec.image_grid(pictures[step])), 41, 42 + step]
         others = {f"other{i}": (PROMPT[: 10 + 7 * i], [], sampling, i) for i in range(3)} if step == 1 else {}
         out = turn(engine, {"s": (ids, images, sampling, step), **others})["s"]
         for sid in others:

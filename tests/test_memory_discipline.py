@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,33 @@ def test_host_memory_that_is_not_there_is_refused(policy, monkeypatch):
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with pytest.raises(RunError, match="exceeds the host's available memory of 1.0 GiB"):
         module.pinned_buffer(1.5, torch.device("cuda"))
+
+
+def test_attention_dropout_is_refused_not_ignored(policy):
+    policy.model.config.text_config.attention_dropout = 0.1
+    with pytest.raises(RunError, match="attention_dropout=0.1 to 0"):
+        prepare(policy, SftConfig().policy, 0)
+
+
+def test_the_section_reaches_the_layers(policy):
+    section = SftConfig(policy=dict(gradient_checkpointing=True, tile_tokens=33)).policy
+    prepare(policy, section, 0)
+    assert all(visit.checkpoint and visit.tile_rows == 33 for visit in policy.visits)
+
+
+def test_sft_gives_the_host_buffer_back_after_every_micro_batch(policy):
+    from genevolve_fast.data.conversations import Conversation
+    from genevolve_fast.policy.offload import ActivationOffload
+    from genevolve_fast.train.sft import accumulate
+
+    policy.freeze_vision()
+    policy.gradient_checkpointing = True
+    rows = np.arange(20) % 5 + 50
+    batch = [Conversation(rows, rows > 51, (), ()) for _ in range(3)]
+    one = 20 * policy.text_config.hidden_size * policy.head_weight.element_size() * len(policy.visits)
+    policy.offload = ActivationOffload(one + 512 * len(policy.visits), policy.device)
+    accumulate(policy, batch, None, 20)
+    assert policy.offload.peak_bytes >= one and policy.offload._used == 0
 
 
 def test_a_frozen_head_and_a_small_workspace_reach_the_pass(policy, pictures):

@@ -15,13 +15,14 @@ from naive import gradient, naive_loss
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
 from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
 from genevolve_fast.policy.offload import ActivationOffload
-from genevolve_fast.policy.passes import Prefix, reading, through_layers
+from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.visits import PrefixCache, Stream
 from genevolve_fast.train.update import accumulate_gradients
 from genevolve_fast.trajectory import Trajectory
 
 TEMPERATURE = 0.7
 OBJECTIVE = Objective(kl_coef=0.0, sdl_permille=300)
+BF16 = Objective(kl_coef=0.0, sdl_permille=1000)  # which tokens are selected must not hang on a rounding
 
 
 def exact_norms(monkeypatch):
@@ -112,6 +113,23 @@ def test_adapters_get_the_naive_gradient(case, checkpointing, scope):
     assert all((p.grad is None) == (not p.requires_grad) for n, p in policy.named_parameters() if ".layers." in n)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
+def test_bf16_with_fp32_adapters_loses_its_rounding_only(case, checkpointing):
+    from genevolve_fast.policy.adapters import add_lora
+
+    policy, rollouts, images = case
+    policy.bfloat16()
+    add_lora(policy, rank=2)
+    factors = [p for n, p in policy.named_parameters() if "lora_" in n]
+    for p in factors:
+        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(p.numel()))
+    assert {p.dtype for p in factors} == {torch.float32}
+    policy.gradient_checkpointing, policy.tile_tokens = checkpointing, 16
+    got = shared_gradient(policy, rollouts, images, max_tokens=90, objective=BF16)
+    assert {p.grad.dtype for p in factors} == {torch.float32}
+    assert distance(got, naive_gradient(policy.double(), rollouts, images, BF16)) < 0.03
+
+
 def test_without_experience_no_teacher_row_passes(case):
     policy, rollouts, images = case
     bare = [dataclasses.replace(r, experience_ids=()) for r in rollouts]
@@ -137,6 +155,34 @@ def test_other_weights_make_a_pass_of_their_own(case):
             p.mul_(1.1)
     assert distance(shared_gradient(policy, trained, images, teacher=same), want) > 1e-4
     assert distance(shared_gradient(policy, trained, images, objective=objective, reference=same), want) > 1e-4
+
+
+def test_rows_of_separate_passes_are_counted(case):
+    from genevolve_fast.policy.weights import FrozenCopy
+
+    policy, rollouts, images = case
+    same = FrozenCopy(policy)
+    objective = Objective(kl_coef=0.7, sdl_permille=300)
+    given = dict(temperature=TEMPERATURE, max_tokens=90)
+    metrics, _ = accumulate_gradients(policy, rollouts, images, objective, reference=same, teacher=same, **given)
+    seen = {part: metrics[f"tokens/{part}"] for part in ("prefix", "student", "teacher")}
+    assert all(seen.values())
+    made = [pushed_tokens(make()) for make in bundles(rollouts, images, policy.codec, "cpu", max_tokens=90)]
+    of_teacher = sum(b.prefix for b in made if b.teacher)
+    assert metrics["tokens/separate_passes"] == seen["prefix"] + seen["student"] + of_teacher
+
+
+def test_a_frozen_copy_scores_in_tiles_of_the_same_size(case):
+    from genevolve_fast.policy.weights import FrozenCopy
+
+    policy, rollouts, images = case
+    policy.tile_tokens = 7
+    same, widths = FrozenCopy(policy), []
+    for module in (same._policy.decoder.norm, same._policy.visits[0].layer.mlp):
+        module.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    objective = Objective(kl_coef=0.7, sdl_permille=300)
+    shared_gradient(policy, rollouts, images, objective=objective, reference=same, teacher=same)
+    assert widths and max(widths) <= 7
 
 
 def rows_visited(policy, run) -> dict[str, int]:
@@ -243,9 +289,12 @@ def test_offloaded_inputs_change_no_bit(case, share):
     assert policy.offload._used == 0
 
 
-def test_what_is_offloaded_leaves_the_device(case):
+@pytest.mark.parametrize("embeddings", ["trained", "frozen"])
+def test_what_is_offloaded_leaves_the_device(case, embeddings):
     """Two layers' room: the first two layers' inputs are freed, the others' are kept alive by the graph."""
     policy, rollouts, images = case
+    policy.decoder.embed_tokens.requires_grad_(embeddings == "trained")
+    policy.freeze_vision()
     policy.gradient_checkpointing = True
     (make,) = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)
     bundle = make()
@@ -260,6 +309,87 @@ def test_what_is_offloaded_leaves_the_device(case):
         assert x.requires_grad and alive == [False, False] + [True] * (len(alive) - 2)
     for handle in handles:
         handle.remove()
+
+
+def test_what_replies_give_the_prompts_last_rows_keeps_no_reply_alive(case):
+    """autograd hands the prompt a view of the gradient of all rows: kept as it is, it would hold the longest reply."""
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    seen = []
+    for make in bundles(rollouts, images, policy.codec, "cpu", max_tokens=90):
+        bundle = make()
+        features = policy.image_features(bundle.images)
+        leaves = features and features.leaves()
+        prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, leaves)
+        for micro in bundle.microbatches:
+            x, _ = through_layers(policy, leaves, reading(policy, micro.student, micro.student_layout, prefix))
+            head_input(policy, prefix, x, micro.rows).square().sum().backward()
+            seen.append((prefix.last.grad.untyped_storage().nbytes(), prefix.last.nbytes))
+    assert len(seen) >= 3 and all(kept == own for kept, own in seen)
+
+
+def test_the_final_norm_widens_a_tile_and_saves_its_input(case):
+    policy, _, _ = case
+    policy.gradient_checkpointing, policy.tile_tokens = True, 7
+    x = torch.randn(30, policy.text_config.hidden_size, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(30, policy.text_config.hidden_size, dtype=torch.float64)
+    norm, widths = policy.decoder.norm, []
+    want = torch.autograd.grad(norm(x), (x, norm.weight), g)
+    handle = norm.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    assert saved_bytes(lambda: normed(policy, x)) == x.nbytes
+    normed(policy, x).backward(g)
+    with torch.no_grad():
+        normed(policy, x)
+    handle.remove()
+    assert max(widths) <= 7 and sum(widths) == 4 * 30
+    assert distance(x.grad, want[0]) < 1e-12 and distance(norm.weight.grad, want[1]) < 1e-12
+
+
+def test_a_prompts_cache_is_given_up_layer_by_layer(case):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    bundle = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)[0]()
+    prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, policy.image_features(bundle.images))
+    cache, held = prefix.cache, []
+
+    def count():
+        held.append(sum(x.numel() > 0 for x in (*cache.keys, *cache.values, *sum(cache.grads, ()))))
+
+    for visit in policy.visits:
+        visit.done = count
+    prefix.backward()
+    assert held == [4 * i for i in reversed(range(len(policy.visits)))]
+
+
+def test_fetching_a_layers_input_starts_the_next_and_stays_in_its_frame(case, monkeypatch):
+    policy, rollouts, images = case
+    policy.gradient_checkpointing = True
+    policy.offload = ActivationOffload(1 << 24, policy.device)
+    real, below = ActivationOffload._fetch, []
+
+    def fetch(self, parked):
+        x = real(self, parked)
+        below.append(parked.below and parked.below.here is not None)
+        return x
+
+    monkeypatch.setattr(ActivationOffload, "_fetch", fetch)
+    shared_gradient(policy, rollouts, images, max_tokens=90)
+    one = [True] * (len(policy.visits) - 1) + [None]
+    assert len(below) > 2 * len(one) and below == one * (len(below) // len(one))
+
+
+def test_an_expanded_gradient_is_not_written_to(case):
+    """sum() hands out one number for all rows."""
+    policy, rollouts, images = case
+    bundle = bundles(rollouts, images, policy.codec, "cpu", max_tokens=10**6)[0]()
+    rows = bundle.prefix, Stream(policy.rotary(bundle.prefix.positions), bundle.layout)
+    gradients = []
+    for checkpointing in (False, True):
+        policy.gradient_checkpointing = checkpointing
+        policy.zero_grad()
+        through_layers(policy, policy.image_features(bundle.images), rows)[0].sum().backward()
+        gradients.append(gradient(policy))
+    assert gradients[0].norm() > 0 and distance(gradients[1], gradients[0]) < 1e-9
 
 
 def test_row_log_probs_are_returned_where_there_are_any():

@@ -95,3 +95,56 @@ def test_microbatches_hold_every_sequence_once_within_the_budget():
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in g) <= 1000 or len(g) == 1 for g in groups)
     assert len(groups) == 4
+
+
+def test_kept_image_features_have_a_limit(policy, monkeypatch):
+    """Every image of a run would otherwise stay on the device; those used last stay, and what is dropped comes back."""
+    from genevolve_fast.policy import model
+
+    policy.freeze_vision()
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(6)]
+    want = policy.image_features(images[:2])
+    each = want.nbytes // 2
+    kept = lambda: sum(x.untyped_storage().nbytes() for f in policy._kept_features.values() for x in f.tensors)  # noqa: E731
+    monkeypatch.setattr(model, "KEPT_FEATURES", 3 * each)
+    for pixels in (*images[2:], images[4]):
+        policy.image_features([pixels])
+    assert kept() == policy._kept_bytes == 3 * each
+    again = policy.image_features(images[:2])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again.tensors, want.tensors, strict=True))
+    assert len(policy.image_features(images).embeds) == 3 * len(want.embeds) and kept() == 3 * each
+    policy.forget_images()
+    assert kept() == policy._kept_bytes == 0
+
+
+def test_kept_patches_have_a_limit(policy, monkeypatch):
+    """4 096 pictures of a megapixel would take 100 GB of the host."""
+    from genevolve_fast.policy import codec as module
+
+    codec = policy.codec
+    monkeypatch.setattr(codec, "_patches", type(codec._patches)())
+    monkeypatch.setattr(codec, "_patch_bytes", 0)
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(5)]
+    want = [codec.image_patches(pixels) for pixels in images]
+    each = want[0][0].nbytes
+    assert codec._patch_bytes == 5 * each
+    monkeypatch.setattr(module, "_CACHED_BYTES", 2 * each)
+    for pixels, (patches, grid) in zip(images[::-1], want[::-1], strict=True):
+        again, seen = codec.image_patches(pixels)
+        assert torch.equal(again, patches) and seen == grid
+    codec.image_patches(np.zeros((64, 32, 3), np.uint8))
+    assert codec._patch_bytes == sum(p.nbytes for p, _ in codec._patches.values()) <= 2 * each
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_call_are_refused(rope_type):
+    from grouped import text_policy
+
+    from genevolve_fast.policy.model import Policy
+
+    plain = text_policy("Llama")
+    plain.model.config.rope_parameters["rope_type"] = rope_type
+    with pytest.raises(ValueError, match=f"rope_type '{rope_type}'"):
+        Policy(plain.model, plain.codec)

@@ -164,31 +164,41 @@ def zero3(rank):
             close(mine, want - want.grad / 2, 1e-5)
 
 
-def shared_pass(rank):
-    """Layer visits under FSDP2: each rank its own rollouts, gradients averaged; a visit gathers once each way."""
+def shared_pass(rank, max_tokens, dtype):
+    """Layer visits under FSDP2: each rank its own rollouts, gradients averaged; a visit gathers once each way.
+
+    Every rank must make the same number of visits: streamed in micro-batches, both have the same rollouts.
+    """
     from grouped import mixed_batch, text_policy
     from naive import gradient
     from test_passes import OBJECTIVE, TEMPERATURE
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from genevolve_fast.train.update import accumulate_gradients
 
+    streamed = max_tokens < 1000
+
     def run(policy, batch):
-        accumulate_gradients(policy, batch, {}, OBJECTIVE, temperature=TEMPERATURE, max_tokens=10**6)
+        accumulate_gradients(policy, batch, {}, OBJECTIVE, temperature=TEMPERATURE, max_tokens=max_tokens)
 
     plain, sharded = (text_policy("Qwen3").double() for _ in range(2))
     rollouts, _ = mixed_batch(plain.codec, [])
-    halves = rollouts[:4], rollouts[3:]
+    halves = (rollouts, rollouts) if streamed else (rollouts[:4], rollouts[3:])
     for half in halves:
         run(plain, half)
     want = gradient(plain) / 2
     mesh = dist.init_device_mesh("cpu", (2,))
+    mixed = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        sharded.float()
     for visit in sharded.visits:
-        fully_shard(visit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(visit, mesh=mesh, reshard_after_forward=True, mp_policy=mixed)
     sharded.gradient_checkpointing = True
     gathers = count_gathers(lambda: run(sharded, halves[rank]))
     layers = len(sharded.visits)
-    assert gathers == 2 * 2 * layers, gathers  # prefix and replies, forward and backward; the teacher rides for nothing
+    # prefix and replies, forward and backward; the teacher rides for nothing
+    assert gathers > 4 * layers and gathers % layers == 0 if streamed else gathers == 2 * 2 * layers, gathers
     parts = []
     for p in sharded.parameters():
         if hasattr(p.grad, "full_tensor"):
@@ -196,7 +206,8 @@ def shared_pass(rank):
         else:
             dist.all_reduce(p.grad)
             parts.append(p.grad / 2)
-    close(torch.cat([p.flatten() for p in parts]), want, 1e-6)
+    got = torch.cat([p.flatten() for p in parts])
+    assert (got - want).norm() <= (1e-12 if dtype == D else 2e-2) * want.norm()
 
 
 def count_gathers(run) -> int:
@@ -255,8 +266,9 @@ def test_an_fsdp2_weight_is_gathered_once(tmp_path):
     on_two_ranks(tmp_path, fsdp2)
 
 
-def test_the_shared_pass_under_fsdp2_gathers_a_layer_once_each_way(tmp_path):
-    on_two_ranks(tmp_path, shared_pass)
+@pytest.mark.parametrize(("max_tokens", "dtype"), [(10**6, D), (90, D), (90, torch.bfloat16)])
+def test_the_shared_pass_under_fsdp2_gathers_a_layer_once_each_way(tmp_path, max_tokens, dtype):
+    on_two_ranks(tmp_path, shared_pass, max_tokens, dtype)
 
 
 def test_a_zero3_weight_is_gathered_by_deepspeed(tmp_path, monkeypatch):

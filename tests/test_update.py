@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -112,3 +114,25 @@ def test_changed_image_is_refused(policy, rollouts):
         accumulate_gradients(
             policy, [TrainingRollout(wrong, 1.0)], images, Objective(kl_coef=0.0), temperature=1.0, max_tokens=10**6
         )
+
+
+def test_a_step_keeps_no_rows_of_its_micro_batches(policy, rollouts, monkeypatch):
+    from genevolve_fast.train import update
+
+    trajectories, images = rollouts
+    packed = []
+    real = update._Step.reply
+
+    def reply(step, micro, *rest):
+        packed.extend(weakref.ref(x) for x in (micro.student.ids, micro.student.positions, micro.rows))
+        real(step, micro, *rest)
+
+    def traces(step):
+        gc.collect()
+        assert len(packed) > 3 and all(x() is None for x in packed)
+        return {}
+
+    monkeypatch.setattr(update._Step, "reply", reply)
+    monkeypatch.setattr(update._Step, "traces", traces)
+    batch = [TrainingRollout(t, a, (41, 50)) for t, a in zip(trajectories, (1.0, -0.5, 0.3, -1.2), strict=False)]
+    accumulate_gradients(policy, batch, images, Objective(kl_coef=0.0), temperature=TEMPERATURE, max_tokens=700)

@@ -13,7 +13,8 @@ from genevolve_fast.train.verify import verify
 
 
 def deviation(policy, rollouts, images, **rest):
-    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300)
+    options = {name: rest.pop(name) for name in ("rollout_is", "sdl_scope") if name in rest}
+    objective = Objective(kl_coef=0.3 if rest.get("reference") else 0.0, sdl_permille=300, **options)
     return verify(policy, rollouts, images, objective, temperature=0.7, max_tokens=90, **rest)
 
 
@@ -22,7 +23,7 @@ def test_the_shared_pass_holds(kind, policy, pictures):
     policy = policy if kind == "Qwen3VL" else text_policy(kind)
     rollouts, images = mixed_batch(policy.codec, pictures if policy.has_vision else [])
     seen = deviation(policy, rollouts, images)
-    assert seen.holds and 0 < seen.gradient < 1e-5 and seen.logp < 1e-4 and "independent gradient" in str(seen)
+    assert seen.holds and 0 < seen.gradient < 1e-5 and 0 < seen.logp < 1e-4 and "independent gradient" in str(seen)
     assert all(p.grad is None for p in policy.parameters())
 
 
@@ -33,6 +34,13 @@ def test_other_weights_are_compared_too(policy, pictures):
         for p in policy.decoder.layers.parameters():
             p.mul_(1.05)
     assert deviation(policy, rollouts, images, reference=other, teacher=other).holds
+
+
+@pytest.mark.parametrize("options", [dict(rollout_is="token"), dict(sdl_scope="decision")], ids=str)
+def test_weights_and_scope_of_each_token_are_compared(policy, pictures, options):
+    rollouts, images = mixed_batch(policy.codec, pictures)
+    seen = deviation(policy, rollouts, images, **options)
+    assert seen.holds and 0 < seen.gradient < 1e-5
 
 
 def test_a_lost_first_token_is_seen(policy, pictures, monkeypatch):

@@ -13,7 +13,7 @@ from genevolve_fast.policy.positions import ImageMismatchError
 from genevolve_fast.trajectory import image_hash
 
 NO_TOKEN = -1  # stands for the image placeholder of a policy that has none
-_CACHED_IMAGES = 4096
+_CACHED_BYTES = 2 << 30  # of host memory for patches of images
 
 
 class TransformersCodec:
@@ -31,6 +31,8 @@ class TransformersCodec:
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.merge_size = image_processor.merge_size if image_processor else 1
         self._patches: OrderedDict[str, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
+        self._patch_bytes = 0
+        self._grids: dict[str, tuple[int, int, int]] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> TransformersCodec:
@@ -64,13 +66,15 @@ class TransformersCodec:
 
             out = self.image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
             self._patches[key] = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
-            if len(self._patches) > _CACHED_IMAGES:
-                self._patches.popitem(last=False)
+            self._grids[key] = self._patches[key][1]
+            self._patch_bytes += out["pixel_values"].nbytes
+            while self._patch_bytes > _CACHED_BYTES and len(self._patches) > 1:
+                self._patch_bytes -= self._patches.popitem(last=False)[1][0].nbytes
         self._patches.move_to_end(key)
         return self._patches[key]
 
     def image_grid(self, pixels: np.ndarray) -> tuple[int, int, int]:
-        return self.image_patches(pixels)[1]
+        return self._grids.get(image_hash(pixels)) or self.image_patches(pixels)[1]
 
     def image_tokens(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2] // self.merge_size**2

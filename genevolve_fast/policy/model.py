@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from genevolve_fast.policy.positions import ImageMismatchError
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
+KEPT_FEATURES = 1 << 30  # bytes of image features that a policy keeps for the next time an image is seen
 ARCHITECTURES = ("qwen3_vl_text", "qwen3", "qwen2", "llama")  # text models whose layers our loop knows
 
 
@@ -34,6 +36,14 @@ class ImageFeatures:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.embeds, *self.deepstack
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
+    def copied(self) -> ImageFeatures:
+        """The same features in memory of their own: not views of all images that passed the tower with this one."""
+        return ImageFeatures(self.embeds.clone(), tuple(x.clone() for x in self.deepstack))
+
     def leaves(self) -> ImageFeatures:
         """The same features as leaves that gather gradients of their own where the tower is trained."""
         parts = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
@@ -44,6 +54,18 @@ class ImageFeatures:
         pairs = zip(features.tensors, self.tensors, strict=True)
         if reached := [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]:
             torch.autograd.backward(*zip(*reached, strict=True))
+
+
+class _Entrance(torch.autograd.Function):
+    """Rows that require gradients and drop them: a leaf would be kept alive to gather its own."""
+
+    @staticmethod
+    def forward(ctx, x, anchor):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, None
 
 
 class Policy(nn.Module):
@@ -62,12 +84,19 @@ class Policy(nn.Module):
                 f"the layers of {text.model_type!r} (sliding_window {getattr(text, 'sliding_window', None)}) are not "
                 f"known to the training pass; it knows full attention in {known}"
             )
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type {rope!r} turns by the longest position of a call: a prompt and its replies would disagree; "
+                "the training pass knows rotations that do not change, such as default, linear, yarn and llama3"
+            )
         self.has_vision = text is not model.config
         self.model = model
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
-        self._frozen_features: dict[str, ImageFeatures] = {}
+        self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
+        self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
         # a plain list: the layers are registered in `model` already
         self.__dict__["visits"] = [Visit(layer, i, rotate) for i, layer in enumerate(self.decoder.layers)]
@@ -170,10 +199,12 @@ class Policy(nn.Module):
 
     def forget_images(self) -> None:
         """Drop cached features; needed after the vision tower's weights changed."""
-        self._frozen_features.clear()
+        self._kept_features.clear()
+        self._kept_bytes = 0
 
     def image_features(self, images: Sequence[np.ndarray]) -> ImageFeatures | None:
-        """Features of `images` in order. Repeated images pass the tower once; a frozen tower's features are kept."""
+        """Features of `images` in order. Repeated images pass the tower once; of a frozen tower KEPT_FEATURES bytes are
+        kept for the next call, those used last."""
         if not images:
             return None
         if not self.has_vision:
@@ -181,16 +212,25 @@ class Policy(nn.Module):
         keys = [image_hash(pixels) for pixels in images]
         unique = dict(zip(keys, images, strict=True))
         if self.vision_frozen or not torch.is_grad_enabled():
-            missing = {k: v for k, v in unique.items() if k not in self._frozen_features}
-            if missing:
+            by_key = {k: self._kept_features[k] for k in unique if k in self._kept_features}
+            if missing := {k: v for k, v in unique.items() if k not in by_key}:
                 with torch.no_grad():
-                    self._frozen_features.update(self._vision(missing))
-            by_key = self._frozen_features
+                    by_key |= {k: f.copied() for k, f in self._vision(missing).items()}
+            self._keep(by_key)
         else:
             by_key = self._vision(unique)
         parts = [by_key[k] for k in keys]
         deepstack = tuple(torch.cat(level) for level in zip(*(p.deepstack for p in parts), strict=True))
         return ImageFeatures(torch.cat([p.embeds for p in parts]), deepstack)
+
+    def _keep(self, features: dict[str, ImageFeatures]) -> None:
+        """Take these in as the last used; the ones unused for longest go."""
+        for key, f in features.items():
+            self._kept_bytes += 0 if key in self._kept_features else f.nbytes
+            self._kept_features[key] = f
+            self._kept_features.move_to_end(key)
+        while self._kept_bytes > KEPT_FEATURES:
+            self._kept_bytes -= self._kept_features.popitem(last=False)[1].nbytes
 
     def _vision(self, images: dict[str, np.ndarray]) -> dict[str, ImageFeatures]:
         patches, grids = zip(*(self.codec.image_patches(p) for p in images.values()), strict=True)
@@ -240,10 +280,12 @@ class Policy(nn.Module):
         return cos[0], sin[0]
 
     def embed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """[n, H] what enters the first layer; a leaf that requires gradients where nothing before it does."""
+        """[n, H] what enters the first layer; it takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
         x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
-        return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+        if x.requires_grad or not torch.is_grad_enabled():
+            return x
+        return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
 
     def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
         """x after `layer` with the vision tower's features of that depth added at its image rows."""

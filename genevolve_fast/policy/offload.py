@@ -56,6 +56,8 @@ class ActivationOffload:
             yield
         finally:
             self._let_go(0)
+            if self._side is not None:  # a copy back that no backward waited for still writes to its tensor
+                torch.cuda.current_stream(self.device).wait_stream(self._side)
             self._used, self._top = used, top
 
     def layer(self) -> AbstractContextManager:

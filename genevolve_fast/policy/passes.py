@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.prefix_attention import Layout
 from genevolve_fast.policy.model import ImageFeatures, Policy
-from genevolve_fast.policy.visits import Packed, PrefixCache, Stream
+from genevolve_fast.policy.visits import Packed, PrefixCache, Stream, in_tiles
 
 
 class Prefix:
@@ -28,7 +28,7 @@ class Prefix:
         self._graph = x[last_rows]
         self.last = self._graph.detach()
         if torch.is_grad_enabled():
-            self.last.requires_grad_()
+            self.last.requires_grad_().register_hook(Tensor.clone)  # a view would keep all rows' gradient alive
             self.cache.collect_gradients()
 
     def backward(self) -> None:
@@ -82,4 +82,11 @@ def reading(
 def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:
     """Normed hidden states [len(rows), H]: `rows` index the prefix's last rows, then those of x."""
     states = prefix.last if x is None else torch.cat([prefix.last, x])
-    return policy.decoder.norm(states[rows])
+    return normed(policy, states[rows])
+
+
+def normed(policy: Policy, x: Tensor) -> Tensor:
+    """The final norm of x [n, H]; it widens one tile of rows at a time, and saves only x where layers do."""
+    if policy.gradient_checkpointing or not torch.is_grad_enabled():
+        return in_tiles(policy.decoder.norm, x, policy.tile_tokens)
+    return policy.decoder.norm(x)

@@ -60,20 +60,29 @@ class PrefixCache:
         self.grads[layer] = (empty, empty)
 
 
-@dataclass
 class Stream:
     """Packed rows on their way through the layers.
 
     rotary: cos, sin [n, d]; `reads` is the prefix whose keys and values they attend to, `fills` the one they make;
     detached: the prefix gets no gradient from these rows. `phase` is entered around the teacher's part of a visit.
+    No dataclass: FSDP2 would cast a copy of it, caches included.
     """
 
-    rotary: tuple[Tensor, Tensor]
-    layout: Layout
-    reads: PrefixCache | None = None
-    fills: PrefixCache | None = None
-    detached: bool = False
-    phase: Callable[[], AbstractContextManager] = nullcontext
+    def __init__(
+        self,
+        rotary: tuple[Tensor, Tensor],
+        layout: Layout,
+        reads: PrefixCache | None = None,
+        fills: PrefixCache | None = None,
+        detached: bool = False,
+        phase: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.rotary = rotary
+        self.layout = layout
+        self.reads = reads
+        self.fills = fills
+        self.detached = detached
+        self.phase = phase
 
     def prefix(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.reads is None else (self.reads.keys[layer], self.reads.values[layer])
@@ -128,7 +137,7 @@ class Visit(nn.Module):
         q, k, v = (p(x).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = self.rotate(q, k, cos, sin)
+        q, k = self.rotate(q, k, cos.to(x.dtype), sin.to(x.dtype))  # the weights' dtype differs where FSDP2 narrows it
         return q, k, v
 
     def output(self, attended: Tensor, x: Tensor) -> Tensor:
@@ -139,9 +148,7 @@ class Visit(nn.Module):
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
     def tiles(self, rows: int) -> list[slice]:
-        count = max(1, -(-rows // self.tile_rows))
-        size = -(-rows // count)
-        return [slice(a, min(a + size, rows)) for a in range(0, rows, max(1, size))] or [slice(0, 0)]
+        return tiled(rows, self.tile_rows)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -257,6 +264,12 @@ class _Tiled:
             yield t, leaf.grad
 
 
+def tiled(rows: int, most: int) -> list[slice]:
+    """Equal tiles of at most `most` rows; an empty one where there are none."""
+    size = -(-rows // max(1, -(-rows // most)))
+    return [slice(a, min(a + size, rows)) for a in range(0, rows, max(1, size))] or [slice(0, 0)]
+
+
 def _joined(tiles: list[slice], function: Callable[[slice], Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """The results of all tiles under each other."""
     if len(tiles) == 1:
@@ -270,3 +283,31 @@ def _joined(tiles: list[slice], function: Callable[[slice], Sequence[Tensor]]) -
             for w, p in zip(whole, parts, strict=True):
                 w[t] = p
     return whole
+
+
+class _Rowwise(torch.autograd.Function):
+    """A module of single rows, as a norm is, in tiles: saves its input, runs again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, module, tile_rows):
+        ctx.save_for_backward(x)
+        ctx.module, ctx.tile_rows = module, tile_rows
+        return _joined(tiled(len(x), tile_rows), lambda t: (module(x[t]),))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        for t in tiled(len(x), ctx.tile_rows):
+            part = x[t].detach().requires_grad_()
+            with torch.enable_grad():
+                y = ctx.module(part)
+            torch.autograd.backward(y, g[t])
+            out[t] = part.grad
+        return out, None, None
+
+
+def in_tiles(module: nn.Module, x: Tensor, tile_rows: int) -> Tensor:
+    """module(x) of rows [n, H] that do not see each other, with at most tile_rows of them widened at once."""
+    return _Rowwise.apply(x, module, tile_rows)

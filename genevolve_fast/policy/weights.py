@@ -52,6 +52,7 @@ class FrozenCopy:
     def __init__(self, policy: Policy) -> None:
         shared = {id(p): p for p in policy.model.parameters() if not p.requires_grad}
         self._policy = Policy(copy.deepcopy(policy.model, dict(shared)), policy.codec).requires_grad_(False).eval()
+        self._policy.tile_tokens = policy.tile_tokens
         self.nbytes = sum(_nbytes(p) for p in self._policy.parameters() if id(p) not in shared)
 
     @contextmanager

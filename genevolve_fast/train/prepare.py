@@ -19,6 +19,11 @@ def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
 
     Raises RunError for what this device cannot do.
     """
+    if dropout := getattr(policy.text_config, "attention_dropout", 0):
+        raise RunError(
+            f"the training pass drops no attention weights: set attention_dropout={dropout} to 0 in the policy's "
+            "config.json"
+        )
     if config.freeze_vision:
         policy.freeze_vision()
     policy.head_weight.requires_grad_(not config.freeze_head)

@@ -14,7 +14,7 @@ from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatch
 from genevolve_fast.data.conversations import Conversation, ImageFiles, load_conversations
 from genevolve_fast.ops import linear_logprob
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.policy.passes import through_layers
+from genevolve_fast.policy.passes import normed, through_layers
 from genevolve_fast.policy.visits import Stream
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from genevolve_fast.train.config import SftConfig
@@ -97,9 +97,10 @@ def accumulate(policy: Policy, batch: Sequence[Conversation], pixels: ImageFiles
         with policy.frame():
             rows = packed.stretch
             x, _ = through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), packed.layout)))
-            hidden = policy.decoder.norm(x[packed.rows])
+            hidden = normed(policy, x[packed.rows])
+            del x
             loss = -linear_logprob(hidden, policy.head_weight, packed.targets).logps.sum() / total
-            del x, hidden
+            del hidden
             loss.backward()
         losses.append(loss.detach())
         tokens += packed.num_tokens

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genevolve_fast.batch.groups import Bundle, MicroBatch, PushedTokens, TrainingRollout, bundles, pushed_tokens
-from genevolve_fast.ops import Objective, RowLogProbs, linear_grpo_sdl, linear_logprob, select_sdl
+from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob, select_sdl
 from genevolve_fast.policy.model import ImageFeatures, Policy
-from genevolve_fast.policy.passes import Prefix, head_input, reading, through_layers
+from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.weights import WeightSource
 
 Phase = Callable[[str], AbstractContextManager]
@@ -27,6 +29,16 @@ class TokenTrace:
     logps: np.ndarray
     teacher_logps: np.ndarray
     selected: np.ndarray
+
+
+class Seen(NamedTuple):
+    """What a micro-batch leaves behind until the step is over: loss rows [M], none of its other rows."""
+
+    members: tuple[TrainingRollout, ...]
+    cu_seqlens: tuple[int, ...]
+    eligible: Tensor
+    logps: Tensor
+    teacher_logps: Tensor
 
 
 def accumulate_gradients(
@@ -78,7 +90,7 @@ class _Step:
         self.pushed = PushedTokens()
         self.separate = 0  # rows of passes with other weights
         self.largest = 0  # student rows of a micro-batch
-        self.seen: list[tuple[MicroBatch, RowLogProbs]] = []
+        self.seen: list[Seen] = []
 
     def add(self, bundle: Bundle) -> None:
         """Prefix forward, every reply forward and backward, prefix backward, images backward."""
@@ -122,26 +134,29 @@ class _Step:
                 ),
             )
         with self.phase("head"):
+            hidden = head_input(policy, prefix, x, micro.rows)
+            distilled = teacher_terms(policy, micro, teacher_x, teacher_logps)
+            del x, teacher_x  # the head needs none of their other rows
             loss, stats, logps = linear_grpo_sdl(
-                head_input(policy, prefix, x, micro.rows),
+                hidden,
                 policy.head_weight,
                 micro.targets,
                 advantages=micro.advantages,
                 cu_seqlens=micro.cu_seqlens,
                 rollout_logps=micro.rollout_logps,
                 ref_logps=ref_logps,
-                **teacher_terms(policy, micro, teacher_x, teacher_logps),
+                **distilled,
                 temperature=self.temperature,
                 objective=self.objective,
                 workspace_mb=self.workspace_mb,
                 return_logps=True,
                 **self.counts,
             )
-            del x, teacher_x
+            del hidden, distilled
         with self.phase("backward"):
             loss.backward()
         self.totals.add(loss, stats, logps.student, micro)
-        self.seen.append((micro, logps))
+        self.seen.append(Seen(micro.members, micro.cu_seqlens, micro.eligible, *logps))
 
     def metrics(self) -> dict[str, float]:
         tokens = {f"tokens/{part}": float(getattr(self.pushed, part)) for part in ("prefix", "student", "teacher")}
@@ -149,14 +164,14 @@ class _Step:
         return self.totals.metrics() | tokens
 
     def traces(self) -> dict[str, TokenTrace]:
-        return {name: t for micro, logps in self.seen for name, t in trace(micro, *logps, self.objective).items()}
+        return {name: t for seen in self.seen for name, t in trace(seen, self.objective).items()}
 
 
 @torch.no_grad()
 def teacher_terms(policy: Policy, micro: MicroBatch, states: Tensor | None, logps: Tensor | None) -> dict:
     """The teacher's part of `linear_grpo_sdl`: hidden states that rode the visits, or log-probs of a pass apart."""
     if states is not None:
-        hidden = policy.decoder.norm(states[micro.teacher_rows])
+        hidden = normed(policy, states[micro.teacher_rows])
         return dict(teacher_hidden=hidden, teacher_index=micro.teacher_index)
     if logps is not None:
         return dict(teacher_logps=logps, sdl_mask=micro.eligible)
@@ -191,20 +206,20 @@ def _score(
     if micro.teacher is None:
         return out
     x, _ = through_layers(policy, features, reading(policy, micro.teacher, micro.teacher_layout, prefix))
-    hidden, targets = policy.decoder.norm(x[micro.teacher_rows]), micro.targets[micro.eligible]
+    hidden, targets = normed(policy, x[micro.teacher_rows]), micro.targets[micro.eligible]
     scored = linear_logprob(hidden, policy.head_weight, targets, temperature=temperature).logps
     return out.to(scored.dtype).masked_scatter(micro.eligible, scored)
 
 
-def trace(micro: MicroBatch, logps: Tensor, teacher_logps: Tensor, objective: Objective) -> dict[str, TokenTrace]:
+def trace(seen: Seen, objective: Objective) -> dict[str, TokenTrace]:
     """Each rollout's tokens as the step saw them, by trajectory id."""
-    borders = torch.tensor(micro.cu_seqlens, device=logps.device)
-    seq_ids = torch.searchsorted(borders[1:], torch.arange(len(logps), device=logps.device), right=True)
-    selected = select_sdl(logps, teacher_logps, micro.eligible, seq_ids, objective)
-    counts = [b - a for a, b in zip(micro.cu_seqlens, micro.cu_seqlens[1:], strict=False)]
-    parts = zip(*(x.cpu().split(counts) for x in (logps, teacher_logps, selected)), strict=True)
+    rows, device = len(seen.logps), seen.logps.device
+    counts = [b - a for a, b in pairwise(seen.cu_seqlens)]
+    seq_ids = torch.repeat_interleave(torch.tensor(counts), output_size=rows).to(device)
+    selected = select_sdl(seen.logps, seen.teacher_logps, seen.eligible, seq_ids, objective)
+    parts = zip(*(x.cpu().split(counts) for x in (seen.logps, seen.teacher_logps, selected)), strict=True)
     return {
-        m.trajectory.id: TokenTrace(*(x.numpy() for x in part)) for m, part in zip(micro.members, parts, strict=True)
+        m.trajectory.id: TokenTrace(*(x.numpy() for x in part)) for m, part in zip(seen.members, parts, strict=True)
     }
 
 
@@ -225,7 +240,7 @@ class Totals:
         self.weights[name] = self.weights.get(name, torch.zeros((), device=self.device)) + weight
 
     def add(self, loss: Tensor, stats: Mapping[str, Tensor], logps: Tensor, micro: MicroBatch) -> None:
-        count = torch.tensor(float(len(logps)), device=self.device)
+        count = torch.full((), float(len(logps)), device=self.device)  # torch.tensor would wait for the device
         eligible = micro.eligible.sum().float()
         mismatch = logps - micro.rollout_logps
         self._sum("loss", loss)
