@@ -608,7 +608,7 @@ def teacher_saved_bytes(bench: Bench) -> dict[str, Row]:
         prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, features)
         (micro,) = bundle.microbatches
         student = reading(policy, micro.student, micro.student_layout, prefix)
-        pair = (reading(policy, micro.teacher, micro.teacher_layout, prefix, detached=True), None)
+        pair = (reading(policy, micro.teacher, micro.teacher_layout, prefix), None)
         with_it, without = (saved_bytes(partial(through_layers, policy, features, student, t)) for t in pair)
         rows[name] = dict(
             status="timed", saved_bytes=with_it, saved_bytes_without=without, teacher_rows=len(micro.teacher), samples=1

@@ -269,7 +269,7 @@ def test_a_layer_saves_its_input_and_nothing_else(case, teacher):
     prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, features)
     (micro,) = bundle.microbatches
     rows = reading(policy, micro.student, micro.student_layout, prefix)
-    beside = reading(policy, micro.teacher, micro.teacher_layout, prefix, detached=True) if teacher else None
+    beside = reading(policy, micro.teacher, micro.teacher_layout, prefix) if teacher else None
     saved = saved_bytes(lambda: through_layers(policy, features, rows, beside))
     width = policy.text_config.hidden_size * policy.head_weight.element_size()
     per_row = policy.text_config.num_hidden_layers * width + micro.student.ids.element_size()

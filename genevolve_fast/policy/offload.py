@@ -115,13 +115,18 @@ class ActivationOffload:
 
 
 def _pinned(nbytes: int) -> Tensor:
-    """[nbytes] page-locked bytes. torch's own allocator would round up to a power of two and keep what is freed."""
+    """[nbytes] page-locked bytes. torch's own allocator would round up to a power of two and keep what is freed.
+
+    Raises RuntimeError where the driver refuses.
+    """
     buffer, runtime = torch.empty(nbytes, dtype=torch.uint8), torch.cuda.cudart()
     address = buffer.data_ptr()
-    if not nbytes or runtime.cudaHostRegister(address, nbytes, 0) != runtime.cudaError.success:
+    if not nbytes:
+        return buffer
+    if runtime.cudaHostRegister(address, nbytes, 0) != runtime.cudaError.success:
         with suppress(RuntimeError):
             torch.zeros(1, device="cuda").zero_()  # a launch takes the refusal off the context
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        raise RuntimeError(f"the driver refuses to pin {nbytes / 2**30:.1f} GiB of host memory: see ulimit -l")
 
     def release() -> None:
         torch.cuda.synchronize()  # copies may be on their way

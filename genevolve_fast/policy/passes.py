@@ -70,13 +70,12 @@ def reading(
     rows: Packed | None,
     layout: Layout,
     prefix: Prefix,
-    detached: bool = False,
     phase: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Rows | None:
     """`rows` with the prefix they attend to; None where there are none."""
     if rows is None or not len(rows):
         return None
-    return rows, Stream(policy.rotary(rows.positions), layout, reads=prefix.cache, detached=detached, phase=phase)
+    return rows, Stream(policy.rotary(rows.positions), layout, reads=prefix.cache, phase=phase)
 
 
 def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Stream:
     """Packed rows on their way through the layers.
 
     rotary: cos, sin [n, d]; `reads` is the prefix whose keys and values they attend to, `fills` the one they make;
-    detached: the prefix gets no gradient from these rows. `phase` is entered around the teacher's part of a visit.
+    `phase` is entered around the teacher's part of a visit.
     No dataclass: FSDP2 would cast a copy of it, caches included.
     """
 
@@ -74,21 +74,19 @@ class Stream:
         layout: Layout,
         reads: PrefixCache | None = None,
         fills: PrefixCache | None = None,
-        detached: bool = False,
         phase: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.rotary = rotary
         self.layout = layout
         self.reads = reads
         self.fills = fills
-        self.detached = detached
         self.phase = phase
 
     def prefix(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.reads is None else (self.reads.keys[layer], self.reads.values[layer])
 
     def prefix_grads(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        return None if self.reads is None or self.detached or self.reads.grads is None else self.reads.grads[layer]
+        return None if self.reads is None or self.reads.grads is None else self.reads.grads[layer]
 
 
 class Visit(nn.Module):

@@ -62,7 +62,10 @@ def pinned_buffer(gib: float, device: torch.device) -> ActivationOffload:
         raise RunError(
             f"policy.offload_gib {gib:g} exceeds the host's available memory of {free / 2**30:.1f} GiB: set it below"
         )
-    return ActivationOffload(needed, device)
+    try:
+        return ActivationOffload(needed, device)
+    except RuntimeError as error:
+        raise RunError(f"policy.offload_gib {gib:g}: {error}") from error
 
 
 def refuse_dropout(policy: Policy) -> None:

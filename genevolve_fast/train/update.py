@@ -129,9 +129,7 @@ class _Step:
                 policy,
                 features,
                 reading(policy, micro.student, micro.student_layout, prefix),
-                reading(
-                    policy, rides, micro.teacher_layout, prefix, detached=True, phase=partial(self.phase, "teacher")
-                ),
+                reading(policy, rides, micro.teacher_layout, prefix, phase=partial(self.phase, "teacher")),
             )
         with self.phase("head"):
             hidden = head_input(policy, prefix, x, micro.rows)

@@ -185,7 +185,7 @@ def one_microbatch(policy: Policy, rollouts):
     prefix = Prefix(policy, bundle.prefix, bundle.layout, bundle.last_rows, None)
     (micro,) = bundle.microbatches
     student = reading(policy, micro.student, micro.student_layout, prefix)
-    return bundle, prefix, student, reading(policy, micro.teacher, micro.teacher_layout, prefix, detached=True)
+    return bundle, prefix, student, reading(policy, micro.teacher, micro.teacher_layout, prefix)
 
 
 def test_the_teacher_saves_nothing():
@@ -212,7 +212,7 @@ def test_no_synchronisation(offload):
             with policy.frame():
                 y, _ = through_layers(
                     policy, None, reading(policy, micro.student, micro.student_layout, fake),
-                    reading(policy, micro.teacher, micro.teacher_layout, fake, detached=True),
+                    reading(policy, micro.teacher, micro.teacher_layout, fake),
                 )  # fmt: skip
                 y.backward(d_x)
             x.backward(d_last)
