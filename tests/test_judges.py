@@ -119,6 +119,7 @@ def test_every_habit_right_is_the_best_possible(codec, split):
         assert all(observed(request, t.messages, t.program).values())
 
 
+@pytest.mark.slow
 def test_one_wrong_habit_is_seen_and_costs(codec):
     requests = WORLD.requests("train", 50)
     best = judged(codec, requests, PerfectDemonstrator())

@@ -266,7 +266,10 @@ def test_an_fsdp2_weight_is_gathered_once(tmp_path):
     on_two_ranks(tmp_path, fsdp2)
 
 
-@pytest.mark.parametrize(("max_tokens", "dtype"), [(10**6, D), (90, D), (90, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("max_tokens", "dtype"),
+    [pytest.param(10**6, D, marks=pytest.mark.slow), (90, D), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow)],
+)
 def test_the_shared_pass_under_fsdp2_gathers_a_layer_once_each_way(tmp_path, max_tokens, dtype):
     on_two_ranks(tmp_path, shared_pass, max_tokens, dtype)
 
