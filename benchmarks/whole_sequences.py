@@ -11,14 +11,15 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.batch.packing import PackedBatch, pack, plan_microbatches, student_sequence, teacher_sequence
 from genevolve_fast.ops import Layout, Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
-from genevolve_fast.policy.attention import packed_causal
+from genevolve_fast.policy.attention import Attend, repeat_kv
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.policy.passes import through_layers
+from genevolve_fast.policy.passes import normed, through_layers
 from genevolve_fast.policy.visits import Packed, Stream
 
 
@@ -42,6 +43,7 @@ class MicroBatch:
         self.rollout_logps = join([m.trajectory.rollout_logps[mask] for m, mask in pairs])
         self.has_teacher = join([np.full(int(mask.sum()), bool(m.experience_ids)) for m, mask in pairs])
         self.decision = join([m.trajectory.decision_mask[mask] for m, mask in pairs])
+        self.seq_ids = join([np.full(int(mask.sum()), i) for i, mask in enumerate(masks)])
         self.advantages = torch.tensor([m.advantage for m in members], dtype=torch.float32)
 
     def teacher_terms(self, logps: Tensor | None, scope: str) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ def unshared(
         teacher_logps = None
         if micro.teacher is not None:
             with torch.no_grad():
-                hidden = policy.decoder.norm(visited(policy, micro.teacher)[micro.teacher.rows])
+                hidden = normed(policy, visited(policy, micro.teacher)[micro.teacher.rows])
                 teacher_logps = linear_logprob(
                     hidden, policy.head_weight, micro.teacher.targets, temperature=temperature
                 ).logps
@@ -77,7 +79,7 @@ def unshared(
         with policy.frame():
             x = visited(policy, micro.student)
             loss, _ = linear_grpo_sdl(
-                policy.decoder.norm(x[micro.student.rows]),
+                normed(policy, x[micro.student.rows]),
                 policy.head_weight,
                 micro.student.targets,
                 advantages=micro.advantages,
@@ -120,7 +122,7 @@ def former(
         loss, _ = grpo_sdl(
             student.logps,
             advantages=micro.advantages.to(policy.device),
-            seq_ids=micro.student.seq_ids,
+            seq_ids=micro.seq_ids,
             rollout_logps=micro.rollout_logps,
             **micro.teacher_terms(teacher_logps, objective.sdl_scope),
             objective=objective,
@@ -150,3 +152,16 @@ def microbatches(
 
 def counts_of(rollouts: Sequence[TrainingRollout]) -> dict[str, int]:
     return dict(num_sequences=len(rollouts), num_tokens=sum(r.trajectory.num_loss_tokens for r in rollouts))
+
+
+def packed_causal(cu_seqlens: Sequence[int]) -> Attend:
+    """Causal attention inside each packed sequence [cu[i], cu[i+1]); no mask and no padding is ever built."""
+    lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+        parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True, scale=scale) for p in parts], 2)
+
+    return attend

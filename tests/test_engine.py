@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.whole_sequences import packed_causal
 from genevolve_fast.batch.packing import TrainingSequence, pack
-from genevolve_fast.policy.attention import packed_causal
 from genevolve_fast.protocols import Engine, EngineError, Sampling
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine

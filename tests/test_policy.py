@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.whole_sequences import packed_causal
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches, teacher_sequence
-from genevolve_fast.policy.attention import packed_causal
 from genevolve_fast.policy.positions import ImageMismatchError, mrope_positions
 
 

@@ -30,7 +30,7 @@ class PackedBatch:
     """Sequences laid end to end.
 
     ids [1, tokens], positions [3, 1, tokens], cu_seqlens (host, len sequences + 1), image_rows [image tokens];
-    rows [loss tokens] are the positions whose hidden state predicts targets [loss tokens] of sequence seq_ids.
+    rows [loss tokens] are the positions whose hidden state predicts targets [loss tokens].
     """
 
     ids: Tensor
@@ -40,7 +40,6 @@ class PackedBatch:
     images: tuple[np.ndarray, ...]
     rows: Tensor
     targets: Tensor
-    seq_ids: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +92,6 @@ def pack(
     if mask[cu[:-1]].any():
         raise ValueError("the first token of a sequence carries loss, but no row predicts it")
     targets_at = np.flatnonzero(mask)
-    seq_ids = np.searchsorted(cu, targets_at, side="right") - 1
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
@@ -106,7 +104,6 @@ def pack(
         images=tuple(p for s in sequences for p in s.images),
         rows=tensor(targets_at - 1),
         targets=tensor(ids[targets_at]),
-        seq_ids=tensor(seq_ids),
     )
 
 

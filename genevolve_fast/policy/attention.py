@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IMPLEMENTATION = "genevolve_fast"
@@ -31,16 +29,3 @@ def register() -> str:
 def repeat_kv(x: Tensor, groups: int) -> Tensor:
     """[batch, kv_heads, n, d] -> [batch, kv_heads * groups, n, d]."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
-def packed_causal(cu_seqlens: Sequence[int]) -> Attend:
-    """Causal attention inside each packed sequence [cu[i], cu[i+1]); no mask and no padding is ever built."""
-    lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-        parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True, scale=scale) for p in parts], 2)
-
-    return attend

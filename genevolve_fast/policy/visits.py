@@ -145,9 +145,6 @@ class Visit(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
-    def tiles(self, rows: int) -> list[slice]:
-        return tiled(rows, self.tile_rows)
-
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def differentiable(self, x: Tensor, stream: Stream) -> Tensor:
@@ -166,7 +163,7 @@ class Visit(nn.Module):
 
     def bare(self, x: Tensor, stream: Stream) -> Tensor:
         """The layer in token tiles, without a graph."""
-        tiles = self.tiles(len(x))
+        tiles = tiles_of(len(x), self.tile_rows)
         q, k, v = _joined(tiles, lambda t: self.project(x[t], *(r[t] for r in stream.rotary)))
         if stream.fills is not None:
             stream.fills.keep(k, v)
@@ -184,7 +181,7 @@ class Visit(nn.Module):
 
     def gradient(self, x: Tensor, stream: Stream, g: Tensor) -> Tensor:
         """Gradient of x [n, H] from that of the output, g [n, H], which is overwritten; weights gather theirs."""
-        layer, tiles = self.index, self.tiles(len(x))
+        layer, tiles = self.index, tiles_of(len(x), self.tile_rows)
         projections = _Tiled(lambda t, x_t: self.project(x_t, *(r[t] for r in stream.rotary)), x, tiles)
         q, k, v = projections.outputs
         out, lse = attention_forward(q, k, v, stream.layout, *stream.prefix(layer), scale=self.scale)
@@ -262,7 +259,7 @@ class _Tiled:
             yield t, leaf.grad
 
 
-def tiled(rows: int, most: int) -> list[slice]:
+def tiles_of(rows: int, most: int) -> list[slice]:
     """Equal tiles of at most `most` rows; an empty one where there are none."""
     size = -(-rows // max(1, -(-rows // most)))
     return [slice(a, min(a + size, rows)) for a in range(0, rows, max(1, size))] or [slice(0, 0)]
@@ -290,14 +287,14 @@ class _Rowwise(torch.autograd.Function):
     def forward(ctx, x, module, tile_rows):
         ctx.save_for_backward(x)
         ctx.module, ctx.tile_rows = module, tile_rows
-        return _joined(tiled(len(x), tile_rows), lambda t: (module(x[t]),))[0]
+        return _joined(tiles_of(len(x), tile_rows), lambda t: (module(x[t]),))[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        for t in tiled(len(x), ctx.tile_rows):
+        for t in tiles_of(len(x), ctx.tile_rows):
             part = x[t].detach().requires_grad_()
             with torch.enable_grad():
                 y = ctx.module(part)
