@@ -144,7 +144,7 @@ class Bench:
     def time(self, rows: dict[str, Row], runs: dict[str, Callable[[], object]], rounds: int | None = None) -> None:
         """Put the seconds of the runs that work, taken in turns, into their rows, and the ratio of each to the first.
 
-        `ratio`: medians, of the other over the first; ratio_20 and ratio_80 of the rounds one by one.
+        `ratio`, ratio_20 and ratio_80: of the other over the first, round by round, and of those the quantiles.
         """
         alive = {name: run for name, run in runs.items() if rows[name]["status"] == "timed"}
 
@@ -173,10 +173,8 @@ class Bench:
             return
         for name in others:
             if rows[name]["status"] == "timed":
-                q20, _, q80 = quantiles([b / a for a, b in zip(times[first], times[name], strict=True)])
-                rows[name] |= dict(
-                    ratio=rows[name]["seconds"] / rows[first]["seconds"], ratio_20=q20, ratio_80=q80, ratio_to=first
-                )
+                q20, q50, q80 = quantiles([b / a for a, b in zip(times[first], times[name], strict=True)])
+                rows[name] |= dict(ratio=q50, ratio_20=q20, ratio_80=q80, ratio_to=first)
 
 
 def failure(e: Exception) -> Row:
