@@ -411,12 +411,14 @@ def test_row_log_probs_are_returned_where_there_are_any():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", [False, True])
-def test_bytes_per_row_are_those_of_the_planner(teacher):
+def test_bytes_per_row_are_those_of_the_planner(teacher, request):
     """(peak(2N) - peak(N)) / N of one rollout: layer inputs and one layer's working set; the teacher adds nothing."""
     from benchmarks.memory import peak_bytes
     from genevolve_fast.profile.plan import Settings, plan
     from genevolve_fast.profile.shapes import ModelShape
 
+    request.addfinalizer(lambda threads=torch.get_num_threads(): torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # threads have buffers of their own
     policy = text_policy("Qwen3", num_hidden_layers=6, hidden_size=128, head_dim=32, vocab_size=320)
     policy.gradient_checkpointing = True
     policy.tile_tokens = 32

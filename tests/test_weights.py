@@ -585,7 +585,10 @@ def test_resumed_with_an_averaged_teacher_equals_uninterrupted(tmp_path, capsys)
         if "lora_B" in name:  # zero at the start, so behind the student since
             assert 0 < average.norm() < student[name.replace(".default", "")].norm()
     live = run(tmp_path / "live", teacher="live", ema_rate="null")
-    assert live[0] == whole[0] and live[1]["actor/sdl_kl"] != whole[1]["actor/sdl_kl"]
+    apart = {"tokens/separate_passes"}  # a live teacher rides; until the first update both score the same
+    assert {k: v for k, v in live[0].items() if k not in apart} == {k: v for k, v in whole[0].items() if k not in apart}
+    assert live[0]["tokens/separate_passes"] < whole[0]["tokens/separate_passes"]
+    assert live[1]["actor/sdl_kl"] != whole[1]["actor/sdl_kl"]
     assert Policy.from_pretrained(saved / "policy").codec.encode("a")
 
 
