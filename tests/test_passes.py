@@ -417,7 +417,8 @@ def test_bytes_per_row_are_those_of_the_planner(teacher, request):
     from genevolve_fast.profile.plan import Settings, plan
     from genevolve_fast.profile.shapes import ModelShape
 
-    request.addfinalizer(lambda threads=torch.get_num_threads(): torch.set_num_threads(threads))
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(1)  # threads have buffers of their own
     policy = text_policy("Qwen3", num_hidden_layers=6, hidden_size=128, head_dim=32, vocab_size=320)
     policy.gradient_checkpointing = True
