@@ -422,7 +422,7 @@ def test_bytes_per_row_are_those_of_the_planner(teacher, request):
     torch.set_num_threads(1)  # threads have buffers of their own
     policy = text_policy("Qwen3", num_hidden_layers=6, hidden_size=128, head_dim=32, vocab_size=320)
     policy.gradient_checkpointing = True
-    policy.tile_tokens = 32
+    policy.tile_tokens = 256
     for p in policy.parameters():
         p.grad = torch.zeros_like(p)
     peaks, planned = [], []
@@ -430,7 +430,7 @@ def test_bytes_per_row_are_those_of_the_planner(teacher, request):
         turns = [("assistant", [1]), ("tool", [reply - 2]), ("assistant", [1])]
         trajectories, _ = group(policy.codec, [20], [turns], 1)
         batch = [TrainingRollout(t, 1.0, (41, 42) if teacher else ()) for t in trajectories]
-        settings = dict(tokens=len(trajectories[0]), prefix=25, max_tokens_per_microbatch=1, tile_tokens=32, patch=2)
+        settings = dict(tokens=len(trajectories[0]), prefix=25, max_tokens_per_microbatch=1, tile_tokens=256, patch=2)
         settings |= dict(dtype="float32", device="cpu", reference=False, rollout=False, num_generations=1)
         made = plan(
             ModelShape.from_config(policy.model.config.to_dict()),

@@ -154,6 +154,27 @@ def requests_of_step(pool: Sequence[Request], config: EvolveConfig, step: int) -
     return [pool[i] for i in order[within * n : (within + 1) * n]]
 
 
+def sample(
+    config: EvolveConfig,
+    policy: Policy,
+    world: World,
+    engine: TransformersEngine,
+    requests: Mapping[str, Request],
+    step: int,
+) -> Rollouts:
+    """The rollouts of a step, not judged yet."""
+    return sample_rollouts(
+        list(requests.values()),
+        config.rollout.num_generations,
+        world=world,
+        engine=engine,
+        codec=policy.codec,
+        settings=session_settings(config.rollout, world),
+        seed=config.seed,
+        step=step,
+    )
+
+
 def collect(
     run: Run,
     config: EvolveConfig,
@@ -169,16 +190,7 @@ def collect(
         rollouts = Rollouts(*trajectories.load(path), {})
     else:
         with run.phase("rollout", step):
-            rollouts = sample_rollouts(
-                list(requests.values()),
-                config.rollout.num_generations,
-                world=world,
-                engine=engine,
-                codec=policy.codec,
-                settings=session_settings(config.rollout, world),
-                seed=config.seed,
-                step=step,
-            )
+            rollouts = sample(config, policy, world, engine, requests, step)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     if any(t.outcome is None for t in rollouts.trajectories):
         with run.phase("judge", step):

@@ -12,13 +12,13 @@ from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import World
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
-from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
+from genevolve_fast.train.collect import judge_rollouts
 from genevolve_fast.train.config import EvolveConfig
 from genevolve_fast.train.evolve import (
     group_by_request,
     learn_from,
     requests_of_step,
-    session_settings,
+    sample,
     training_rollouts,
 )
 from genevolve_fast.train.run import RunError
@@ -42,16 +42,7 @@ def sample_step(
     """
     requests = {r.id: r for r in requests_of_step(pool, config, step)}
     with sampling or nullcontext():
-        rollouts = sample_rollouts(
-            list(requests.values()),
-            config.rollout.num_generations,
-            world=world,
-            engine=engine,
-            codec=policy.codec,
-            settings=session_settings(config.rollout, world),
-            seed=config.seed,
-            step=step,
-        )
+        rollouts = sample(config, policy, world, engine, requests, step)
     rollouts = judge_rollouts(rollouts, requests, world)
     groups = group_by_request(rollouts.trajectories)
     experiences, _ = learn_from(groups, requests, world, memory, config, step)
