@@ -28,6 +28,8 @@ ROTARY = 2  # cos and sin, shared by all layers
 ID_BYTES = 32  # a token's id and three positions
 # What autograd keeps of a layer that is not recomputed, in widths of (H, q, kv, I); bf16 has fp32 copies in the norms.
 GRAPH = {4: (6, 4, 4, 4), 2: (8, 5, 5, 4)}
+# What the graph of the projections keeps beside the layer input, where all rows are one tile: widths of (H, q, kv).
+PROJECTIONS = {4: (2, 2, 2), 2: (4, 3, 3)}
 # What one layer's forward holds for each row.
 FORWARD_HIDDEN = 1  # layer output
 FORWARD_QUERIES = 2  # q, attention's output
@@ -316,17 +318,21 @@ def _backward(shape: ModelShape, s: Settings, rows: int, whose: str) -> Term:
     else:
         expanded = VISIT_FLASH_DKV * shape.q * b if shape.heads != shape.kv_heads else 0
         flash, told = VISIT_FLASH_DQ * shape.q + expanded, f"{VISIT_FLASH_DQ}q + {VISIT_FLASH_DKV}q·b"
-    always = ROTARY * shape.head_dim * b + ID_BYTES
+    always, also = ROTARY * shape.head_dim * b + ID_BYTES, f"{ROTARY}d·b + {ID_BYTES}"
+    if rows <= s.tile_tokens:
+        h, q, kv = PROJECTIONS[b]
+        always += b * (h * shape.hidden + q * shape.q + kv * shape.kv)
+        also += f" + b · ({h}H + {q}q + {kv}kv) as one tile"
     widths = VISIT_HIDDEN * shape.hidden + VISIT_QUERIES * shape.q + VISIT_KEYS * shape.kv
     attention = Term(
         f"{whose}'s layer visit, attention's backward", rows * (b * widths + flash + always),
-        f"rows · (b · ({VISIT_HIDDEN}H + {VISIT_QUERIES}q + {VISIT_KEYS}kv + {ROTARY}d) + {told} + {ID_BYTES})",
+        f"rows · (b · ({VISIT_HIDDEN}H + {VISIT_QUERIES}q + {VISIT_KEYS}kv) + {told} + {also})",
     )  # fmt: skip
     widths = MLP_HIDDEN * shape.hidden + MLP_QUERIES * shape.q + MLP_KEYS * shape.kv
     mlp = Term(
         f"{whose}'s layer visit, MLP's backward",
         rows * (b * widths + always) + _tile(shape, s, rows, TILE_INTERMEDIATE, TILE_HIDDEN),
-        f"rows · (b · ({MLP_HIDDEN}H + {MLP_QUERIES}q + {MLP_KEYS}kv + {ROTARY}d) + {ID_BYTES}) + tile · b · "
+        f"rows · (b · ({MLP_HIDDEN}H + {MLP_QUERIES}q + {MLP_KEYS}kv) + {also}) + tile · b · "
         f"({TILE_INTERMEDIATE}I + {TILE_HIDDEN}H)",
     )
     return max(attention, mlp, key=lambda t: t.bytes)
