@@ -23,6 +23,7 @@ from genevolve_fast.trajectory import Program, Reference, Request
 WORLD = SandboxWorld()
 
 
+@pytest.mark.slow
 def test_image_judge_agrees_with_the_truth():
     made = cases(96, seed=5)
     assert {c.defect for c in made} == set(DEFECTS)

@@ -38,7 +38,7 @@ def exact_norms(monkeypatch):
         monkeypatch.setattr(norm, "forward", forward)
 
 
-@pytest.fixture(params=["Qwen3VL", "Qwen3", "Llama"])
+@pytest.fixture(params=["Qwen3VL", "Qwen3", pytest.param("Llama", marks=pytest.mark.slow)])
 def case(request, tokenizer, pictures, monkeypatch):
     """(policy in float64, rollouts, images)"""
     from genevolve_fast.sandbox.tiny_policy import new_policy

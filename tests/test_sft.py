@@ -70,6 +70,7 @@ def read(folder):
     return [{k: v for k, v in r.items() if not k.startswith(("timing", "memory", "perf"))} for r in rows]
 
 
+@pytest.mark.slow
 def test_learning_and_resuming(data, tmp_path):
     whole, _, recitations = new_start(config(), WORLD, data.parent)
     sft(config(), whole, data, tmp_path / "whole", first=recitations)

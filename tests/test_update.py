@@ -56,7 +56,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("scope", ["all", "decision"])
+@pytest.mark.parametrize("scope", ["all", pytest.param("decision", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget", [700, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_packed_gradient_equals_the_naive_one(policy, rollouts, case, scope, budget):
     trajectories, images = rollouts
