@@ -535,14 +535,20 @@ def test_the_phases_of_a_training_pass_change_no_bit(policy, tokenizer):
 
 
 def test_the_high_water_mark_of_a_step():
-    """In a process of its own: here, freed pages would be taken again, which the mark does not see."""
+    """In a process of its own, whose heap is known: what was freed before must not hide what is taken now."""
     code = """
 import torch
 from genevolve_fast.profile.meter import PeakBytes
 peak = PeakBytes("cpu")
 if peak.read() is None:
     raise SystemExit("unknown")
-passing = torch.ones(64 << 20, dtype=torch.uint8)
+above = []
+for _ in range(3):  # freed blocks of this size, below one in use, are kept by the C library from the second round on
+    freed = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(100)]
+    above.append(torch.ones(4 << 20, dtype=torch.uint8))
+    del freed
+peak = PeakBytes("cpu")
+passing = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(16)]
 del passing
 print(peak.read(), PeakBytes("cpu").read())
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from bisect import bisect_right
@@ -263,8 +264,8 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class PeakBytes:
     """Most bytes held since this was made above what was held then; cheap enough for every step.
 
-    On a GPU from the allocator, whose peak it resets; on Linux the resident set's high-water mark, which knows pages
-    only and nothing that freed pages were taken again for; elsewhere unknown.
+    On a GPU from the allocator, whose peak it resets; on Linux the resident set's high-water mark, in pages, after the
+    C library gave back what it holds of freed ones; elsewhere unknown.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -275,6 +276,7 @@ class PeakBytes:
             self._before = torch.cuda.memory_allocated(self.device)
         elif _CLEAR.exists():
             try:
+                _give_back_freed_pages()
                 _CLEAR.write_text("5")  # man 5 proc: the high-water mark starts again
                 self._before = _resident("VmRSS")
             except OSError:
@@ -286,6 +288,13 @@ class PeakBytes:
             return None
         cuda = self.device.type == "cuda"
         return (torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")) - self._before
+
+
+def _give_back_freed_pages() -> None:
+    """Freed pages that are taken again would not show in the resident set."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _resident(name: str) -> int:
