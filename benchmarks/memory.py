@@ -39,3 +39,17 @@ def peak_bytes(run: Callable[[], Iterable[torch.Tensor]], device: torch.device) 
             live += size
             peak = max(peak, live)
     return peak - sum(x.untyped_storage().nbytes() for x in returned)
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward of what `run` returns, each storage once."""
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = run()
+    del result
+    return sum(kept.values())

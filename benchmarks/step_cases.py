@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.group import DeviceLost
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.models import MODELS, Model, random_policy, ready_gradients, rollouts_of, shape_of, uneven_replies
 from benchmarks.peers import first_line
 from benchmarks.store import Row
@@ -576,20 +576,6 @@ def grad_error(bench: Bench) -> dict[str, Row]:
             error = float((gradient(policy) - want).norm() / want.norm())
             rows[f"{name} [{max_tokens}]"] = dict(status="timed", error=error, samples=len(rollouts))
     return rows
-
-
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward of what `run` returns, each storage once."""
-    kept: dict[int, int] = {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = run()
-    del result
-    return sum(kept.values())
 
 
 def teacher_saved_bytes(bench: Bench) -> dict[str, Row]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.batch.packing import PackedBatch, pack, plan_microbatches, student_sequence, teacher_sequence
-from genevolve_fast.ops import Layout, Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, grpo_sdl, linear_grpo_sdl, linear_logprob
 from genevolve_fast.policy.attention import Attend, repeat_kv
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.passes import normed, through_layers
-from genevolve_fast.policy.visits import Packed, Stream
+from genevolve_fast.policy.visits import Stream
 
 
 class MicroBatch:
@@ -97,9 +97,8 @@ def unshared(
 def visited(policy: Policy, batch: PackedBatch) -> Tensor:
     """Last layer's outputs [tokens, H] by checkpointed visits that neither read nor fill a prefix."""
     features = policy.image_features(batch.images)
-    order = torch.arange(len(batch.image_rows), device=batch.ids.device)
-    rows = Packed(batch.ids[0], batch.positions[:, 0], batch.image_rows, order)
-    return through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), Layout(batch.cu_seqlens))))[0]
+    rows = batch.stretch
+    return through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), batch.layout)))[0]
 
 
 def former(

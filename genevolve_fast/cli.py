@@ -390,6 +390,7 @@ def run_verify(args: argparse.Namespace) -> int:
         max_tokens=config.max_tokens_per_microbatch,
         reference=reference,
         teacher=teacher,
+        workspace_mb=config.head_workspace_mb,
     )
     print(deviation)
     return 0 if deviation.holds else 1

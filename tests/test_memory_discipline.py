@@ -111,11 +111,9 @@ def test_a_cpu_is_refused_what_only_a_gpu_can(policy, field, value, told):
 
 
 def test_host_memory_that_is_not_there_is_refused(policy, monkeypatch):
-    from types import SimpleNamespace
-
     from genevolve_fast.train import prepare as module
 
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    monkeypatch.setattr(module, "available_memory", lambda device: 2**30)
     with pytest.raises(RunError, match="exceeds the host's available memory of 1.0 GiB"):
         module.pinned_buffer(1.5, torch.device("cuda"))
 

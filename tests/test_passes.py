@@ -12,6 +12,7 @@ import torch
 from grouped import group, mixed_batch, text_policy
 from naive import gradient, naive_loss
 
+from benchmarks.memory import saved_bytes
 from genevolve_fast.batch.groups import PushedTokens, TrainingRollout, bundles, pushed_tokens
 from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
 from genevolve_fast.policy.offload import ActivationOffload
@@ -242,20 +243,6 @@ def test_prompts_with_other_pixels_share_nothing(policy, pictures):
     rollouts = [TrainingRollout(a, 1.0), TrainingRollout(b, -1.0)]
     (make,) = bundles(rollouts, images_a | images_b, policy.codec, "cpu", max_tokens=1000)
     assert len(make().layout.cu_seqlens) == 3
-
-
-def saved_bytes(run) -> int:
-    """Bytes that autograd keeps for the backward, each storage once."""
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = run()
-    del result
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, step, step_cases, store
+from benchmarks.memory import saved_bytes
 from benchmarks.models import MODELS, config_of, loss_mask, random_policy, ready_gradients, rollouts_of, uneven_replies
 from benchmarks.step_cases import (
     OBJECTIVE,
@@ -23,7 +24,6 @@ from benchmarks.step_cases import (
     group_lengths,
     offload_of,
     passes_of,
-    saved_bytes,
 )
 from benchmarks.whole_sequences import former, unshared
 from genevolve_fast.batch.groups import PushedTokens, bundles, pushed_tokens

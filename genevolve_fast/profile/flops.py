@@ -216,12 +216,6 @@ def attention_flops(shape: ModelShape, work: Work) -> float:
     return 4.0 * shape.q * shape.layers * work.pairs
 
 
-def attention_share(shape: ModelShape, work: Pushed) -> float:
-    """Attention's share of the layers' forward FLOPs, student and teacher."""
-    every = work.prefix + work.student + work.teacher
-    return attention_flops(shape, every) / forward_flops(shape, every)
-
-
 def step_flops(shape: ModelShape, work: Pushed, passes: Passes | None = None) -> StepFlops:
     """FLOPs of a step that pushes `work`."""
     passes = passes or Passes()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import torch
 
 from genevolve_fast.profile.plan import CUDA_CONTEXT, Plan, Settings, gib, plan, savings
@@ -54,11 +53,7 @@ def available_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT  # the question itself made the context
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available
 
 
 def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) -> Plan:

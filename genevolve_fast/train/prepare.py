@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 from torch import nn
 
@@ -11,6 +10,7 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.weights import Average, WeightSource, base_weights
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig
+from genevolve_fast.train.fits import available_memory
 from genevolve_fast.train.run import RunError
 
 
@@ -26,7 +26,8 @@ def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
         )
     if config.freeze_vision:
         policy.freeze_vision()
-    policy.head_weight.requires_grad_(not config.freeze_head)
+    if config.freeze_head:
+        policy.head_weight.requires_grad_(False)
     policy.gradient_checkpointing = config.gradient_checkpointing
     policy.tile_tokens = config.tile_tokens
     if config.liger:
@@ -56,7 +57,7 @@ def pinned_buffer(gib: float, device: torch.device) -> ActivationOffload:
         raise RunError(
             f"policy.offload_gib moves layer inputs from a GPU to the host, the policy is on {device.type}: set it to 0"
         )
-    needed, free = int(gib * 2**30), psutil.virtual_memory().available
+    needed, free = int(gib * 2**30), available_memory(torch.device("cpu"))
     print(f"offload: {gib:g} GiB of pinned host memory for layer inputs, {free / 2**30:.1f} GiB available", flush=True)
     if needed > free:
         raise RunError(

@@ -64,12 +64,13 @@ def verify(
     max_tokens: int,
     reference: WeightSource | None = None,
     teacher: WeightSource | None = None,
+    workspace_mb: float | None = None,
 ) -> Deviation:
     """Make the step's gradient twice, shared and independent, and compare. The policy's gradients are dropped."""
     policy.zero_grad(set_to_none=True)
     _, traces = accumulate_gradients(
         policy, rollouts, images, objective, temperature=temperature, max_tokens=max_tokens, reference=reference,
-        teacher=teacher,
+        teacher=teacher, workspace_mb=workspace_mb,
     )  # fmt: skip
     named = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     shared = {n: p.grad for n, p in named.items()}
