@@ -288,6 +288,7 @@ def test_what_cannot_be_measured_here_is_refused(capsys):
     assert "--device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_sections_run_at_toy_size(capsys):
     assert step.main(["--dry-run", "--debug", "--section", "longest", "planner", "exactness"]) == 0
     told = capsys.readouterr().out

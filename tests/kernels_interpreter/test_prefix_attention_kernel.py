@@ -69,6 +69,7 @@ def test_lower_precision(dtype, d):
     assert_near(got, dense(*given, layout, d**-0.5), dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_layout_into_poisoned_memory(data):
