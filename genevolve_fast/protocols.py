@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from genevolve_fast.incidents import Incidents
 from genevolve_fast.trajectory import Diagnostic, Program, Request, Trajectory
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -17,6 +18,7 @@ class Codec(Protocol):
     """Text to ids and back, and how an image becomes placeholder ids. One per policy."""
 
     image_pad_id: int
+    markers: Sequence[str]  # every text that encodes to one control id: chat markers, image markers, protocol tags
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the special tokens written in it become their single ids, nothing is added."""
@@ -39,7 +41,11 @@ class Codec(Protocol):
 
 
 class EngineError(RuntimeError):
-    """The engine could not answer; the rollout ends as Failed(stage="engine")."""
+    """The engine could not answer; the rollout ends as Failed(stage="engine"). `kind` is one of incidents.KINDS."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,35 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class TrainedEngine(Engine, Protocol):
+    """An engine that follows a policy in training."""
+
+    def wake(self) -> None:
+        """Take the memory that sampling needs; called before the rollouts of a step."""
+        ...
+
+    def sleep(self) -> None:
+        """Give it back; called when every session of the step is closed."""
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Sample from the policy's weights as they are now, which are those after `version` optimizer steps.
+
+        When it returns nothing computed with older weights is read again. Raises EngineError.
+        """
+        ...
+
+
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 
 class ToolError(RuntimeError):
-    """A tool could not answer. `retryable` tells whether the same call may work later."""
+    """A tool could not answer; the policy reads why. `kind` is one of incidents.KINDS."""
 
-    def __init__(self, message: str, retryable: bool = False) -> None:
+    def __init__(self, message: str, kind: str = "other") -> None:
         super().__init__(message)
-        self.retryable = retryable
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -224,3 +250,4 @@ class World:
     embedder: Embedder
     system_prompt: str
     truth: Callable[[Request], np.ndarray]  # ground-truth pixels, uint8 [height, width, 3]
+    incidents: Incidents = field(default_factory=Incidents)  # what engine and tools count their failures in

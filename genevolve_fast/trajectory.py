@@ -161,6 +161,15 @@ class Failed:
 Outcome = Judged | Failed
 
 
+@dataclass(frozen=True)
+class Incident:
+    """A failure that the policy saw and lived with: which tool failed in which model call, and how."""
+
+    source: str
+    kind: str  # one of incidents.KINDS
+    round: int
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One rollout.
@@ -185,6 +194,7 @@ class Trajectory:
     error: str | None = None
     outcome: Outcome | None = None
     diagnostics: tuple[Diagnostic, ...] = ()
+    incidents: tuple[Incident, ...] = ()
     rounds: int = 0
     seed: int = 0
     policy_step: int = 0
@@ -273,7 +283,7 @@ def _to_json(t: Trajectory) -> dict[str, Any]:
     for name in ("ids", "loss_mask", "rollout_logps"):
         del out[name]
     out["outcome"] = None if t.outcome is None else {"type": type(t.outcome).__name__} | dataclasses.asdict(t.outcome)
-    for name in ("turns", "images", "messages", "diagnostics"):
+    for name in ("turns", "images", "messages", "diagnostics", "incidents"):
         out[name] = [dataclasses.asdict(x) for x in out[name]]
     out["program"] = None if t.program is None else dataclasses.asdict(t.program)
     return out
@@ -292,6 +302,7 @@ def _from_json(row: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Traject
     row["images"] = build(ImageRecord, row["images"])
     row["messages"] = build(Message, row["messages"])
     row["diagnostics"] = build(Diagnostic, row["diagnostics"])
+    row["incidents"] = build(Incident, row.get("incidents", []))
     if row["program"] is not None:
         refs = build(Reference, row["program"]["reference_images"])
         row["program"] = Program(row["program"]["gen_prompt"], refs)

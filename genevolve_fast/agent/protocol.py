@@ -45,10 +45,10 @@ class FormatError:
     reason: str
 
 
-Reply = ToolCall | Answer | FormatError
+ParsedReply = ToolCall | Answer | FormatError
 
 
-def parse_reply(text: str) -> Reply:
+def parse_reply(text: str) -> ParsedReply:
     """What a reply asks for. Exactly one block is allowed; whatever else it is, it is a FormatError with its reason."""
     blocks = _BLOCK.findall(text)
     opened = len(_OPEN.findall(text))

@@ -28,6 +28,7 @@ class TransformersCodec:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>") if image_processor else NO_TOKEN
+        self.markers = tuple(tokenizer.get_added_vocab())
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.merge_size = image_processor.merge_size if image_processor else 1
         self._patches: OrderedDict[str, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
