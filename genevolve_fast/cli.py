@@ -242,10 +242,16 @@ def device():
 
 def open_sandbox(config):
     """(SandboxWorld, World) of a configuration's world."""
+    from dataclasses import replace
+
+    from genevolve_fast.agent.prompts import system_prompt
     from genevolve_fast.sandbox.world import SandboxWorld, WorldConfig, open_world
 
-    world = SandboxWorld(WorldConfig(seed=config.seed))
-    return world, open_world(world)
+    sandbox = SandboxWorld(WorldConfig(seed=config.seed))
+    world = open_world(sandbox)
+    return sandbox, world if config.system_prompt == "short" else replace(
+        world, system_prompt=system_prompt(world.tools)
+    )
 
 
 def load(args: argparse.Namespace, kind):

@@ -69,6 +69,9 @@ class PolicyConfig(_Section):
 class WorldConfig(_Section):
     kind: Literal["sandbox"] = Field("sandbox", description="Where the agent acts: the embedded offline world")
     seed: int = Field(0, description="Seed of entities, facts and requests")
+    system_prompt: Literal["short", "full"] = Field(
+        "short", description="`full`: the whole released protocol; `short`: what the sandbox's policy was trained with"
+    )
 
 
 class RolloutConfig(_Section):
@@ -230,6 +233,8 @@ class SftConfig(_Section):
             }
             if missing := [name for name, there in needs.items() if not there]:
                 raise ValueError(f"optim.release_gradients needs {', '.join(missing)}")
+        if self.world.system_prompt != "short":
+            raise ValueError("world.system_prompt does nothing in sft: the conversations hold their own")
         if self.policy.path == "sandbox:new" and self.policy.lora.rank:
             raise ValueError("policy.lora.rank with 'sandbox:new' would leave the random weights as they are")
         if self.policy.path == "sandbox:new" and self.policy.freeze_vision:

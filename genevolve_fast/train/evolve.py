@@ -88,6 +88,7 @@ def evolve(
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
         metrics |= rollout_metrics(rollouts.trajectories, groups)
+        metrics |= {f"failures/{what}": float(count) for what, count in world.incidents.take().items()}
         metrics |= {
             "experience/compared": compared,
             "experience/memory": len(memory),

@@ -41,4 +41,8 @@ def rollout_metrics(rollouts: Sequence[Trajectory], groups: Mapping[str, Sequenc
             out[f"rewards/{name}/mean"] = float(np.mean([getattr(t.outcome, name) for t in scored]))
     for tool, count in calls.items():
         out[f"tool_call_counts/{tool}/mean"] = count / len(rollouts)
+    for stage, count in Counter(t.outcome.stage for t in failed).items():
+        out[f"rollouts/failed/{stage}"] = float(count)
+    for (source, kind), count in Counter((i.source, i.kind) for t in rollouts for i in t.incidents).items():
+        out[f"tool_errors/{source}/{kind}"] = float(count)
     return out
