@@ -249,9 +249,9 @@ def open_sandbox(config):
 
     sandbox = SandboxWorld(WorldConfig(seed=config.seed))
     world = open_world(sandbox)
-    return sandbox, world if config.system_prompt == "short" else replace(
-        world, system_prompt=system_prompt(world.tools)
-    )
+    if config.system_prompt == "full":
+        world = replace(world, system_prompt=system_prompt(world.tools))
+    return sandbox, world
 
 
 def load(args: argparse.Namespace, kind):
