@@ -14,8 +14,10 @@ from genevolve_fast.agent.images import ImageIds
 from genevolve_fast.agent.protocol import Answer, FormatError, ToolCall, parse_reply
 from genevolve_fast.agent.results import to_row, to_sft, write_results
 from genevolve_fast.agent.session import SessionSettings, describe_tools, run_session
+from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import EngineError, FoundImage, Observation, ToolError
-from genevolve_fast.trajectory import Failed
+from genevolve_fast.train.metrics import rollout_metrics
+from genevolve_fast.trajectory import Failed, Incident, load, save
 
 SKILL = (
     '<think>x</think><tool_call>{"name": "query_knowledge", "arguments": {"skill_name": "spatial_layout"}}</tool_call>'
@@ -182,6 +184,31 @@ def test_failing_tools_answer_with_their_error():
     assert "no answer within 0.05 s" in observations(with_tool(hangs, tool_timeout_s=0.05))[0]
     unknown = '<tool_call>{"name": "dance", "arguments": {}}</tool_call>'
     assert "unknown tool" in observations(run([unknown, ANSWER]))[0]
+
+
+def test_failures_are_typed_counted_and_kept(tmp_path):
+    async def refuses():
+        raise ToolError("later", kind="rate_limited")
+
+    async def hangs():
+        await asyncio.sleep(60)
+
+    refused, late = with_tool(refuses).trajectory, with_tool(hangs, tool_timeout_s=0.05).trajectory
+    assert refused.incidents == (Incident("search", "rate_limited", 1),)
+    save(tmp_path / "r.safetensors", [refused, late])
+    again = load(tmp_path / "r.safetensors")[0]
+    assert [t.incidents for t in again] == [refused.incidents, (Incident("search", "timeout", 1),)]
+    failed = refused.replace(outcome=Failed("engine", "gone"))
+    metrics = rollout_metrics([failed, late], {"g": [failed, late]})
+    assert metrics["tool_errors/search/rate_limited"] == metrics["tool_errors/search/timeout"] == 1
+    assert metrics["rollouts/failed/engine"] == metrics["rollouts/failed"] == 1
+
+    incidents = Incidents()
+    for kind in ("timeout", "connect", "timeout"):
+        incidents.note("search", kind)
+    assert incidents.take() == {"search/connect": 1, "search/timeout": 2} and incidents.take() == {}
+    with pytest.raises(ValueError, match="unknown kind of failure 'tired'"):
+        incidents.note("search", "tired")
 
 
 def test_outside_text_cannot_open_a_turn():
