@@ -10,6 +10,7 @@ import pytest
 from fuzz_replies import ANSWER, CALL, REQUEST, SEARCH, WORLD, Reciter, TextCodec, replies, run, survives
 from hypothesis import HealthCheck, given, settings
 
+from genevolve_fast import event_loop
 from genevolve_fast.agent.images import ImageIds
 from genevolve_fast.agent.protocol import Answer, FormatError, ToolCall, parse_reply
 from genevolve_fast.agent.results import to_row, to_sft, write_results
@@ -269,3 +270,20 @@ def test_skills_are_complete_and_handed_out():
         asyncio.run(QueryKnowledge()({"skill_name": "dancing"}))
     prompt = system_prompt(WORLD.tools())
     assert all(f"- {skill}. Trigger when" in prompt for skill in SKILLS) and '"name": "image_search"' in prompt
+
+
+def test_one_event_loop_serves_every_phase():
+    async def loop_of():
+        return asyncio.get_running_loop()
+
+    started = []
+
+    async def fails():
+        started.append(asyncio.create_task(asyncio.sleep(60)))
+        await asyncio.sleep(0)
+        raise KeyError("bug")
+
+    first = event_loop.run(loop_of())
+    with pytest.raises(KeyError):
+        event_loop.run(fails())
+    assert event_loop.run(loop_of()) is first and started[0].cancelled()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from genevolve_fast import event_loop
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.experience.context import render as render_experience
 from genevolve_fast.protocols import Codec, Experience, Generation, Sampling, Tool
@@ -116,7 +117,7 @@ def demonstrate(
                 )
             )
 
-        for request, experience, result in zip(part, told, asyncio.run(run()), strict=True):
+        for request, experience, result in zip(part, told, event_loop.run(run()), strict=True):
             t = result.trajectory
             messages = list(t.messages)
             if experience:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from genevolve_fast import event_loop
 from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.trajectory import InvariantError, Program, Reference
 
@@ -37,7 +37,7 @@ def render_results(source: Path, folder: Path, renderer: Renderer, seed: int = 0
             program = Program(row["gen_prompt"], references)
             program.validate(min_references=renderer.min_references, max_references=renderer.max_references)
             pixels = [_read(source.parent, r) for r in references]
-            Image.fromarray(asyncio.run(renderer.render(program, pixels, seed))).save(target)
+            Image.fromarray(event_loop.run(renderer.render(program, pixels, seed))).save(target)
             row["success"] = True
         except (InvariantError, RenderError, OSError, KeyError, TypeError) as error:
             row |= {"render_error": f"{type(error).__name__}: {error}", "output_path": ""}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from genevolve_fast import event_loop
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, World
 from genevolve_fast.reward.scoring import score
@@ -71,7 +72,7 @@ def sample_rollouts(
     async def main():
         return await asyncio.gather(*(one(*task, rid) for task, rid in zip(plan, ids, strict=True)))
 
-    results = asyncio.run(main())
+    results = event_loop.run(main())
     images = {sha: pixels for r in results for sha, pixels in r.images.items()}
     return Rollouts(tuple(r.trajectory.validate() for r in results), images, {})
 
@@ -96,6 +97,6 @@ def judge_rollouts(rollouts: Rollouts, requests: Mapping[str, Request], world: W
             )
         )
 
-    scored = asyncio.run(main())
+    scored = event_loop.run(main())
     pictures = {t.id: picture for t, picture in scored if picture is not None}
     return Rollouts(tuple(t for t, _ in scored), rollouts.images, pictures)

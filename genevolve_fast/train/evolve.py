@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from genevolve_fast import event_loop
 from genevolve_fast import trajectory as trajectories
 from genevolve_fast.agent.session import SessionSettings
 from genevolve_fast.experience.bundle import best_and_worst
@@ -236,7 +237,7 @@ def learn_from(
             *(world.summarizer.compare(requests[pairs[g][0].request_id], *pairs[g]) for g in widest)
         )
 
-    fresh = {g: e for g, e in zip(widest, asyncio.run(compare_all()), strict=True) if e is not None and e.slots()}
+    fresh = {g: e for g, e in zip(widest, event_loop.run(compare_all()), strict=True) if e is not None and e.slots()}
     for group, experience in fresh.items():
         best, worst = pairs[group]
         memory.insert(requests[best.request_id].question, experience, gap=best.reward - worst.reward, step=step)
