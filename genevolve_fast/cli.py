@@ -31,13 +31,14 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
+    from genevolve_fast.protocols import EngineError
     from genevolve_fast.report.build import ReportError
     from genevolve_fast.train.config import ConfigError
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, ConfigError, DataError, InvariantError, PlanError, ReportError, RunError, ShapeError
-    return *mistakes, FileNotFoundError
+    mistakes = AdapterError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError, RunError
+    return *mistakes, ShapeError, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -331,7 +332,7 @@ def run_plan(args: argparse.Namespace) -> int:
         shape, settings = ModelShape.from_config(args.model), Settings(device=where.type, **named)
     else:
         raise PlanError("give --config, or --model and --tokens")
-    settings = replace(settings, rollout=not args.training_only)
+    settings = replace(settings, rollout=settings.rollout and not args.training_only)
     made = plan(shape, settings)
     if args.json:
         print(json.dumps(made.as_dict() | {"limit": limit, "fits": made.total <= limit}, indent=1))
@@ -369,8 +370,8 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Exit status 1 where the gradients differ by more than their dtype explains."""
-    from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.engines import open_engine
     from genevolve_fast.train.evolve import new_memory
     from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
     from genevolve_fast.train.single import sample_step
@@ -385,7 +386,8 @@ def run_verify(args: argparse.Namespace) -> int:
     reference, teacher = other_weights(config, policy)
     print(f"sampling {config.rollout.prompts_per_step} x {config.rollout.num_generations} rollouts", flush=True)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
-    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
+    engine = open_engine(config, policy, world.incidents)
+    engine.update_weights(0)
     batch, images = sample_step(config, policy, world, pool, engine, new_memory(config, world), 0)
     deviation = verify(
         policy,

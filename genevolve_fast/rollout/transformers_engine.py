@@ -121,7 +121,13 @@ class TransformersEngine:
         self._sessions.pop(session_id, None)
         self._wake()
 
-    def weights_updated(self) -> None:
+    def wake(self) -> None:
+        """Nothing to take: caches grow with what is asked."""
+
+    def sleep(self) -> None:
+        """Nothing to give back: a closed session's cache is gone already."""
+
+    def update_weights(self, version: int) -> None:
         """Forget everything computed with the old weights."""
         for session in self._sessions.values():
             session.cache, session.ids, session.next_position, session.images = None, [], 0, 0
