@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
+from urllib.parse import urlsplit
+
+import httpx
 import pytest
 import torch
 
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.profile.plan import Settings
-from genevolve_fast.protocols import TrainedEngine
+from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.train.config import ConfigError, EvolveConfig, RolloutConfig, parse_config
 from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.fits import settings_of
+from tests.loopback.engine import free_port
 
 SERVER = {"urls": ["http://127.0.0.1:9"], "sync_dir": "weights"}
 
@@ -82,3 +89,70 @@ def test_what_this_machine_lacks_is_named(policy, monkeypatch):
 def test_sections_survive_being_written_and_read_again():
     config = parsed({"engine": "server", "server": SERVER, "deterministic": False})
     assert RolloutConfig(**config.rollout.model_dump()) == config.rollout
+
+
+@pytest.fixture
+def client(policy, tmp_path):
+    engines = []
+
+    def connect(url: str, answers=None) -> VllmServerEngine:
+        engine = VllmServerEngine(policy, [url], incidents=Incidents(), sync_dir=tmp_path / "w", patience_s=0.5)
+        if answers:
+            engine._client = httpx.AsyncClient(transport=httpx.MockTransport(answers))
+        engine.open("a")
+        engines.append(engine)
+        return engine
+
+    yield connect
+    for engine in engines:
+        engine.shutdown()
+
+
+def test_nobody_there_is_said_when_patience_is_over(client):
+    engine = client(f"http://127.0.0.1:{free_port()}")
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"update_weights: .*gave up after 0.5 s") as failure:
+        engine.update_weights(0)
+    assert failure.value.kind == "connect" and time.monotonic() - began < 15
+    assert engine.incidents.take()["engine/connect"] >= 2
+
+
+def answers(mode: str | None = None, logprob: float = 0.0, wants_top_k: bool = False, asked: list | None = None):
+    """vLLM's answers in modes that no server here has: log-probs of the whole vocabulary, bounded sampling masks."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        path = urlsplit(str(request.url)).path
+        if path == "/server_info" and mode:
+            return httpx.Response(200, json={"vllm_config": {"model_config": {"logprobs_mode": mode}}})
+        if path != "/inference/v1/generate":
+            return httpx.Response(404, json={"detail": "Not Found"})
+        body = json.loads(request.content)
+        if asked is not None:
+            asked.append(body["sampling_params"])
+        if wants_top_k and "top_k" not in body["sampling_params"]:
+            text = "sampling distribution replay requires top_k > 0 to bound sampling mask size"
+            return httpx.Response(400, json={"error": {"message": text, "type": "BadRequestError", "code": 400}})
+        content = [{"token_id": 7, "logprob": logprob, "rank": 1}] * 8
+        choice = {"token_ids": [7] * 8, "logprobs": {"content": content}, "finish_reason": "length"}
+        return httpx.Response(200, json={"choices": [choice], "prompt_token_ids": body["token_ids"]})
+
+    return answer
+
+
+def eight(engine: VllmServerEngine):
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8, stop_ids=(2,))
+    return asyncio.run(engine.generate("a", [8, 9], [], sampling, 1))
+
+
+@pytest.mark.parametrize(("mode", "logprob"), [("raw_logprobs", 0.0), (None, -1.2)])
+def test_a_server_that_reports_raw_log_probs_is_refused(client, mode, logprob):
+    with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+        eight(client("http://raw", answers(mode, logprob)))
+
+
+def test_a_server_with_masks_is_given_the_bound_that_it_wants(client):
+    asked: list[dict] = []
+    engine = client("http://masks", answers("processed_logprobs", wants_top_k=True, asked=asked))
+    assert eight(engine).ids == eight(engine).ids == [7] * 8
+    assert [a.get("top_k") for a in asked] == [None, 1024, 1024]
+    assert engine.incidents.take() == {}

@@ -64,6 +64,13 @@ def ask(engine, policy: Policy, pictures=(), seed: int = 3, session: str = "a"):
     return asyncio.run(engine.generate(session, prompt(policy, pictures), pictures, SAMPLING, seed))
 
 
+def go_on(engine, policy: Policy, before, pictures=(), session: str = "a"):
+    """The next turn of a session, whose first turn the engine has kept."""
+    ids = [*prompt(policy, pictures), *before.ids, *policy.codec.encode("<|im_end|>\n<|im_start|>assistant\n")]
+    engine.open(session)
+    return asyncio.run(engine.generate(session, ids, pictures, SAMPLING, 4))
+
+
 def expected(policy: Policy, pictures=(), seed: int = 3):
     return ask(TransformersEngine(policy, deterministic=False), policy, pictures, seed)
 
@@ -114,21 +121,33 @@ def test_rollouts_follow_the_policy_through_sleep_and_wake(opened, pictures):
         "wake_up kv_cache",
         "reset_prefix_cache",
     ]
-    again = ask(engine, policy, pictures[:2])  # the same session: what it had computed is stale
-    assert same(again, expected(policy, pictures[:2])) and not same(again, first)
+    again = go_on(engine, policy, first, pictures[:2])
+    assert same(again, go_on(TransformersEngine(policy, deterministic=False), policy, first, pictures[:2]))
     assert engine.mismatches == 0 and engine.verified > 0
 
 
 def test_an_update_while_awake_pauses_drops_the_cache_and_resumes(opened):
     policy, engine = opened()
     engine.update_weights(0)
-    ask(engine, policy)
+    before = ask(engine, policy)
     train(policy)
     AsyncLLM.made.calls.clear()
     engine.update_weights(1)
     order = names(AsyncLLM.made.calls)
     assert order[0] == "pause_generation" and order[-2:] == ["reset_prefix_cache", "resume_generation"]
-    assert same(ask(engine, policy), expected(policy))
+    local = TransformersEngine(policy, deterministic=False)
+    assert same(go_on(engine, policy, before), go_on(local, policy, before))
+
+
+def test_without_the_reset_the_stand_in_reads_stale_prefixes(opened, monkeypatch):
+    policy, engine = opened()
+    engine.update_weights(0)
+    before = ask(engine, policy)
+    train(policy)
+    monkeypatch.setattr(AsyncLLM.made, "forget", lambda: None)
+    engine.update_weights(1)
+    local = TransformersEngine(policy, deterministic=False)
+    assert not same(go_on(engine, policy, before), go_on(local, policy, before))
 
 
 def test_sleep_drains_and_wake_without_an_update_loads_what_was_discarded(opened):

@@ -46,7 +46,7 @@ class _Server:
     updates: int = 0
     down_until: float = 0.0
     checked: bool = False  # its log-probs are of the distribution sampled from
-    top_k: bool = False  # it returns sampling masks, and then wants a bound on their size
+    top_k: bool = False  # vLLM with sampling masks wants a bound on their size, and says so when asked without
 
 
 class VllmServerEngine:
@@ -221,7 +221,7 @@ class VllmServerEngine:
             if server.label == label:
                 server.label = None
             raise _Failure(f"{server.url} has lost the adapter {label}", "stale_weights")
-        if status == 400 and not server.top_k and "top_k > 0" in _message(answer):
+        if status == 400 and not server.top_k and "requires top_k > 0" in _message(answer):
             server.top_k = True
             return await self._ask(server, body, session_id, label)
         return self._accepted(server, status, answer)
@@ -250,7 +250,6 @@ class VllmServerEngine:
         model = config.get("model_config") if status == 200 and isinstance(config, dict) else None
         if isinstance(model, dict) and "logprobs_mode" in model:
             processed = model["logprobs_mode"] == "processed_logprobs"
-            server.top_k = bool(model.get("return_sampling_mask"))
         else:
             processed = await self._probe(server)
         if not processed:
@@ -391,7 +390,7 @@ class VllmServerEngine:
         try:
             async for trial in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception_type(_Failure),
-                wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+                wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
                 stop=tenacity.stop_after_delay(self.patience_s),
             ):
                 with trial:
@@ -442,7 +441,7 @@ class VllmServerEngine:
 
     def _accepted(self, server: _Server, status: int, answer: Any) -> Any:
         if status != 200:
-            hint = ": start it by `genevolve-fast serve --training`" if status in (404, 405) else ""
+            hint = ": start it by `genevolve-fast serve --training`" if status in (403, 404, 405) else ""
             raise EngineError(f"{server.url}: HTTP {status}{hint}: {self._said(answer)}", "client_error")
         return answer
 
