@@ -119,6 +119,7 @@ def test_greedy_turns_and_turns_that_are_cut_off(server, own, connected):
 
 
 def test_an_adapter_goes_alone_and_the_old_one_leaves(server, own, connected, pictures):
+    connected(own, server).update_weights(0)  # the base, which other tests have replaced
     add_lora(own, rank=2)
     engine = connected(own, server)
     for version in range(3):
@@ -162,7 +163,6 @@ def test_every_route_and_field_is_one_of_the_released_package(server, own, conne
     own.requires_grad_(True)  # a trained vision tower asks for more resets
     for adapter in (False, True):
         if adapter:
-            own.requires_grad_(False)
             add_lora(own, rank=2)
         engine = connected(own, server)
 
@@ -190,6 +190,15 @@ def test_every_route_and_field_is_one_of_the_released_package(server, own, conne
     wanted = "pause resume collective_rpc weight_checker reset_prefix_cache reset_mm_cache reset_encoder_cache"
     assert {f"POST /{name}" for name in wanted.split()} <= set(routes)
     assert routes["POST /v1/load_lora_adapter"] == 2 and routes["POST /v1/unload_lora_adapter"] == 1
+
+
+def test_an_adapter_on_another_base_is_refused(server, own, connected):
+    other = Policy.from_pretrained(start_path()).eval()
+    train(other)
+    connected(other, server).update_weights(0)
+    add_lora(own, rank=2)
+    with pytest.raises(EngineError, match="serve the base that the adapter belongs to"):
+        connected(own, server).update_weights(0)
 
 
 def test_a_paused_server_is_waited_for(server, own, connected):

@@ -15,6 +15,7 @@ from genevolve_fast.protocols import Codec, EngineError, Generation, Sampling
 from genevolve_fast.trajectory import image_hash
 
 MASK_TOP_K = 1024  # vLLM bounds the sets it returns by top_k and refuses to return any without one
+SEEDS = 1 << 63  # vLLM keeps a seed in an int64
 _CACHED_BYTES = 256 << 20  # of host memory for encoded images
 
 

@@ -20,7 +20,7 @@ from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.adapters import adapter_rank, has_adapters, save_adapter
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Generation, Sampling
-from genevolve_fast.rollout.exchange import MASK_TOP_K, check_prompt, checked_generation, collapsed
+from genevolve_fast.rollout.exchange import MASK_TOP_K, SEEDS, check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.loop_thread import LoopThread
 from genevolve_fast.rollout.weights import HeadShape, differing, full_weights, write_folder, write_whole
 from genevolve_fast.trajectory import image_hash
@@ -211,7 +211,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            seed=seed,
+            seed=seed % SEEDS,
             stop_token_ids=list(sampling.stop_ids),
             ignore_eos=True,  # only stop_ids end a turn, whatever the model's generation_config says
             logprobs=0,

@@ -21,7 +21,7 @@ from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.adapters import has_adapters, save_adapter
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Generation, Sampling
-from genevolve_fast.rollout.exchange import MASK_TOP_K, DataUrls, check_prompt, checked_generation, collapsed
+from genevolve_fast.rollout.exchange import MASK_TOP_K, SEEDS, DataUrls, check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.loop_thread import LoopThread
 from genevolve_fast.rollout.weights import HeadShape, differing, full_weights, write_folder, write_whole
 
@@ -176,7 +176,7 @@ class VllmServerEngine:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_tokens,
-                "seed": seed,
+                "seed": seed % SEEDS,
                 "stop_token_ids": list(sampling.stop_ids),
                 "ignore_eos": True,  # only stop_ids end a turn, whatever the model's generation_config says
                 "logprobs": 0,
@@ -363,9 +363,11 @@ class VllmServerEngine:
         self.verified += len(reported)
         self.mismatches += len(wrong)
         if wrong:
+            dtype = str(self.dtype).removeprefix("torch.")
+            must = "serve the base that the adapter belongs to" if self.adapter_only else f"hold weights in {dtype}"
             raise EngineError(
                 f"{len(wrong)} of {len(reported)} parameters of {server.url} differ from the policy's after the "
-                f"update, {', '.join(wrong[:3])} first. Its dtype must be {str(self.dtype).removeprefix('torch.')}",
+                f"update, {', '.join(wrong[:3])} first: it must {must}",
                 "bad_response",
             )
 
