@@ -90,7 +90,12 @@ def command(
     environment = {}
     if training:
         arguments += ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--return-sampling-mask")
-        arguments += ("--enable-sleep-mode", "--weight-transfer-config", '{"backend": "nccl"}')
+        arguments += (
+            "--enable-prompt-tokens-details",
+            "--enable-sleep-mode",
+            "--weight-transfer-config",
+            '{"backend": "nccl"}',
+        )
         environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     secrets = {"VLLM_API_KEY": api_key_env} if api_key_env else {}
     return Command((*arguments, *extra), environment, secrets)

@@ -91,7 +91,7 @@ class VllmServerEngine:
         self.patience_s, self.timeout_s, self.verify_every = patience_s, timeout_s, verify_every
         self.mismatches = 0  # parameters that differed after an update, over the engine's life
         self.verified = 0  # parameters compared
-        self.sampled_tokens = 0
+        self.sampled_tokens = self.prompt_tokens = self.cached_tokens = 0
         if sync == "nccl":
             _refuse_nccl(self.adapter_only)
         self._senders: dict[str, Any] | None = {} if sync == "nccl" else None
@@ -202,6 +202,9 @@ class VllmServerEngine:
         if choice.get("finish_reason") == "abort":
             raise _Failure(f"{server.url} aborted the request", "server_error")
         check_prompt(ids, answer.get("prompt_token_ids"), images, self.policy.codec)
+        usage = answer.get("usage") or {}
+        self.prompt_tokens += len(ids)
+        self.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         content = (choice.get("logprobs") or {}).get("content") or []
         token_ids = choice.get("token_ids") or []
         if [c.get("token_id") for c in content] != token_ids:
