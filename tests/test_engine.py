@@ -106,7 +106,7 @@ def test_weight_update_forgets_the_cache(policy):
     with torch.no_grad():
         for p in policy.model.model.language_model.layers.parameters():
             p.mul_(1.3)
-    engine.weights_updated()
+    engine.update_weights(1)
     ids = PROMPT[:30] + out.ids + [50]
     assert turn(engine, {"a": (ids, [], sampling, 2)}) == turn(
         TransformersEngine(policy), {"a": (ids, [], sampling, 2)}

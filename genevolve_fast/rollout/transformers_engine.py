@@ -121,7 +121,21 @@ class TransformersEngine:
         self._sessions.pop(session_id, None)
         self._wake()
 
-    def weights_updated(self) -> None:
+    def kept_bytes(self) -> int:
+        """Of the keys and values that sessions keep between turns."""
+        return sum(s.cache.nbytes for s in self._sessions.values() if s.cache is not None)
+
+    async def exclusively(self, work):
+        """The result of `work`, called between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def wake(self) -> None:
+        """Nothing to take: caches grow with what is asked."""
+
+    def sleep(self) -> None:
+        """Nothing to give back: a closed session's cache is gone already."""
+
+    def update_weights(self, version: int) -> None:
         """Forget everything computed with the old weights."""
         for session in self._sessions.values():
             session.cache, session.ids, session.next_position, session.images = None, [], 0, 0
