@@ -56,6 +56,7 @@ class Row:
     position: int
     images: int  # how many of the call's are in it
     cache: Tensor | None
+    cached: int = 0  # tokens that the session kept
     out_ids: list[int] = field(default_factory=list)
     out_logps: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -69,7 +70,7 @@ class Row:
             session.forget()  # another history
         kept = (len(session.ids), session.next_position, session.images, session.cache)
         session.forget()  # an error on the way must not leave ids without their cache
-        return cls(call, session, RequestRandom(call.seed), *kept)
+        return cls(call, session, RequestRandom(call.seed), *kept, cached=kept[0])
 
     @property
     def ids(self) -> list[int]:

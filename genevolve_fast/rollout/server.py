@@ -16,28 +16,31 @@ import time
 import uuid
 from collections.abc import Awaitable, Sequence
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import genevolve_fast
-from genevolve_fast.protocols import Generation
 from genevolve_fast.rollout.server_policy import ServedPolicy
 from genevolve_fast.rollout.server_prompts import chat_prompt, expand, images_of_parts
 from genevolve_fast.rollout.server_protocol import (
+    AbortRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
+    LoadAdapter,
     NewVersion,
     RequestError,
     Rpc,
     TokenizeMessages,
     TokenizePrompt,
+    UnloadAdapter,
     WeightCheck,
 )
+from genevolve_fast.rollout.transformers_engine import Sampled
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request, Response
+    from fastapi import FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -46,6 +49,8 @@ except ImportError as error:  # an extra, not a dependency
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPEN_PATHS = ("/health", "/ping", "/version")  # need no key
+Mode = Literal["abort", "wait", "keep"]
+Level = Annotated[int, Query(ge=0, le=2)]
 T = TypeVar("T")
 
 
@@ -90,7 +95,9 @@ def build_app(
         params = request.sampling_params
         sampling = params.sampling(served.eos, served.room(len(ids)))
         session = _session(raw, request.cache_salt)
-        made = await _while_connected(raw, served.generate(request.model, session, ids, images, sampling, params.seed))
+        name = _request_id(raw, request.request_id)
+        work = served.generate(request.model, session, ids, images, sampling, params.seed, name)
+        made = await _while_connected(raw, work)
         choice = {
             "index": 0,
             "token_ids": made.ids,
@@ -99,14 +106,14 @@ def build_app(
             "logprobs": {"content": _token_logprobs(made)} if params.logprobs is not None else None,
             "routed_experts": None,
             "sampling_mask": getattr(made, "sampling_mask", None) if return_sampling_mask else None,
-            "weight_versions": _spans(made, served.version),
+            "weight_versions": _spans(made),
         }
         return JSONResponse(
             {
-                "request_id": f"generate-tokens-{_request_id(raw, request.request_id)}",
+                "request_id": f"generate-tokens-{name}",
                 "model": request.model or served.name,
                 "created": int(time.time()),
-                "usage": _usage(len(ids), len(made.ids)),
+                "usage": _usage(len(ids), made),
                 "prompt_logprobs": None,
                 "prompt_token_id_logprobs": None,
                 "prompt_token_ids": ids if request.return_token_ids else None,
@@ -128,7 +135,8 @@ def build_app(
             request.messages, codec, request.add_generation_prompt, request.chat_template_kwargs
         )
         ids, _ = expand(codec.encode(prompt), images, codec)
-        made = await _answer(request, raw, ids, images)
+        name = _request_id(raw, request.request_id)
+        made = await _answer(request, raw, name, ids, images)
         text = _text(made, request.skip_special_tokens is not False)
         choice = {
             "index": 0,
@@ -137,16 +145,16 @@ def build_app(
             "finish_reason": made.finish_reason,
             "stop_reason": _stop_reason(made, served.eos, request.ignore_eos),
             "token_ids": made.ids if request.return_token_ids else None,
-            "weight_versions": _spans(made, served.version),
+            "weight_versions": _spans(made),
         }
         return JSONResponse(
             {
-                "id": f"chatcmpl-{_request_id(raw, request.request_id)}",
+                "id": f"chatcmpl-{name}",
                 "object": "chat.completion",
                 "created": int(time.time()),
                 "model": request.model or served.name,
                 "choices": [choice],
-                "usage": _usage(len(ids), len(made.ids)),
+                "usage": _usage(len(ids), made),
                 "prompt_token_ids": ids if request.return_token_ids else None,
             }
         )
@@ -158,7 +166,8 @@ def build_app(
         if not ids:
             raise RequestError("prompt: is empty", param="prompt")
         ids, _ = expand(ids, [], codec)
-        made = await _answer(request, raw, ids, [])
+        name = _request_id(raw, request.request_id)
+        made = await _answer(request, raw, name, ids, [])
         choice = {
             "index": 0,
             "text": _text(made, request.skip_special_tokens),
@@ -167,28 +176,28 @@ def build_app(
             "stop_reason": _stop_reason(made, served.eos, request.ignore_eos),
             "token_ids": made.ids if request.return_token_ids else None,
             "prompt_token_ids": ids if request.return_token_ids else None,
-            "weight_versions": _spans(made, served.version),
+            "weight_versions": _spans(made),
         }
         return JSONResponse(
             {
-                "id": f"cmpl-{_request_id(raw, request.request_id)}",
+                "id": f"cmpl-{name}",
                 "object": "text_completion",
                 "created": int(time.time()),
                 "model": request.model or served.name,
                 "choices": [choice],
-                "usage": _usage(len(ids), len(made.ids)),
+                "usage": _usage(len(ids), made),
             }
         )
 
-    async def _answer(request: ChatRequest | CompletionRequest, raw: Request, ids, images) -> Generation:
+    async def _answer(request: ChatRequest | CompletionRequest, raw: Request, name: str, ids, images) -> Sampled:
         sampling = request.sampling(served.eos, served.room(len(ids)))
         session = request.session_id or _session(raw, None)
         if session and request.cache_salt:
             session = f"{request.cache_salt}\x00{session}"
-        work = served.generate(request.model, session, ids, images, sampling, request.seed)
+        work = served.generate(request.model, session, ids, images, sampling, request.seed, name)
         return await _while_connected(raw, work)
 
-    def _text(made: Generation, skip_special_tokens: bool) -> str:
+    def _text(made: Sampled, skip_special_tokens: bool) -> str:
         ids = made.ids[:-1] if made.finish_reason == "stop" else made.ids
         return codec.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
@@ -215,24 +224,74 @@ def build_app(
     @app.get("/health")
     @app.get("/ping")
     async def health() -> Response:
-        return Response(status_code=200)
+        return Response(status_code=503 if served.broken else 200)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": genevolve_fast.__version__, "server": "genevolve-fast"}
 
+    @app.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        model = {
+            "served_model_name": served.name,
+            "max_model_len": served.max_model_len,
+            "dtype": str(served.policy.head_weight.dtype),
+            "logprobs_mode": "processed_logprobs",  # after temperature and top-p
+            "return_sampling_mask": return_sampling_mask,
+        }
+        return {"vllm_config": {"model_config": model, "scheduler_config": {"max_num_seqs": served.engine.max_batch}}}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {
-            "id": served.name,
-            "object": "model",
-            "created": started,
-            "owned_by": "genevolve-fast",
-            "root": served.name,
-            "parent": None,
-            "max_model_len": served.max_model_len,
-        }
-        return {"object": "list", "data": [card]}
+        def card(name: str, root: str, parent: str | None, length: int | None) -> dict[str, Any]:
+            made = {"id": name, "object": "model", "created": started, "owned_by": "genevolve-fast"}
+            return {**made, "root": root, "parent": parent, "max_model_len": length}
+
+        base = card(served.name, served.name, None, served.max_model_len)
+        adapters = [card(name, folder, served.name, None) for name, folder in served.adapters.items()]
+        return {"object": "list", "data": [base, *adapters]}
+
+    # --- pause and sleep ----------------------------------------------------------------------------------------------
+
+    @app.post("/pause")
+    async def pause(mode: Mode = "abort", clear_cache: bool = True) -> dict[str, str]:
+        await served.pause(mode, clear_cache)
+        return {"status": "paused"}
+
+    @app.post("/resume")
+    async def resume() -> dict[str, str]:
+        served.resume()
+        return {"status": "resumed"}
+
+    @app.get("/is_paused")
+    async def is_paused() -> dict[str, bool]:
+        return {"is_paused": served.is_paused}
+
+    @app.post("/sleep")
+    async def sleep(level: Level = 1, mode: Mode = "abort") -> dict[str, Any]:
+        await served.sleep(level, mode)
+        return {"status": "sleeping", "level": level}
+
+    @app.post("/wake_up")
+    async def wake_up(raw: Request) -> dict[str, Any]:
+        tags = raw.query_params.getlist("tags") or None
+        awake = await served.wake_up(tags, device)
+        return {"status": "awake" if awake else "sleeping", "tags": tags}
+
+    @app.get("/is_sleeping")
+    async def is_sleeping() -> dict[str, bool]:
+        return {"is_sleeping": served.is_paused}
+
+    @app.post("/abort_requests")
+    async def abort_requests(request: AbortRequest) -> dict[str, Any]:
+        return {"status": "aborted", "aborted": served.abort(request.request_ids or None)}
+
+    @app.post("/inference/v1/abort_requests")
+    async def abort_named(request: AbortRequest) -> Response:
+        if request.request_ids is None:
+            raise RequestError("Missing 'request_ids' in request body", param="request_ids")
+        served.abort(request.request_ids)
+        return Response(status_code=200)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -268,9 +327,26 @@ def build_app(
         return {"success": True, "new_version": served.version}
 
     @app.post("/reset_prefix_cache")
-    async def reset_prefix_cache() -> dict[str, bool]:
-        return {"success": served.reset_caches()}
+    async def reset_prefix_cache(reset_running_requests: bool = False) -> dict[str, bool]:
+        return {"success": await served.reset_caches(reset_running_requests)}
 
+    @app.post("/reset_mm_cache")
+    @app.post("/reset_encoder_cache")
+    async def reset_image_caches() -> Response:
+        await served.reset_images()
+        return Response(status_code=200)
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(request: LoadAdapter) -> Response:
+        await served.load_adapter(request.lora_name, request.lora_path, request.load_inplace)
+        return Response(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(request: UnloadAdapter) -> Response:
+        await served.unload_adapter(request.lora_name)
+        return Response(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
+
+    device = served.policy.device
     started = int(time.time())
     app.add_middleware(_BodyLimit, limit=max_request_bytes)
     if api_key is not None:  # added last, asked first
@@ -353,29 +429,34 @@ def _request_id(raw: Request, given: str | None) -> str:
     return raw.headers.get("x-request-id") or given or uuid.uuid4().hex
 
 
-def _usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _usage(prompt: int, made: Sampled) -> dict[str, Any]:
+    completion, cached = len(made.ids), {"cached_tokens": made.cached}
+    total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**total, "prompt_tokens_details": cached}
 
 
-def _stop_reason(made: Generation, eos: Sequence[int], ignore_eos: bool) -> int | None:
+def _stop_reason(made: Sampled, eos: Sequence[int], ignore_eos: bool) -> int | None:
     """The stop id that ended the turn; None where it was the model's own end."""
     if made.finish_reason != "stop" or (made.ids[-1] in eos and not ignore_eos):
         return None
     return made.ids[-1]
 
 
-def _spans(made: Generation, version: str) -> list[dict[str, Any]]:
+def _spans(made: Sampled) -> list[dict[str, Any]]:
     """Which weights sampled which tokens, as {"version", "start", "end"}."""
-    return [{"version": version, "start": 0, "end": len(made.ids)}]
+    ends = [start for _, start in made.versions[1:]] + [len(made.ids)]
+    return [
+        {"version": str(v), "start": start, "end": end} for (v, start), end in zip(made.versions, ends, strict=True)
+    ]
 
 
-def _token_logprobs(made: Generation) -> list[dict[str, Any]]:
+def _token_logprobs(made: Sampled) -> list[dict[str, Any]]:
     pairs = zip(made.ids, made.logps, strict=True)
     entries = [{"token_id": t, "logprob": p, "rank": None} for t, p in pairs]
     return [{**e, "top_logprobs": [e]} for e in entries]
 
 
-def _chat_logprobs(made: Generation, codec) -> list[dict[str, Any]]:
+def _chat_logprobs(made: Sampled, codec) -> list[dict[str, Any]]:
     found = []
     for token, logprob in zip(made.ids, made.logps, strict=True):
         text = codec.decode([token])
@@ -383,7 +464,7 @@ def _chat_logprobs(made: Generation, codec) -> list[dict[str, Any]]:
     return found
 
 
-def _completion_logprobs(made: Generation, codec) -> dict[str, Any]:
+def _completion_logprobs(made: Sampled, codec) -> dict[str, Any]:
     tokens = [codec.decode([t]) for t in made.ids]
     offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
     return {"tokens": tokens, "token_logprobs": made.logps, "text_offset": offsets, "top_logprobs": []}

@@ -27,9 +27,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampled(Generation):
-    """`versions`: which weights sampled it, as (version, index of their first token)."""
+    """`versions`: which weights sampled it, as (version, index of their first token); `cached` ids were known."""
 
     versions: tuple[tuple[int | str, int], ...] = field(default=(), compare=False)
+    cached: int = field(default=0, compare=False)
 
 
 class TransformersEngine:
@@ -193,7 +194,10 @@ class TransformersEngine:
 
     def _finished(self, row: Row) -> None:
         self.sampled_tokens += len(row.out_ids)
-        self._answer(row.call, Sampled(row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions)))
+        made = Sampled(
+            row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions), cached=row.cached
+        )
+        self._answer(row.call, made)
 
     def _rows(self, calls: Sequence[Call]) -> tuple[list[Row], list[Fresh]]:
         """Rows of those calls that can be computed; the others have failed."""
