@@ -85,7 +85,7 @@ def evolve(
             if (peak := memory_peak.read()) is not None:
                 metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics["tokens/largest_microbatch"])
             metrics["perf/train_seconds"] = time.perf_counter() - begin
-        engine.weights_updated()
+        engine.update_weights(step + 1)
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
         metrics |= rollout_metrics(rollouts.trajectories, groups)

@@ -156,7 +156,7 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
         with meter.phase("step"):
             gradient_norm(policy, config.optim.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
-            engine.weights_updated()
+            engine.update_weights(step + 1)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     gpu = gpu_named(name)
