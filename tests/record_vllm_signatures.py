@@ -34,6 +34,7 @@ CALLS = {
             "update_weights",
             "finish_weight_update",
             "update_weight_version",
+            "collective_rpc",
         ),
     ),
     "distributed/weight_transfer/ipc_engine.py": ("IPCTrainerWeightTransferEngine", ("trainer_init", "send_weights")),
