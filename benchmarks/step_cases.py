@@ -525,7 +525,7 @@ def loop(bench: Bench, name: str) -> dict[str, Row]:
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    engine.update_weights(0)
+    engine.update_weights(1)
     patch = tuple(codec.encode("<experience>\n- Search the fact before the answer.\n</experience>"))
     batch = [TrainingRollout(t, (-1.0) ** i, patch) for i, t in enumerate(sampled.trajectories) if t.num_loss_tokens]
     ready_gradients(policy)

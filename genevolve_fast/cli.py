@@ -31,13 +31,15 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
+    from genevolve_fast.protocols import EngineError
     from genevolve_fast.report.build import ReportError
+    from genevolve_fast.rollout.serve import ServeError
     from genevolve_fast.train.config import ConfigError
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, ConfigError, DataError, InvariantError, PlanError, ReportError, RunError, ShapeError
-    return *mistakes, FileNotFoundError
+    mistakes = AdapterError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError, RunError
+    return *mistakes, ServeError, ShapeError, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,6 +159,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=None, help="folder for bench.json, results.json and pictures")
     p.add_argument("--config", default="demo", help="configuration whose rollout and evaluate sections are used")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+
+    p = command(
+        "serve",
+        run_serve,
+        "Start the right server for a model: vLLM where it is installed, else our own; prints the command it becomes.",
+        "genevolve-fast serve --model MeiGen-AI/GenEvolve --tp 2 --training -- --enable-lora --max-lora-rank 64",
+    )
+    p.add_argument("--model", required=True, help="folder, hub name, or sandbox:start")
+    p.add_argument("--backend", choices=["auto", "vllm", "transformers"], default="auto", help="(default: %(default)s)")
+    p.add_argument("--tp", type=int, default=1, help="GPUs that share the weights; vLLM only")
+    p.add_argument("--dp", type=int, default=1, help="copies of the model; vLLM only")
+    p.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    p.add_argument("--served-model-name", default="GenEvolve", help="name that requests use (default: %(default)s)")
+    p.add_argument("--max-model-len", type=int, help="tokens of prompt and replies (default: 65536 with vLLM)")
+    p.add_argument("--gpu-memory-utilization", type=float, help="share of the GPU; vLLM only (default: 0.85)")
+    p.add_argument("--training", action="store_true", help="take weight updates, report exact log-probs")
+    p.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that requests must bring")
+    p.add_argument("--insecure", action="store_true", help="listen beyond this machine without a key")
+    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
     p = command(
         "render",
@@ -331,7 +354,7 @@ def run_plan(args: argparse.Namespace) -> int:
         shape, settings = ModelShape.from_config(args.model), Settings(device=where.type, **named)
     else:
         raise PlanError("give --config, or --model and --tokens")
-    settings = replace(settings, rollout=not args.training_only)
+    settings = replace(settings, rollout=settings.rollout and not args.training_only)
     made = plan(shape, settings)
     if args.json:
         print(json.dumps(made.as_dict() | {"limit": limit, "fits": made.total <= limit}, indent=1))
@@ -369,8 +392,8 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Exit status 1 where the gradients differ by more than their dtype explains."""
-    from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.engines import open_engine
     from genevolve_fast.train.evolve import new_memory
     from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
     from genevolve_fast.train.single import sample_step
@@ -385,7 +408,8 @@ def run_verify(args: argparse.Namespace) -> int:
     reference, teacher = other_weights(config, policy)
     print(f"sampling {config.rollout.prompts_per_step} x {config.rollout.num_generations} rollouts", flush=True)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
-    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
+    engine = open_engine(config, policy, world.incidents)
+    engine.update_weights(0)
     batch, images = sample_step(config, policy, world, pool, engine, new_memory(config, world), 0)
     deviation = verify(
         policy,
@@ -485,6 +509,18 @@ def run_render(args: argparse.Namespace) -> int:
     done, failed = render_results(args.input, args.output_dir, CanvasRenderer(), args.seed)
     print(f"{done} pictures in {args.output_dir}, {failed} rows without one")
     return 1 if failed and not done else 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from genevolve_fast.rollout.serve import command
+
+    names = "backend host port tp dp served_model_name max_model_len gpu_memory_utilization training api_key_env"
+    flags = {name: getattr(args, name) for name in (*names.split(), "insecure", "extra")}
+    becomes = command(args.model, **flags)
+    print(becomes, flush=True)
+    if not args.dry_run:
+        becomes.become()
+    return 0
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -84,6 +84,11 @@ def has_adapters(policy: Policy) -> bool:
     return bool(_adapted(policy.model))
 
 
+def adapter_rank(policy: Policy) -> int:
+    """Rows of A, the same in every layer."""
+    return policy.model.peft_config[_NAME].r
+
+
 @contextmanager
 def adapters_off(policy: Policy) -> Iterator[Policy]:
     """`policy` without its adapter: the base weights, bit for bit. Raises AdapterError where there is no adapter."""

@@ -74,7 +74,51 @@ class WorldConfig(_Section):
     )
 
 
+class ServerConfig(_Section):
+    urls: list[str] = Field(default_factory=list, description="Addresses of vLLM servers, http://host:port")
+    sync: Literal["disk", "nccl"] = Field(
+        "disk", description="New weights by safetensors in sync_dir, or broadcast between GPUs by vLLM's own transfer"
+    )
+    sync_dir: str | None = Field(None, description="Folder that trainer and servers see under the same path")
+    merge_lora: bool = Field(False, description="Send the adapter merged into whole weights instead of alone")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Dtype of the servers' weights; none: policy.dtype"
+    )
+    patience_s: float = Field(600.0, gt=0, description="Seconds that a failing call is repeated for")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds one attempt may take")
+    verify_every: int = Field(1, ge=0, description="Compare all parameters after every n-th update; 0: never")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> ServerConfig:
+        if wrong := [u for u in self.urls if not u.startswith(("http://", "https://"))]:
+            raise ValueError(f"urls: {wrong[0]!r} does not begin with http:// or https://")
+        if self.urls and self.sync == "disk" and not self.sync_dir:
+            raise ValueError("sync 'disk' needs sync_dir: a folder that trainer and servers see under the same path")
+        if self.sync == "nccl" and self.sync_dir:
+            raise ValueError("sync_dir with sync 'nccl' would do nothing: weights are broadcast")
+        return self
+
+
+class VllmConfig(_Section):
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the engine's weights")
+    gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="Share of the GPU for weights and KV")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Tokens of prompt and replies; none: the rollout's limits"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Turns sampled together")
+    enforce_eager: bool = Field(False, description="No CUDA graphs: slower, starts faster, less memory")
+    merge_lora: bool = Field(False, description="Load the adapter merged into whole weights instead of alone")
+    verify_every: int = Field(1, ge=0, description="Compare all parameters after every n-th update; 0: never")
+    bucket_mb: int = Field(512, ge=1, description="Weights copied at once in an update, MiB")
+
+
 class RolloutConfig(_Section):
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="Who samples: the policy itself, a vLLM on the same GPU, or servers"
+    )
+    server: ServerConfig = Field(default_factory=ServerConfig, description="For engine server")
+    vllm: VllmConfig = Field(default_factory=VllmConfig, description="For engine vllm")
     prompts_per_step: int = Field(8, ge=1, description="Requests sampled in one step")
     num_generations: int = Field(6, ge=1, description="Rollouts of each request: the group of GRPO")
     temperature: float = Field(0.7, ge=0, description="Sampling temperature; the trainer's log-probs use it too")
@@ -87,7 +131,19 @@ class RolloutConfig(_Section):
     observe_images: Literal["tokens", "text"] = Field("tokens", description="How retrieved images are shown")
     tool_timeout_s: float = Field(60.0, gt=0, description="Seconds one tool call may take")
     max_batch: int = Field(64, ge=1, description="Turns the embedded engine samples together")
-    deterministic: bool = Field(True, description="Compose batches by request id, whatever order tools answer in")
+    deterministic: bool = Field(
+        True, description="Embedded engine: batches by request id, not by which tool answers first"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_engine(self) -> RolloutConfig:
+        read_by = {"server": "server", "vllm": "vllm", "max_batch": "transformers"}
+        for name, engine in read_by.items():
+            if engine != self.engine and getattr(self, name) != _plain(type(self), name):
+                raise ValueError(f"{name} belongs to engine {engine!r}: engine {self.engine!r} does not read it")
+        if self.engine == "server" and not self.server.urls:
+            raise ValueError("engine 'server' needs server.urls: the servers that sample")
+        return self
 
 
 class ExperienceConfig(_Section):
@@ -191,6 +247,13 @@ class EvolveConfig(_Section):
             raise ValueError("rollout.max_rounds 1 leaves no turn for rollout.max_tool_calls > 0")
         if self.policy.path == "sandbox:new":
             raise ValueError("policy.path 'sandbox:new' is random: run `genevolve-fast sft` first")
+        for name in ("server", "vllm"):
+            if getattr(r, name).merge_lora and not self.policy.lora.rank:
+                raise ValueError(f"rollout.{name}.merge_lora without policy.lora.rank: there is no adapter to merge")
+        if r.engine == "server" and r.server.sync == "nccl" and self.policy.lora.rank and not r.server.merge_lora:
+            raise ValueError(
+                "rollout.server.sync 'nccl' sends whole weights: an adapter needs sync 'disk', or merge_lora"
+            )
         if self.checkpoint.every > self.steps and self.minutes is None:
             raise ValueError(f"checkpoint.every {self.checkpoint.every} exceeds steps {self.steps}: nothing to resume")
         return self
@@ -247,7 +310,12 @@ class SftConfig(_Section):
 
 
 def _default(name: str) -> Any:
-    return EvolveConfig.model_fields[name].default
+    return _plain(EvolveConfig, name)
+
+
+def _plain(section: type[BaseModel], name: str) -> Any:
+    """What a field holds where nothing is set."""
+    return section.model_fields[name].get_default(call_default_factory=True)
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -19,12 +19,12 @@ from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import Average
 from genevolve_fast.profile.meter import PeakBytes
-from genevolve_fast.protocols import Experience, World
+from genevolve_fast.protocols import Experience, TrainedEngine, World
 from genevolve_fast.reward.advantages import advantages
-from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
+from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.metrics import rollout_metrics
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
@@ -43,7 +43,7 @@ def evolve(
     prepare(policy.eval(), config.policy, config.seed)
     reference, teacher = other_weights(config, policy)
     average = teacher if isinstance(teacher, Average) else None
-    engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
+    engine = open_engine(config, policy, world.incidents)
     optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
@@ -53,6 +53,7 @@ def evolve(
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
         if average:
             average.load(saved[-1] / TEACHER)
+    engine.update_weights(step)
     run.begin(step)
     started = time.time()
 
@@ -85,9 +86,10 @@ def evolve(
             if (peak := memory_peak.read()) is not None:
                 metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics["tokens/largest_microbatch"])
             metrics["perf/train_seconds"] = time.perf_counter() - begin
-        engine.update_weights(step + 1)
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
+        with run.phase("sync", step):
+            engine.update_weights(step)
         metrics |= rollout_metrics(rollouts.trajectories, groups)
         metrics |= {f"failures/{what}": float(count) for what, count in world.incidents.take().items()}
         metrics |= {
@@ -160,21 +162,25 @@ def sample(
     config: EvolveConfig,
     policy: Policy,
     world: World,
-    engine: TransformersEngine,
+    engine: TrainedEngine,
     requests: Mapping[str, Request],
     step: int,
 ) -> Rollouts:
-    """The rollouts of a step, not judged yet."""
-    return sample_rollouts(
-        list(requests.values()),
-        config.rollout.num_generations,
-        world=world,
-        engine=engine,
-        codec=policy.codec,
-        settings=session_settings(config.rollout, world),
-        seed=config.seed,
-        step=step,
-    )
+    """The rollouts of a step, not judged yet; the engine has its memory for no longer than that."""
+    engine.wake()
+    try:
+        return sample_rollouts(
+            list(requests.values()),
+            config.rollout.num_generations,
+            world=world,
+            engine=engine,
+            codec=policy.codec,
+            settings=session_settings(config.rollout, world),
+            seed=config.seed,
+            step=step,
+        )
+    finally:
+        engine.sleep()
 
 
 def collect(
@@ -182,7 +188,7 @@ def collect(
     config: EvolveConfig,
     policy: Policy,
     world: World,
-    engine: TransformersEngine,
+    engine: TrainedEngine,
     requests: Mapping[str, Request],
     step: int,
 ) -> Rollouts:

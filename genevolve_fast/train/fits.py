@@ -44,6 +44,7 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         gradient_checkpointing=config.policy.gradient_checkpointing,
         tile_tokens=config.policy.tile_tokens,
         offload_gib=config.policy.offload_gib,
+        rollout=r.engine == "transformers",  # another engine's KV is not in this process
         device=device.type,
     )
     return replace(settings, **known)

@@ -19,8 +19,8 @@ from genevolve_fast.profile.plan import Plan, gib, plan
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.profile.timeline import draw
 from genevolve_fast.protocols import World
-from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.config import EvolveConfig
+from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.evolve import new_memory
 from genevolve_fast.train.fits import settings_of
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
@@ -125,12 +125,8 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
     meter.settle(_weight_bytes(policy) + sum(apart.values()))  # the loader allocates in threads of its own
     with meter.phase("optimizer"):
         optimizer = build_optimizer(policy, config.optim, steps)
-    engine = TransformersEngine(
-        policy,
-        max_batch=config.rollout.max_batch,
-        deterministic=config.rollout.deterministic,
-        executor=None if device.type == "cuda" else Inline(),
-    )
+    engine = open_engine(config, policy, world.incidents, executor=None if device.type == "cuda" else Inline())
+    engine.update_weights(0)
     memory = new_memory(config, world)
     work, widest, longest, held = Pushed(), 0, (1, 0), 0
     for step in range(steps):

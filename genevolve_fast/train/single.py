@@ -10,8 +10,7 @@ import numpy as np
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.protocols import World
-from genevolve_fast.rollout.transformers_engine import TransformersEngine
+from genevolve_fast.protocols import TrainedEngine, World
 from genevolve_fast.train.collect import judge_rollouts
 from genevolve_fast.train.config import EvolveConfig
 from genevolve_fast.train.evolve import (
@@ -31,7 +30,7 @@ def sample_step(
     policy: Policy,
     world: World,
     pool: Sequence[Request],
-    engine: TransformersEngine,
+    engine: TrainedEngine,
     memory: ExperienceMemory,
     step: int,
     sampling: AbstractContextManager | None = None,
