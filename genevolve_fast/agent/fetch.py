@@ -383,9 +383,10 @@ def _web_address(url: str, base: httpx.URL | None = None) -> httpx.URL:
     """`url`, relative to `base` if given. Raises FetchError for anything but http and https."""
     try:
         parsed = base.join(url) if base and url else httpx.URL(url)
-    except (httpx.InvalidURL, ValueError, UnicodeError, TypeError):
-        parsed = None
-    if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
+        host = parsed.host  # decoded only now: a broken international name raises here
+    except (httpx.InvalidURL, ValueError, TypeError):
+        parsed, host = None, ""
+    if parsed is None or parsed.scheme not in ("http", "https") or not host:
         raise FetchError("only http and https addresses are fetched", "refused_address", permanent=True)
     return parsed
 

@@ -263,10 +263,15 @@ class SearchClient:
         url = httpx.URL(ask.url)
         headers = dict(ask.headers) | _login(url)
         request = httpx.Request(ask.method, url.copy_with(userinfo=b""), headers=headers, json=ask.body)
-        answer = await self._exchange(
-            request, where=_where(url), max_bytes=self.limits.max_response_bytes, timeout_s=max(left_s, 0.001)
-        )
-        check_status(answer, _where(url))
+        where = _where(url)
+        try:
+            answer = await self._exchange(
+                request, where=where, max_bytes=self.limits.max_response_bytes, timeout_s=max(left_s, 0.001)
+            )
+            check_status(answer, where)
+        except FetchError as error:
+            error.permanent = False  # a failure of the service, not an answer to the query
+            raise
         self._read(what, answer.body)
         return answer.body
 
