@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genevolve_fast.trajectory import Request, Trajectory
+from genevolve_fast.trajectory import Request, Trajectory, json_text
 
 
 def to_row(request: Request, trajectory: Trajectory) -> dict[str, Any]:
@@ -49,5 +48,5 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write results.json atomically, as the released scripts read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(list(rows), ensure_ascii=False, indent=2), encoding="utf-8")
+    partial.write_text(json_text(list(rows), indent=2), encoding="utf-8")
     os.replace(partial, path)
