@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
+    from genevolve_fast.agent.batch import BatchError
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
@@ -36,7 +37,17 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, ConfigError, DataError, InvariantError, PlanError, ReportError, RunError, ShapeError
+    mistakes = (
+        AdapterError,
+        BatchError,
+        ConfigError,
+        DataError,
+        InvariantError,
+        PlanError,
+        ReportError,
+        RunError,
+        ShapeError,
+    )
     return *mistakes, FileNotFoundError
 
 
@@ -157,6 +168,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=None, help="folder for bench.json, results.json and pictures")
     p.add_argument("--config", default="demo", help="configuration whose rollout and evaluate sections are used")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+
+    p = command(
+        "rollout",
+        run_rollout,
+        "Answer prompts with an agent: search, references, a program each; finished rows survive a crash.",
+        "genevolve-fast rollout --input prompts.jsonl --output-dir runs/batch --base-url http://localhost:8000/v1",
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help="JSON list or JSON lines with `prompt` or `question`")
+    source.add_argument("--prompt", help="a single prompt")
+    p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
+    p.add_argument("--max-samples", type=int, help="only the first rows")
+    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
+    p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
+    p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
+    p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
+    p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
+    p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
+    p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
+    p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
+    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens (default: %(default)s)")
+    p.add_argument("--max-response-length", type=int, default=30000, help="tokens (default: %(default)s)")
+    p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
+    p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
+    p.add_argument(
+        "--tools", choices=["serper", "searxng", "template", "sandbox"], default="serper", help="(default: %(default)s)"
+    )
+    p.add_argument("--tool-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the tools")
+    p.add_argument("--tool-cache", choices=["record", "replay"], help="keep what the web answered, or answer from it")
+    p.add_argument("--tool-cache-dir", type=Path, help="folder of the cache")
 
     p = command(
         "render",
@@ -470,6 +514,121 @@ def run_bench_command(args: argparse.Namespace) -> int:
     bench = bench_once(folder, name, open_policy(config.policy), sandbox, world, config)
     print(f"{table([bench])}\nwritten to {folder}")
     return 0
+
+
+def run_rollout(args: argparse.Namespace) -> int:
+    """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
+    import asyncio
+    from collections import Counter
+
+    from tqdm import tqdm
+
+    from genevolve_fast.agent.batch import BatchError, Journal, read_samples, run_batch, sample_of
+
+    samples = read_samples(args.input) if args.input else [sample_of(0, {"id": "single", "prompt": args.prompt}, "")]
+    try:
+        runner, settings, incidents = open_runner(args)
+    except ValueError as error:  # pydantic's and Agent's, which name the field
+        raise BatchError(str(error)) from None
+    journal = Journal(args.output_dir, samples, settings, args.fresh)
+    samples = samples[: args.max_samples]
+    if journal.adopted:
+        print(f"{journal.adopted} rows of an earlier results.json are kept; which settings made them is not known")
+    with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
+
+        def progress(ends: Counter[str]) -> None:
+            bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
+            bar.update(ends.total() - bar.n)
+
+        batch = asyncio.run(run_batch(samples, journal, runner, parallel=args.parallel, progress=progress))
+    journal.close()
+    if attempts := incidents.take():
+        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
+    print(f"{batch.line()}, {args.output_dir / 'results.json'}")
+    if batch.stopped:
+        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
+    if batch.signal is not None:
+        return 128 + batch.signal
+    return 0 if batch.answered and not batch.stopped else 1
+
+
+def open_runner(args: argparse.Namespace):
+    """(runner, the settings that a resumed folder must share, incidents) of a rollout command."""
+    from genevolve_fast.agent.batch import BatchError, chat_runner, policy_runner
+    from genevolve_fast.agent.inference import Agent, session_settings
+    from genevolve_fast.agent.prompts import system_prompt
+    from genevolve_fast.agent.results import Filed
+    from genevolve_fast.incidents import Incidents
+
+    for name in ("parallel", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BatchError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("model", "base_url", "patience"):
+        if args.policy and getattr(args, name) is not None:
+            raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
+    incidents, pictures = Incidents(), args.output_dir / "images"
+    tools, prompt = open_rollout_tools(args, incidents)
+    if "image_search" in tools:
+        tools = tools | {"image_search": Filed(tools["image_search"], pictures)}
+    names = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
+    limits = {name: getattr(args, name) for name in names.split()} | {"max_tokens_per_round": args.max_tokens}
+    recorded = limits | {"tools": args.tools, "seed": args.seed}
+    if args.policy:
+        from genevolve_fast.rollout.transformers_engine import TransformersEngine
+
+        policy = open_rollout_policy(args.policy)
+        engine = TransformersEngine(policy, max_batch=args.parallel, deterministic=False)
+        settings, prompt = session_settings(**limits), prompt or system_prompt(tools)
+        runner = policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
+        return runner, recorded | {"policy": args.policy}, incidents
+    agent = Agent(
+        args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve",
+        args.base_url or None,
+        tools=tools,
+        system_prompt=prompt,
+        patience=120.0 if args.patience is None else args.patience,
+        seed=args.seed,
+        incidents=incidents,
+        **limits,
+    )
+    return chat_runner(agent, pictures), recorded | {"model": agent.model}, incidents
+
+
+def open_rollout_policy(path: str):
+    """A policy for sampling: bfloat16 on a GPU, float32 elsewhere."""
+    import torch
+
+    from genevolve_fast.policy.model import Policy
+    from genevolve_fast.sandbox.tiny_policy import start_path
+
+    where = device()
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    return Policy.from_pretrained(start_path() if path == "sandbox:start" else path, dtype).to(where).eval()
+
+
+def open_rollout_tools(args: argparse.Namespace, incidents):
+    """(tools, the system prompt that belongs to them or None)."""
+    from genevolve_fast.agent.batch import BatchError
+
+    if args.tools == "sandbox":
+        if args.tool_set or args.tool_cache or args.tool_cache_dir:
+            raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+        from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
+
+        return SandboxWorld().tools(), SYSTEM_PROMPT
+    import yaml
+
+    from genevolve_fast.agent.tools import ToolsConfig, open_tools
+
+    fields = {"kind": args.tools, "image_dir": args.output_dir / "images"}
+    if args.tool_cache or args.tool_cache_dir:
+        fields |= {"cache_mode": args.tool_cache or "off", "cache": args.tool_cache_dir}
+    for pair in args.tool_set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise BatchError(f"--tool-set takes FIELD=VALUE, not {pair!r}")
+        fields[name] = yaml.safe_load(value)
+    return open_tools(ToolsConfig(**fields), incidents), None
 
 
 def run_render(args: argparse.Namespace) -> int:
