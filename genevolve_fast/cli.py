@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    from genevolve_fast.agent.batch import BatchError
+    from genevolve_fast.agent.journal import BatchError
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
@@ -520,31 +520,34 @@ def run_rollout(args: argparse.Namespace) -> int:
     """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
     import asyncio
     from collections import Counter
+    from contextlib import closing
 
     from tqdm import tqdm
 
-    from genevolve_fast.agent.batch import BatchError, Journal, read_samples, run_batch, sample_of
+    from genevolve_fast.agent.batch import run_batch
+    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
+    from genevolve_fast.incidents import Incidents
 
     samples = read_samples(args.input) if args.input else [sample_of(0, {"id": "single", "prompt": args.prompt}, "")]
-    try:
-        runner, settings, incidents = open_runner(args)
-    except ValueError as error:  # pydantic's and Agent's, which name the field
-        raise BatchError(str(error)) from None
-    journal = Journal(args.output_dir, samples, settings, args.fresh)
-    samples = samples[: args.max_samples]
-    if journal.adopted:
-        print(f"{journal.adopted} rows of an earlier results.json are kept; which settings made them is not known")
-    with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
+    incidents = Incidents()
+    with closing(Journal(args.output_dir, samples, rollout_settings(args), args.fresh)) as journal:
+        try:
+            runner = open_runner(args, incidents)
+        except ValueError as error:  # the tools' and the agent's, which name what is missing
+            raise BatchError(str(error)) from None
+        if journal.adopted:
+            print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
+        samples = samples[: args.max_samples]
+        with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
 
-        def progress(ends: Counter[str]) -> None:
-            bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
-            bar.update(ends.total() - bar.n)
+            def progress(ends: Counter[str]) -> None:
+                bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
+                bar.update(ends.total() - bar.n)
 
-        batch = asyncio.run(run_batch(samples, journal, runner, parallel=args.parallel, progress=progress))
-    journal.close()
+            batch = asyncio.run(run_batch(samples, journal, runner, parallel=args.parallel, progress=progress))
     if attempts := incidents.take():
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    print(f"{batch.line()}, {args.output_dir / 'results.json'}")
+    print(f"{batch.line()}, {args.output_dir / RESULTS}")
     if batch.stopped:
         print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
     if batch.signal is not None:
@@ -552,13 +555,17 @@ def run_rollout(args: argparse.Namespace) -> int:
     return 0 if batch.answered and not batch.stopped else 1
 
 
-def open_runner(args: argparse.Namespace):
-    """(runner, the settings that a resumed folder must share, incidents) of a rollout command."""
-    from genevolve_fast.agent.batch import BatchError, chat_runner, policy_runner
-    from genevolve_fast.agent.inference import Agent, session_settings
-    from genevolve_fast.agent.prompts import system_prompt
-    from genevolve_fast.agent.results import Filed
-    from genevolve_fast.incidents import Incidents
+_LIMITS = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
+
+
+def rollout_limits(args: argparse.Namespace) -> dict:
+    """Limits and sampling under the agent's names."""
+    return {name: getattr(args, name) for name in _LIMITS.split()} | {"max_tokens_per_round": args.max_tokens}
+
+
+def rollout_settings(args: argparse.Namespace) -> dict:
+    """What rollouts of one folder must share. Raises BatchError for flags that would do nothing."""
+    from genevolve_fast.agent.journal import BatchError
 
     for name in ("parallel", "max_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -566,32 +573,44 @@ def open_runner(args: argparse.Namespace):
     for name in ("model", "base_url", "patience"):
         if args.policy and getattr(args, name) is not None:
             raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
-    incidents, pictures = Incidents(), args.output_dir / "images"
-    tools, prompt = open_rollout_tools(args, incidents)
-    if "image_search" in tools:
-        tools = tools | {"image_search": Filed(tools["image_search"], pictures)}
-    names = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
-    limits = {name: getattr(args, name) for name in names.split()} | {"max_tokens_per_round": args.max_tokens}
-    recorded = limits | {"tools": args.tools, "seed": args.seed}
+    if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
+        raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+    args.output_dir = args.output_dir.resolve()
+    who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
+    return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
+
+
+def rollout_model(args: argparse.Namespace) -> str:
+    return args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve"
+
+
+def open_runner(args: argparse.Namespace, incidents):
+    """What answers a row: an agent over a chat server, or a policy in this process."""
+    from genevolve_fast.agent.batch import chat_runner, policy_runner
+    from genevolve_fast.agent.inference import Agent, session_settings
+    from genevolve_fast.agent.prompts import system_prompt
+
+    pictures = args.output_dir / "images"
+    settings = session_settings(**rollout_limits(args))
+    tools, prompt = open_rollout_tools(args, pictures, incidents)
     if args.policy:
         from genevolve_fast.rollout.transformers_engine import TransformersEngine
 
         policy = open_rollout_policy(args.policy)
         engine = TransformersEngine(policy, max_batch=args.parallel, deterministic=False)
-        settings, prompt = session_settings(**limits), prompt or system_prompt(tools)
-        runner = policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
-        return runner, recorded | {"policy": args.policy}, incidents
+        prompt = prompt or system_prompt(tools)
+        return policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
     agent = Agent(
-        args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve",
+        rollout_model(args),
         args.base_url or None,
         tools=tools,
         system_prompt=prompt,
         patience=120.0 if args.patience is None else args.patience,
         seed=args.seed,
         incidents=incidents,
-        **limits,
+        **rollout_limits(args),
     )
-    return chat_runner(agent, pictures), recorded | {"model": agent.model}, incidents
+    return chat_runner(agent, pictures)
 
 
 def open_rollout_policy(path: str):
@@ -606,27 +625,25 @@ def open_rollout_policy(path: str):
     return Policy.from_pretrained(start_path() if path == "sandbox:start" else path, dtype).to(where).eval()
 
 
-def open_rollout_tools(args: argparse.Namespace, incidents):
-    """(tools, the system prompt that belongs to them or None)."""
-    from genevolve_fast.agent.batch import BatchError
-
+def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
+    """(tools, the system prompt that belongs to them or None); found pictures are kept in the folder `pictures`."""
     if args.tools == "sandbox":
-        if args.tool_set or args.tool_cache or args.tool_cache_dir:
-            raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+        from genevolve_fast.agent.results import Filed
         from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
 
-        return SandboxWorld().tools(), SYSTEM_PROMPT
+        tools = SandboxWorld().tools()
+        return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
     import yaml
 
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
 
-    fields = {"kind": args.tools, "image_dir": args.output_dir / "images"}
+    fields = {"kind": args.tools, "image_dir": pictures}
     if args.tool_cache or args.tool_cache_dir:
         fields |= {"cache_mode": args.tool_cache or "off", "cache": args.tool_cache_dir}
     for pair in args.tool_set:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise BatchError(f"--tool-set takes FIELD=VALUE, not {pair!r}")
+            raise ValueError("--tool-set takes FIELD=VALUE")
         fields[name] = yaml.safe_load(value)
     return open_tools(ToolsConfig(**fields), incidents), None
 

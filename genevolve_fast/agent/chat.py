@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -239,12 +240,22 @@ def _estimate(characters: int) -> int:
 def _completion(answer: Any) -> Completion:
     """Raises for whatever is not a chat completion: openai hands on bodies it cannot read."""
     choice = answer.choices[0]
-    text = choice.message.content or ""
     usage = getattr(answer, "usage", None)
     counts = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
     known = all(isinstance(n, int) and n >= 0 for n in counts)
-    sendable = text.encode("utf-8", "replace").decode()  # half an emoji would not go back to the server
+    sendable = _written(choice.message).encode("utf-8", "replace").decode()  # half an emoji would not go back
     return Completion(sendable.strip(), choice.finish_reason != "length", counts if known else None)
+
+
+def _written(message: Any) -> str:
+    """The reply as the model wrote it: `transformers serve`, and vLLM with parsers, take thought and calls out."""
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    parts = [f"<think>\n{thought.strip()}\n</think>"] if isinstance(thought, str) else []
+    parts += [message.content] if message.content else []
+    for call in message.tool_calls or ():
+        name, arguments = json.dumps(call.function.name, ensure_ascii=False), call.function.arguments
+        parts.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
+    return "\n".join(parts)
 
 
 def _pause(state) -> float:

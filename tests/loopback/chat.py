@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,6 +70,7 @@ def build():
         asked = known.get(messages[1].content)
         text = fault.get("text") or (demonstrator.next_turn(asked, messages, 0) if asked else "What is this?")
         prompt, sampled = sum(len(m.content) for m in messages) // 4, len(text) // 4
+        message = split(text) if fault.get("split") else {"content": text}
         answer = {
             "id": "chat",
             "object": "chat.completion",
@@ -76,7 +79,7 @@ def build():
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": text},
+                    "message": {"role": "assistant"} | message,
                     "finish_reason": fault.get("finish_reason", "stop"),
                 }
             ],
@@ -85,6 +88,21 @@ def build():
         return answer if fault.get("no_usage") else answer | {"usage": usage}
 
     return app
+
+
+def split(text: str) -> dict:
+    """A reply as servers with parsers send it: thought and call taken out."""
+    thought = re.search(r"<think>\n(.*?)\n</think>", text, re.DOTALL)
+    call = re.search(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)
+    if not call:
+        return {"content": text.partition("</think>\n")[2], "reasoning": thought[1]}
+    made = json.loads(call[1])
+    function = {"name": made["name"], "arguments": json.dumps(made["arguments"])}
+    return {
+        "content": "",
+        "reasoning_content": thought[1],
+        "tool_calls": [{"id": "0", "type": "function", "function": function}],
+    }
 
 
 def text_of(content) -> str:
