@@ -7,11 +7,11 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from rollouts import recomputed_logps
 
 from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
-from rollouts import recomputed_logps
 
 PROMPT = np.random.default_rng(5).integers(40, 300, 60).tolist()
 

@@ -125,6 +125,7 @@ class Session:
         self.incidents: list[Incident] = []
         self.model_calls = 0
         self.tool_calls = 0
+        self.final_turn = False
         self.program: Program | None = None
         self.termination = ""
         self.error: str | None = None
@@ -163,7 +164,7 @@ class Session:
         return self.settings.max_response_tokens - self.conversation.response_tokens
 
     def _is_last(self) -> bool:
-        return self.model_calls >= self.settings.max_model_calls
+        return self.final_turn or self.model_calls >= self.settings.max_model_calls
 
     async def _model_call(self) -> ParsedReply | None:
         budget = min(self.settings.max_tokens_per_turn, self._budget())
@@ -199,7 +200,7 @@ class Session:
             text = format_error(self._harmless(reply.reason)) if reply.reason else TOO_LONG
         if self.model_calls + 1 >= self.settings.max_model_calls or self._budget() < 2 * self._reserve():
             text += f"\n{FINAL_STEP}"
-            self.model_calls = max(self.model_calls, self.settings.max_model_calls - 1)
+            self.final_turn = True
         self._observe(text, images, tool)
 
     def _reserve(self) -> int:

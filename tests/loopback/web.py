@@ -38,7 +38,7 @@ MARKED_LENGTH = "1000000000000"
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
-def make_app(latency_s: float = 0.0, corpus: str = "sandbox"):
+def make_app(latency_s: float = 0.0, corpus: str = "sandbox", image_host: str = ""):
     documents, pictures, best_documents, best_pictures = load_corpus(corpus)
     app = FastAPI()
     seen: Counter[str] = Counter()
@@ -76,7 +76,7 @@ def make_app(latency_s: float = 0.0, corpus: str = "sandbox"):
         return await FAULTS[kind](argument) or await answer(request)
 
     def picture_url(request: Request, i: int) -> str:
-        return f"http://{request.url.netloc}/img/{i}.png"
+        return f"{image_host or f'http://{request.url.netloc}'}/img/{i}.png"
 
     @app.post("/search")
     async def search(request: Request):
@@ -324,12 +324,15 @@ def free_port() -> int:
 class LoopbackWeb:
     """The server in a process of its own, which can be killed and started again on the same port."""
 
-    def __init__(self, port: int | None = None, latency_ms: float = 0, corpus: str = "sandbox") -> None:
+    def __init__(
+        self, port: int | None = None, latency_ms: float = 0, corpus: str = "sandbox", image_host: str = ""
+    ) -> None:
         self.port = port or free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.host}"
         self._command = [sys.executable, "-m", "tests.loopback.web", f"--port={self.port}"]
         self._command += [f"--latency-ms={latency_ms}", f"--corpus={corpus}", f"--parent={os.getpid()}"]
+        self._command += [f"--image-host={image_host}"] * bool(image_host)
         self._process: subprocess.Popen | None = None
 
     def start(self) -> LoopbackWeb:
@@ -425,11 +428,12 @@ def main() -> None:
     p.add_argument("--port", type=int, default=8099)
     p.add_argument("--latency-ms", type=float, default=0.0)
     p.add_argument("--corpus", default="sandbox", help="sandbox, or a JSON file of documents and pictures")
+    p.add_argument("--image-host", default="", help="another server's address, for the pictures of search results")
     p.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.parent:
         _end_with(args.parent)
-    app = make_app(args.latency_ms / 1000, args.corpus)
+    app = make_app(args.latency_ms / 1000, args.corpus, args.image_host)
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="critical", access_log=False)
 
 
