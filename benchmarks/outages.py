@@ -76,11 +76,14 @@ def evolve_through(
     """Run evolve in a process of its own while servers die. Raises RuntimeError where it fails or nothing was hit."""
     folder = runs / NAME
     runs.mkdir(parents=True, exist_ok=True)
-    with LoopbackEngine("--return-sampling-mask") as engine, LoopbackWeb() as images:
-        with LoopbackWeb(image_host=images.url) as search:
-            command = evolve_command(runs, engine.url, search.url, steps, prompts, generations)
-            servers = {"engine": engine, "search": search, "images": images}
-            _run(command, servers, outages, folder, runs / "evolve.log", timeout)
+    with (
+        LoopbackEngine() as engine,
+        LoopbackWeb() as images,
+        LoopbackWeb(image_host=images.url) as search,
+    ):
+        command = evolve_command(runs, engine.url, search.url, steps, prompts, generations)
+        servers = {"engine": engine, "search": search, "images": images}
+        _run(command, servers, outages, folder, runs / "evolve.log", timeout)
     return count(folder, steps, prompts * generations, outages)
 
 

@@ -56,7 +56,7 @@ class SessionSettings:
 
 @dataclass(frozen=True)
 class SessionResult:
-    """The rollout and the pixels (uint8 [h, w, 3]) of its images by hash."""
+    """The rollout, and by hash the pixels (uint8 [h, w, 3]) of the images it saw or names as references."""
 
     trajectory: Trajectory
     images: Mapping[str, np.ndarray]
@@ -101,7 +101,8 @@ async def run_session(
         policy_step=policy_step,
         **talk.arrays(),
     )
-    return SessionResult(trajectory, talk.images_by_hash)
+    named = session.image_ids.pixels(session.program.reference_images) if session.program else {}
+    return SessionResult(trajectory, talk.images_by_hash | named)
 
 
 class Session:

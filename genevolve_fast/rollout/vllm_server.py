@@ -176,7 +176,7 @@ class VllmServerEngine:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_tokens,
-                "seed": seed,
+                "seed": seed % (1 << 63),  # vLLM takes an int64
                 "stop_token_ids": list(sampling.stop_ids),
                 "ignore_eos": True,  # only stop_ids end a turn, whatever the model's generation_config says
                 "logprobs": 0,
