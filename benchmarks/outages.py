@@ -45,8 +45,8 @@ class Outage:
 
 OUTAGES = (
     Outage("engine", 1, "rollout"),
-    Outage("search", 2, "rollout"),
-    Outage("images", 3, "rollout"),
+    Outage("search", 2, "rollout", after=0.1),
+    Outage("images", 3, "rollout", after=0.1),
     Outage("engine", 3, "update_actor", after=0.0, seconds=6.0),  # the new weights find nobody
 )
 
