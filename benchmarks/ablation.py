@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genevolve_fast.cli import bench_once, config_path, open_policy, open_sandbox, set_threads
+from genevolve_fast.cli import bench_once, config_path, open_policy, open_world, set_threads
 from genevolve_fast.evaluate.bench import Bench, Gain
 from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.train.config import EvolveConfig, load_config
@@ -38,7 +38,7 @@ def run_variant(name: str, seed: int, minutes: float, runs: Path, extra: list[st
     overrides += [*extra, *VARIANTS[name]]
     config = load_config(EvolveConfig, config_path("demo"), overrides)
     set_threads(config.threads)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     folder = runs / run
     policy = open_policy(config.policy)
     if not (folder / "policy").exists():

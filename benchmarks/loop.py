@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from genevolve_fast.cli import bench_once, open_policy, open_sandbox
+from genevolve_fast.cli import bench_once, open_policy, open_world
 from genevolve_fast.data.demonstrations import ScriptedEngine
 from genevolve_fast.evaluate.bench import Bench, load_bench, paired_gain, run_bench, save_bench, table
 from genevolve_fast.evaluate.scoreboard import record
@@ -70,7 +70,7 @@ def main() -> None:
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo (default: %(default)s)")
     args = p.parse_args()
     config = load_config(EvolveConfig, args.run / "config.yaml")
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     start = open_policy(config.policy)
     benches = args.run / "bench"
     seconds = sum(json.loads(line)["timing_s/step"] for line in (args.run / "metrics.jsonl").read_text().splitlines())

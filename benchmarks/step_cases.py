@@ -602,7 +602,7 @@ def teacher_saved_bytes(bench: Bench) -> dict[str, Row]:
 
 def demo_batch(small: bool):
     """(policy, rollouts, images, objective, options) of the demo's first step, sampled by its engine."""
-    from genevolve_fast.cli import config_path, open_policy, open_sandbox
+    from genevolve_fast.cli import config_path, open_policy, open_world
     from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
     from genevolve_fast.train.config import EvolveConfig, load_config
@@ -620,7 +620,7 @@ def demo_batch(small: bool):
     config = load_config(EvolveConfig, config_path("demo"), fewer if small else [])
     policy = open_policy(config.policy).to("cpu").eval()
     prepare(policy, config.policy, config.seed)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     requests = {r.id: r for r in requests_of_step(sandbox.requests("train", config.pool_size), config, 0)}
     engine = TransformersEngine(policy, max_batch=config.rollout.max_batch, deterministic=config.rollout.deterministic)
     sampled = sample_rollouts(

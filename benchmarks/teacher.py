@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablation import RESULTS as ABLATION
-from genevolve_fast.cli import config_path, open_policy, open_sandbox, set_threads
+from genevolve_fast.cli import config_path, open_policy, open_world, set_threads
 from genevolve_fast.experience.context import render
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
@@ -79,7 +79,7 @@ def main() -> None:
     args = p.parse_args()
     config = load_config(EvolveConfig, config_path("demo"), [])
     set_threads(config.threads)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     policies = {"start": config.policy, "evolved": PolicyConfig(path=str(args.run / "policy"))}
     rows = [measure(n, Roller(open_policy(c), sandbox, world, config), args.requests) for n, c in policies.items()]
     write_atomic(RESULTS, json.dumps(rows, indent=1) + "\n")

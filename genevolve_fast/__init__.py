@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Agent": "genevolve_fast.agent.inference",
     "Trajectory": "genevolve_fast.trajectory",
     "Program": "genevolve_fast.trajectory",
     "Request": "genevolve_fast.trajectory",

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
+    from genevolve_fast.agent.journal import BatchError
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
@@ -38,8 +39,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError, RunError
-    return *mistakes, ServeError, ShapeError, FileNotFoundError
+    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError
+    return *mistakes, RunError, ServeError, ShapeError, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,6 +183,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
     p = command(
+        "rollout",
+        run_rollout,
+        "Answer prompts with an agent: search, references, a program each; finished rows survive a crash.",
+        "genevolve-fast rollout --input prompts.jsonl --output-dir runs/batch --base-url http://localhost:8000/v1",
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help="JSON list or JSON lines with `prompt` or `question`")
+    source.add_argument("--prompt", help="a single prompt")
+    p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
+    p.add_argument("--max-samples", type=int, help="only the first rows")
+    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
+    p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
+    p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
+    p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
+    p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
+    p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
+    p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
+    p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
+    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens (default: %(default)s)")
+    p.add_argument("--max-response-length", type=int, default=30000, help="tokens (default: %(default)s)")
+    p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
+    p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
+    p.add_argument(
+        "--tools", choices=["serper", "searxng", "template", "sandbox"], default="serper", help="(default: %(default)s)"
+    )
+    p.add_argument("--tool-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the tools")
+    p.add_argument("--tool-cache", choices=["record", "replay"], help="keep what the web answered, or answer from it")
+    p.add_argument("--tool-cache-dir", type=Path, help="folder of the cache")
+
+    p = command(
         "render",
         run_render,
         "Draw the programs of a results.json with the sandbox's canvas; finished rows are skipped.",
@@ -263,18 +297,28 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_sandbox(config):
-    """(SandboxWorld, World) of a configuration's world."""
+def open_world(config):
+    """(SandboxWorld, World) of a configuration: the sandbox, with tools from the web where `tools` names a service."""
     from dataclasses import replace
 
     from genevolve_fast.agent.prompts import system_prompt
-    from genevolve_fast.sandbox.world import SandboxWorld, WorldConfig, open_world
+    from genevolve_fast.agent.tools import open_tools
+    from genevolve_fast.sandbox import world as sandbox
+    from genevolve_fast.train.config import ConfigError
 
-    sandbox = SandboxWorld(WorldConfig(seed=config.seed))
-    world = open_world(sandbox)
-    if config.system_prompt == "full":
+    embedded = sandbox.SandboxWorld(sandbox.WorldConfig(seed=config.world.seed))
+    world = sandbox.open_world(embedded)
+    if config.tools.kind != "sandbox":
+        try:
+            live = open_tools(config.tools, world.incidents)
+        except ValueError as error:
+            raise ConfigError(f"tools: {error}") from error
+        if config.world.system_prompt == "short":
+            live["query_knowledge"] = world.tools["query_knowledge"]  # the short guidance goes with the short prompt
+        world = replace(world, tools=live)
+    if config.world.system_prompt == "full":
         world = replace(world, system_prompt=system_prompt(world.tools))
-    return sandbox, world
+    return embedded, world
 
 
 def load(args: argparse.Namespace, kind):
@@ -324,7 +368,7 @@ def run_evolve(args: argparse.Namespace) -> int:
     config = load(args, EvolveConfig)
     set_threads(config.threads)
     check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)
     print(f"policy: {final}")
@@ -374,7 +418,7 @@ def run_profile(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     where, shape = device(), ModelShape.from_config(policy_path(config.policy))
     check_fits(config, shape, where)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     made = profile_steps(
         config,
         lambda: open_policy(config.policy),
@@ -401,7 +445,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     config = load(args, EvolveConfig)
     set_threads(config.threads)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     policy = open_policy(config.policy).eval()
     refuse_dropout(policy)
     prepare(policy, config.policy, config.seed)
@@ -438,7 +482,7 @@ def run_demo(args: argparse.Namespace) -> int:
     config = load(args, EvolveConfig)
     set_threads(config.threads)
     folder = args.runs / config.name
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     policy = open_policy(config.policy)
     resume = args.resume or (folder / "config.yaml").exists()
     if resume:
@@ -494,12 +538,144 @@ def run_bench_command(args: argparse.Namespace) -> int:
     args.set = overrides
     config = load(args, EvolveConfig)
     set_threads(config.threads)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     name = args.name or args.policy
     folder = args.out or RUNS / "bench" / name.replace("/", "_").replace(":", "_")
     bench = bench_once(folder, name, open_policy(config.policy), sandbox, world, config)
     print(f"{table([bench])}\nwritten to {folder}")
     return 0
+
+
+def run_rollout(args: argparse.Namespace) -> int:
+    """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
+    import asyncio
+    from collections import Counter
+    from contextlib import closing
+
+    from tqdm import tqdm
+
+    from genevolve_fast.agent.batch import run_batch
+    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
+    from genevolve_fast.incidents import Incidents
+
+    samples = read_samples(args.input) if args.input else [sample_of(0, {"id": "single", "prompt": args.prompt}, "")]
+    incidents = Incidents()
+    with closing(Journal(args.output_dir, samples, rollout_settings(args), args.fresh)) as journal:
+        try:
+            runner = open_runner(args, incidents)
+        except ValueError as error:  # the tools' and the agent's, which name what is missing
+            raise BatchError(str(error)) from None
+        if journal.adopted:
+            print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
+        samples = samples[: args.max_samples]
+        with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
+
+            def progress(ends: Counter[str]) -> None:
+                bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
+                bar.update(ends.total() - bar.n)
+
+            batch = asyncio.run(run_batch(samples, journal, runner, parallel=args.parallel, progress=progress))
+    if attempts := incidents.take():
+        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
+    print(f"{batch.line()}, {args.output_dir / RESULTS}")
+    if batch.stopped:
+        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
+    if batch.signal is not None:
+        return 128 + batch.signal
+    return 0 if batch.answered and not batch.stopped else 1
+
+
+_LIMITS = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
+
+
+def rollout_limits(args: argparse.Namespace) -> dict:
+    """Limits and sampling under the agent's names."""
+    return {name: getattr(args, name) for name in _LIMITS.split()} | {"max_tokens_per_round": args.max_tokens}
+
+
+def rollout_settings(args: argparse.Namespace) -> dict:
+    """What rollouts of one folder must share. Raises BatchError for flags that would do nothing."""
+    from genevolve_fast.agent.journal import BatchError
+
+    for name in ("parallel", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BatchError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("model", "base_url", "patience"):
+        if args.policy and getattr(args, name) is not None:
+            raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
+    if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
+        raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+    args.output_dir = args.output_dir.resolve()
+    who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
+    return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
+
+
+def rollout_model(args: argparse.Namespace) -> str:
+    return args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve"
+
+
+def open_runner(args: argparse.Namespace, incidents):
+    """What answers a row: an agent over a chat server, or a policy in this process."""
+    from genevolve_fast.agent.batch import chat_runner, policy_runner
+    from genevolve_fast.agent.inference import Agent, session_settings
+    from genevolve_fast.agent.prompts import system_prompt
+
+    pictures = args.output_dir / "images"
+    settings = session_settings(**rollout_limits(args))
+    tools, prompt = open_rollout_tools(args, pictures, incidents)
+    if args.policy:
+        from genevolve_fast.rollout.transformers_engine import TransformersEngine
+
+        policy = open_rollout_policy(args.policy)
+        engine = TransformersEngine(policy, max_batch=args.parallel, deterministic=False)
+        prompt = prompt or system_prompt(tools)
+        return policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
+    agent = Agent(
+        rollout_model(args),
+        args.base_url or None,
+        tools=tools,
+        system_prompt=prompt,
+        patience=120.0 if args.patience is None else args.patience,
+        seed=args.seed,
+        incidents=incidents,
+        **rollout_limits(args),
+    )
+    return chat_runner(agent, pictures)
+
+
+def open_rollout_policy(path: str):
+    """A policy for sampling: bfloat16 on a GPU, float32 elsewhere."""
+    import torch
+
+    from genevolve_fast.policy.model import Policy
+    from genevolve_fast.sandbox.tiny_policy import start_path
+
+    where = device()
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    return Policy.from_pretrained(start_path() if path == "sandbox:start" else path, dtype).to(where).eval()
+
+
+def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
+    """(tools, the system prompt that belongs to them or None); found pictures are kept in the folder `pictures`."""
+    if args.tools == "sandbox":
+        from genevolve_fast.agent.results import Filed
+        from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
+
+        tools = SandboxWorld().tools()
+        return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
+    import yaml
+
+    from genevolve_fast.agent.tools import ToolsConfig, open_tools
+
+    fields = {"kind": args.tools, "image_dir": pictures}
+    if args.tool_cache or args.tool_cache_dir:
+        fields |= {"cache_mode": args.tool_cache or "off", "cache": args.tool_cache_dir}
+    for pair in args.tool_set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError("--tool-set takes FIELD=VALUE")
+        fields[name] = yaml.safe_load(value)
+    return open_tools(ToolsConfig(**fields), incidents), None
 
 
 def run_render(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Real rollouts for tests: the demonstrator through the live session, on the sandbox's own tools."""
+"""Real rollouts for tests: the demonstrator through the live session, and log-probs as the trainer computes them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from benchmarks.whole_sequences import packed_causal
 from genevolve_fast.agent.session import run_session
+from genevolve_fast.batch.packing import TrainingSequence, pack
 from genevolve_fast.data.demonstrations import ScriptedEngine
+from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import Codec
 from genevolve_fast.sandbox.bootstrap import SETTINGS
 from genevolve_fast.sandbox.demonstrator import Demonstrator
@@ -52,3 +56,18 @@ def demonstrated(
     results = asyncio.run(main())
     images = {sha: pixels for r in results for sha, pixels in r.images.items()}
     return [r.trajectory for r in results], images
+
+
+def recomputed_logps(
+    policy: Policy, ids: Sequence[int], images: Sequence[np.ndarray], start: int, temperature: float
+) -> np.ndarray:
+    """Log-probs of ids[start:], whole sequence at once, without a cache."""
+    grids = tuple(policy.codec.image_grid(p) for p in images)
+    mask = np.arange(len(ids)) >= start
+    batch = pack([TrainingSequence(np.array(ids), mask, tuple(images), grids)], policy.codec.image_pad_id, 2, "cpu")
+    features = policy.image_features(batch.images)
+    with torch.no_grad():
+        hidden = policy.hidden(batch.ids, batch.positions, packed_causal(batch.cu_seqlens), batch.image_rows, features)
+        logits = hidden[0, batch.rows] @ policy.head_weight.T
+        logits[:, policy.codec.image_pad_id] = -torch.inf  # the engine never samples a placeholder
+    return (logits / temperature).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0].numpy()

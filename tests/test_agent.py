@@ -251,6 +251,8 @@ def test_rows_have_the_released_fields(tmp_path):
 def test_text_observations_follow_the_released_runtime():
     result = run([SEARCH, ANSWER], observe_images="text")
     assert not result.trajectory.images and "IMG_001: title:" in observations(result)[0]
+    named = [r.sha256 for r in result.trajectory.program.reference_images]
+    assert named and set(result.images) == set(named)  # a renderer needs their pixels all the same
 
 
 def test_tool_schemas_are_qwens():

@@ -7,10 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from rollouts import recomputed_logps
 
-from benchmarks.whole_sequences import packed_causal
-from genevolve_fast.batch.packing import TrainingSequence, pack
-from genevolve_fast.protocols import Engine, EngineError, Sampling
+from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 
@@ -28,20 +27,8 @@ def turn(engine, sessions):
     return dict(zip(sessions, asyncio.run(main()), strict=True))
 
 
-def recomputed_logps(policy, ids, images, start, temperature):
-    grids = tuple(policy.codec.image_grid(p) for p in images)
-    mask = np.arange(len(ids)) >= start
-    batch = pack([TrainingSequence(np.array(ids), mask, tuple(images), grids)], policy.codec.image_pad_id, 2, "cpu")
-    features = policy.image_features(batch.images)
-    with torch.no_grad():
-        hidden = policy.hidden(batch.ids, batch.positions, packed_causal(batch.cu_seqlens), batch.image_rows, features)
-        logits = hidden[0, batch.rows] @ policy.head_weight.T
-        logits[:, policy.codec.image_pad_id] = -torch.inf  # the engine never samples a placeholder
-    return (logits / temperature).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0].numpy()
-
-
 def test_is_an_engine(policy):
-    assert isinstance(TransformersEngine(policy), Engine)
+    assert isinstance(TransformersEngine(policy), TrainedEngine)
 
 
 def test_reported_logps_are_the_trainers_over_several_turns_with_images(policy, pictures):

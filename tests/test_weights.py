@@ -13,7 +13,7 @@ from rollouts import demonstrated
 from safetensors.torch import load_file
 from test_shards import on_two_ranks
 
-from genevolve_fast.cli import open_sandbox
+from genevolve_fast.cli import open_world
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.adapters import (
     AdapterError,
@@ -544,7 +544,7 @@ def run(folder: Path, *, resume: bool = False, lose: int | None = None, **change
     config = load_config(
         EvolveConfig, ROOT / "configs" / "demo.yaml", [*SMALL, *(f"{k}={v}" for k, v in changes.items())]
     )
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     with pytest.MonkeyPatch.context() as patch:
         if lose:

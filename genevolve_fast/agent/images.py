@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from genevolve_fast.protocols import FoundImage
 from genevolve_fast.trajectory import Reference, image_hash
@@ -30,6 +33,11 @@ class ImageIds:
             seen = SeenImage(f"IMG_{len(self._by_key) + 1:03d}", found, sha)
             self._by_key[key] = self._by_id[seen.img_id] = seen
         return self._by_key[key]
+
+    def pixels(self, references: Iterable[Reference]) -> dict[str, np.ndarray]:
+        """Pixels by hash of the images that `references` name and a tool returned."""
+        found = {r.sha256: self._by_id[r.img_id].found.pixels for r in references}
+        return {sha: pixels for sha, pixels in found.items() if pixels is not None}
 
     def reference(self, img_id: str, note: str) -> Reference | None:
         """The reference an answer names, or None for an id never shown."""

@@ -145,6 +145,57 @@ def copy_named(saved: dict[str, Tensor], own: dict[str, Tensor], what: str) -> N
             tensor.copy_(saved[name])
 
 
+class SavedAdapters:
+    """Frozen adapters from peft's folders side by side on one policy, of which `active` chooses one or none."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._layers: list[nn.Module] = []
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """Raises AdapterError where the folder is no LoRA adapter of this policy; then nothing of it stays."""
+        from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            saved = {n.removeprefix(_PEFT_PREFIX): t for n, t in load_file(Path(folder) / _WEIGHTS).items()}
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
+            raise AdapterError(f"{folder} is no saved adapter: {type(error).__name__}: {error}") from error
+        if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none" or config.modules_to_save:
+            raise AdapterError(f"{folder}: only plain LoRA is served, without DoRA, biases and modules_to_save")
+        try:
+            inject_adapter_in_model(config, self._policy.model, name)
+            self._freeze(name)
+            copy_named(saved, _factors(self._policy.model, name), f"the adapter in {folder}")
+        except ValueError as error:  # peft's for targets that the policy does not have, our own for other shapes
+            self.remove(name)
+            raise AdapterError(f"{folder}: {error}") from error
+
+    def remove(self, name: str) -> None:
+        for layer in _adapted(self._policy.model).values():
+            if name in layer.lora_A:
+                layer.delete_adapter(name)
+        self._layers = list(_adapted(self._policy.model).values())
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        for layer in self._layers:
+            layer._disable_adapters = name not in layer.lora_A
+            layer._active_adapter = [name]
+        yield
+
+    def _freeze(self, name: str) -> None:
+        self._layers = list(_adapted(self._policy.model).values())
+        for layer in self._layers:
+            layer.cast_input_dtype_enabled = False
+            if name in layer.lora_A:
+                for factor in (layer.lora_A[name], layer.lora_B[name]):
+                    factor.__class__ = _Factor
+                    factor.to(torch.promote_types(factor.weight.dtype, torch.float32)).requires_grad_(False)
+
+
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model without adapters, their products added; adapted weights are new tensors on the host.
 
@@ -187,12 +238,13 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
 
 
-def _factors(model: nn.Module) -> dict[str, Tensor]:
+def _factors(model: nn.Module, adapter: str = _NAME) -> dict[str, Tensor]:
     """A and B of every layer under the names of peft's file, which leave out the adapter's name."""
     return {
-        f"{name}.{kind}.weight": getattr(layer, kind)[_NAME].weight
+        f"{name}.{kind}.weight": getattr(layer, kind)[adapter].weight
         for name, layer in _adapted(model).items()
         for kind in ("lora_A", "lora_B")
+        if adapter in getattr(layer, kind)
     }
 
 

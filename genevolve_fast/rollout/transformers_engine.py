@@ -3,98 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from genevolve_fast.policy.attention import repeat_kv
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.policy.positions import mrope_positions
 from genevolve_fast.protocols import EngineError, Generation, Sampling
-from genevolve_fast.rollout.sampling import RequestRandom, sample
+from genevolve_fast.rollout.flights import Flights
+from genevolve_fast.rollout.rows import GROW_BY, Call, Forwards, Fresh, Row, Session
+from genevolve_fast.rollout.sampling import sample
 
-_GROW_BY = 64  # columns the working cache grows by when a row runs past its end
 _COMPACT_BELOW = 0.6  # drop finished rows from the batch once fewer than this share are still sampling
+T = TypeVar("T")
 
 
-@dataclass
-class _Session:
-    """What is kept between turns: keys and values [layers, 2, kv_heads, length, d] of ids[:length]."""
+@dataclass(frozen=True)
+class Sampled(Generation):
+    """`versions`: which weights sampled it, as (version, index of their first token); `cached` ids were known."""
 
-    ids: list[int] = field(default_factory=list)
-    next_position: int = 0
-    images: int = 0
-    cache: Tensor | None = None
-
-
-@dataclass
-class _Call:
-    session_id: str
-    ids: list[int]
-    images: Sequence[np.ndarray]
-    sampling: Sampling
-    seed: int
-    future: asyncio.Future
-
-
-@dataclass
-class _Row:
-    """One call while it is being sampled."""
-
-    call: _Call
-    session: _Session
-    random: RequestRandom
-    length: int  # tokens in the working cache
-    position: int
-    out_ids: list[int] = field(default_factory=list)
-    out_logps: list[float] = field(default_factory=list)
-    finish: str | None = None
-
-
-class _WorkingCache:
-    """Keys and values of the rows in flight, [layers, 2, rows, kv_heads, capacity, d]; rows are left-aligned."""
-
-    def __init__(self, kv: Tensor, starts: Tensor) -> None:
-        self.kv = kv
-        self.starts = starts  # [rows] first free column of each row
-        self.extent = 0  # columns any row may look at
-
-    def begin(self, starts: Tensor, new: int) -> None:
-        """Set where the next `new` tokens of each row go and build the mask they share in every layer."""
-        self.starts = starts
-        self.columns = starts[:, None] + torch.arange(new, device=starts.device)
-        self.extent = int(self.columns.max()) + 1
-        if self.extent > self.kv.shape[4]:
-            self.kv = F.pad(self.kv, (0, 0, 0, self.extent - self.kv.shape[4] + _GROW_BY))
-        allowed = torch.arange(self.extent, device=starts.device) <= self.columns[:, :, None]
-        self.mask = allowed[:, None]  # [rows, 1, new, extent]
-        self.rows = torch.arange(len(starts), device=starts.device)[:, None]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        keys[self.rows, :, self.columns] = k.transpose(1, 2)
-        values[self.rows, :, self.columns] = v.transpose(1, 2)
-        keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
-        groups = q.shape[1] // k.shape[1]
-        if q.shape[2] == 1:  # decoding: query heads of a group become query rows, so keys are read once and not copied
-            rows, heads, _, d = q.shape
-            out = F.scaled_dot_product_attention(q.view(rows, -1, groups, d), keys, values, self.mask, scale=scale)
-            return out.reshape(rows, heads, 1, d)
-        keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
-        return F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale)
+    versions: tuple[tuple[int | str, int], ...] = field(default=(), compare=False)
+    cached: int = field(default=0, compare=False)
 
 
 class TransformersEngine:
-    """Batches the turns of concurrent sessions through one policy (protocols.Engine).
+    """Batches the turns of concurrent sessions through one policy (protocols.TrainedEngine).
 
     deterministic=True waits until every open session asks for a turn and then runs them in order of session id, so
-    that batches, and with them every bit, do not depend on which tool answered first. Otherwise whatever waits is run.
-    `executor` runs the batches, one at a time; none: a thread of the engine's own.
+    that batches, and with them every bit, do not depend on which tool answered first. Otherwise batching is continuous:
+    rows enter between two decode steps and leave, answered, when they end; at most `max_batch` are in flight.
+    `executor` runs the policy, one job at a time; none: a thread of the engine's own. `adapted(name)` is entered
+    around the forwards of sessions opened with an adapter, or without one.
     """
 
     def __init__(
@@ -104,35 +50,80 @@ class TransformersEngine:
         max_batch: int = 64,
         deterministic: bool = True,
         executor: Executor | None = None,
+        adapted: Callable[[str | None], AbstractContextManager] | None = None,
     ) -> None:
         self.policy = policy
         self.max_batch = max_batch
         self.deterministic = deterministic
-        self._sessions: dict[str, _Session] = {}
-        self._waiting: list[_Call] = []
-        self._running = False
-        self._executor = executor or ThreadPoolExecutor(1, "engine")
+        self.version: int | str = 0
         self.sampled_tokens = 0
+        self._forwards = Forwards(policy)
+        self._adapted = adapted or (lambda _: nullcontext())
+        self._sessions: dict[str, Session] = {}
+        self._waiting: list[Call] = []
+        self._flights = Flights(self._forwards, max_batch, self._sample)
+        self._running = False
+        self._holds = 0
+        self._stale = False
+        self._lock = threading.Lock()  # around what both threads touch: sessions, waiting calls, the flags
+        self._executor = executor or ThreadPoolExecutor(1, "engine")
 
-    def open(self, session_id: str) -> None:
-        self._sessions.setdefault(session_id, _Session())
+    def open(self, session_id: str, adapter: str | None = None) -> None:
+        with self._lock:
+            self._sessions.setdefault(session_id, Session(adapter))
 
     def close(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-        self._wake()
+        with self._lock:
+            self._sessions.pop(session_id, None)
+        if self.deterministic:
+            self._wake()
+
+    # --- weights ------------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
         """Nothing to take: caches grow with what is asked."""
 
     def sleep(self) -> None:
-        """Nothing to give back: a closed session's cache is gone already."""
+        """Forget every session's cache."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.forget()
 
-    def update_weights(self, version: int) -> None:
-        """Forget everything computed with the old weights."""
-        for session in self._sessions.values():
-            session.cache, session.ids, session.next_position, session.images = None, [], 0, 0
+    def update_weights(self, version: int | str) -> None:
+        """Forget everything computed with the old weights; call it while nothing is sampled, or in `exclusively`.
+
+        Rows in flight keep what they sampled and go on with the new weights.
+        """
+        self.version = version
+        self.sleep()
+        self._stale = True
         if not self.policy.vision_frozen:
             self.policy.forget_images()
+
+    async def exclusively(self, work: Callable[[], T]) -> T:
+        """The result of `work`, called by the executor between two forwards."""
+        self.hold()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        finally:
+            self.release()
+
+    def hold(self) -> None:
+        """Stop after the forward in progress, in continuous batching; rows stay where they are until `release`."""
+        with self._lock:
+            self._holds += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holds -= 1
+        self._wake()
+
+    def kept_bytes(self) -> int:
+        """Of the keys and values that sessions keep between turns."""
+        with self._lock:
+            return sum(s.cache.nbytes for s in self._sessions.values() if s.cache is not None)
+
+    # --- calls --------------------------------------------------------------------------------------------------------
 
     async def generate(
         self, session_id: str, ids: Sequence[int], images: Sequence[np.ndarray], sampling: Sampling, seed: int
@@ -141,15 +132,87 @@ class TransformersEngine:
             raise EngineError(f"session {session_id!r} is not open")
         if sampling.max_tokens < 1:
             raise EngineError(f"max_tokens must be at least 1, got {sampling.max_tokens}")
-        call = _Call(session_id, list(ids), images, sampling, seed, asyncio.get_running_loop().create_future())
-        self._waiting.append(call)
+        call = Call(session_id, list(ids), images, sampling, seed, asyncio.get_running_loop().create_future())
+        with self._lock:
+            self._waiting.append(call)
         self._wake()
         return await call.future
 
+    def abort(self, session_ids: Collection[str] | None = None) -> int:
+        """End these sessions' calls, or all, with what they have sampled (finish_reason "abort"); how many they are.
+
+        Of continuous batching; a batch of the deterministic mode runs to its end.
+        """
+        with self._lock:
+            calls = [*self._waiting, *(row.call for row in self._flights.rows)]
+            calls = [c for c in calls if session_ids is None or c.session_id in session_ids]
+            for call in calls:
+                call.aborted = True
+            if not self._running:
+                self._drop_abandoned()
+            return len(calls)
+
     def _wake(self) -> None:
-        if not self._running and self._ready():
+        if self.deterministic:
+            if not self._running and self._ready():
+                self._running = True
+                asyncio.get_running_loop().create_task(self._drain())
+        elif not self._running:
+            asyncio.get_running_loop().call_soon(self._take_off)  # whoever is ready in this tick queues its turn first
+
+    def _take_off(self) -> None:
+        with self._lock:
+            if self._running or not self._ready():
+                return
             self._running = True
-            asyncio.get_running_loop().create_task(self._drain())
+        self._executor.submit(self._fly)
+
+    def _ready(self) -> bool:
+        if self.deterministic:
+            return bool(self._waiting) and len(self._waiting) >= len(self._sessions)
+        return not self._holds and bool(self._waiting or len(self._flights))
+
+    @staticmethod
+    def _answer(call: Call, result: Generation | Exception) -> None:
+        """From any thread; nobody may be waiting any more."""
+
+        def settle() -> None:
+            if call.future.done():
+                return
+            if isinstance(result, Exception):
+                call.future.set_exception(result)
+            else:
+                call.future.set_result(result)
+
+        with contextlib.suppress(RuntimeError):  # its event loop is closed
+            call.future.get_loop().call_soon_threadsafe(settle)
+
+    def _fail(self, calls: Sequence[Call], error: Exception) -> None:
+        for call in calls:
+            known = isinstance(error, EngineError)
+            self._answer(call, error if known else EngineError(f"{type(error).__name__}: {error}"))
+
+    def _finished(self, row: Row) -> None:
+        self.sampled_tokens += len(row.out_ids)
+        made = Sampled(
+            row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions), cached=row.cached
+        )
+        self._answer(row.call, made)
+
+    def _rows(self, calls: Sequence[Call]) -> tuple[list[Row], list[Fresh]]:
+        """Rows of those calls that can be computed; the others have failed."""
+        rows, new = [], []
+        for call in calls:
+            with self._lock:
+                row = Row.of(call, self._sessions.get(call.session_id) or Session())
+            try:
+                new.append(self._forwards.fresh(row))
+                rows.append(row)
+            except Exception as error:
+                self._fail([call], error)
+        return rows, new
+
+    # --- one batch after the other ------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         try:
@@ -158,119 +221,121 @@ class TransformersEngine:
                 round_ = sorted(self._waiting, key=lambda c: c.session_id)
                 self._waiting = []
                 for first in range(0, len(round_), self.max_batch):
-                    await self._answer(round_[first : first + self.max_batch])
+                    batch = round_[first : first + self.max_batch]
+                    await asyncio.get_running_loop().run_in_executor(self._executor, self._run, batch)
                 await asyncio.sleep(0)
         finally:
             self._running = False
 
-    def _ready(self) -> bool:
-        return bool(self._waiting) and (not self.deterministic or len(self._waiting) >= len(self._sessions))
-
-    async def _answer(self, calls: list[_Call]) -> None:
+    def _run(self, calls: Sequence[Call]) -> None:
         try:
-            done = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, calls)
+            rows = self._whole_batch(calls)
         except Exception as error:
-            for call in calls:
-                if not call.future.done():
-                    call.future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
+            self._fail(calls, error)
             return
-        for call, generation in zip(calls, done, strict=True):
-            if not call.future.done():
-                call.future.set_result(generation)
-
-    # --- one batch ----------------------------------------------------------------------------------------------------
+        for row in rows:
+            self._finished(row)
 
     @torch.inference_mode()
-    def _run(self, calls: Sequence[_Call]) -> list[Generation]:
+    def _whole_batch(self, calls: Sequence[Call]) -> list[Row]:
         self.policy.eval()
-        rows = [self._row(call) for call in calls]
+        rows, new = self._rows(calls)
+        if not rows:
+            return rows
         active = list(rows)
-        cache = self._working_cache(active)
-        logits = self._prefill(active, cache)
+        width = max(len(fresh.ids) for fresh in new)
+        cache = self._forwards.empty_cache(len(rows), len(rows), max(row.length for row in rows) + width + GROW_BY)
+        logits = self._forwards.prefill(active, new, cache)
         while True:
             self._sample(active, logits)
             still = [i for i, row in enumerate(active) if row.finish is None]
             for i, row in enumerate(active):
                 if row.finish is not None and row.session.cache is None:
-                    self._store(row, cache.kv[:, :, i])
+                    row.keep(cache.kv[:, :, i])
             if not still:
-                break
+                return rows
             if len(still) < _COMPACT_BELOW * len(active):
-                keep = torch.tensor(still, device=self.policy.device)
-                cache = _WorkingCache(cache.kv[:, :, keep], cache.starts[keep])
+                cache = cache.select(still)
                 active = [active[i] for i in still]
-            logits = self._decode(active, cache)
-        self.sampled_tokens += sum(len(row.out_ids) for row in rows)
-        return [Generation(row.out_ids, row.out_logps, row.finish or "stop") for row in rows]
+            logits = self._forwards.decode(active, cache)
 
-    def _row(self, call: _Call) -> _Row:
-        session = self._sessions.get(call.session_id) or _Session()
-        known = len(session.ids)
-        if session.ids != call.ids[:known] or known >= len(call.ids):
-            session.cache, session.ids, session.next_position, session.images = None, [], 0, 0  # another history
-        return _Row(call, session, RequestRandom(call.seed), length=len(session.ids), position=session.next_position)
+    # --- continuous batching ------------------------------------------------------------------------------------------
 
-    def _working_cache(self, rows: Sequence[_Row]) -> _WorkingCache:
-        config = self.policy.text_config
-        width = max(len(row.call.ids) - row.length for row in rows)
-        capacity = max(row.length for row in rows) + width + _GROW_BY
-        shape = (config.num_hidden_layers, 2, len(rows), config.num_key_value_heads, capacity, config.head_dim)
-        kv = torch.zeros(shape, dtype=self.policy.head_weight.dtype, device=self.policy.device)
-        for i, row in enumerate(rows):
-            if row.session.cache is not None:
-                kv[:, :, i, :, : row.length] = row.session.cache
-                row.session.cache = None
-        return _WorkingCache(kv, torch.tensor([row.length for row in rows], device=self.policy.device))
+    @torch.inference_mode()
+    def _fly(self) -> None:
+        """Step by step, in the executor, until nothing is in flight or somebody holds."""
+        self.policy.eval()
+        while True:
+            with self._lock:
+                self._drop_abandoned()
+                self._running = self._ready()
+                if not self._running:
+                    return
+                stale, self._stale = self._stale, False
+                entering = self._entering()
+            for adapter, calls in entering.items():
+                try:
+                    with self._adapted(adapter):
+                        self._advance(adapter, stale)
+                        self._enter(adapter, calls)
+                except Exception as error:
+                    self._fail([*calls, *(row.call for row in self._flights.drop(adapter))], error)
 
-    def _prefill(self, rows: Sequence[_Row], cache: _WorkingCache) -> Tensor:
-        """Run the ids each row has not computed yet, padded on the right; logits [rows, V] of each row's last id."""
-        codec, device = self.policy.codec, self.policy.device
-        new = [np.asarray(row.call.ids[row.length :], dtype=np.int64) for row in rows]
-        width = max(map(len, new))
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        positions = np.zeros((3, len(rows), width), dtype=np.int64)
-        image_rows, images = [], []
-        for i, (row, fresh) in enumerate(zip(rows, new, strict=True)):
-            row_images = row.call.images[row.session.images :]
-            grids = [codec.image_grid(pixels) for pixels in row_images]
-            where, row.position = mrope_positions(fresh, codec.image_pad_id, grids, codec.merge_size, row.position)
-            ids[i, : len(fresh)] = fresh
-            positions[:, i, : len(fresh)] = where
-            image_rows.append(np.flatnonzero(fresh == codec.image_pad_id) + i * width)
-            images.extend(row_images)
-            row.session.images = len(row.call.images)
-        features = self.policy.image_features(images)
-        flat_rows = torch.from_numpy(np.concatenate(image_rows)).to(device) if features is not None else None
-        cache.begin(cache.starts, width)
-        hidden = self.policy.hidden(
-            torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device), cache.attend, flat_rows, features
-        )
-        last = torch.tensor([len(fresh) - 1 for fresh in new], device=device)
-        for row in rows:
-            row.length = len(row.call.ids)
-        cache.starts = cache.starts + last + 1
-        return self._logits(hidden[torch.arange(len(rows), device=device), last])
+    def _entering(self) -> dict[str | None, list[Call]]:
+        """Calls that find a place, by adapter; every adapter in flight is there. Needs the lock."""
+        free = self.max_batch - len(self._flights)
+        calls, self._waiting = self._waiting[:free], self._waiting[free:]
+        entering: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
+        for call in calls:
+            entering.setdefault(self._sessions[call.session_id].adapter, []).append(call)
+        return entering
 
-    def _decode(self, rows: Sequence[_Row], cache: _WorkingCache) -> Tensor:
-        device = self.policy.device
-        ids = torch.tensor([[row.out_ids[-1]] for row in rows], device=device)
-        positions = torch.tensor([[row.position] for row in rows], device=device).expand(3, -1, -1)
-        cache.begin(cache.starts, 1)
-        hidden = self.policy.hidden(ids, positions, cache.attend)
-        cache.starts = cache.starts + 1
-        for row in rows:
-            if row.finish is None:
-                row.length += 1
-                row.position += 1
-        return self._logits(hidden[:, 0])
+    def _advance(self, adapter: str | None, stale: bool) -> None:
+        if adapter in self._flights.adapters:
+            self._land(self._flights.start_over(adapter) if stale else self._flights.step(adapter))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[rows, V]; an image placeholder is never sampled, because no image would stand behind it."""
-        logits = F.linear(hidden, self.policy.head_weight)
-        logits[:, self.policy.codec.image_pad_id] = -torch.inf
-        return logits
+    def _enter(self, adapter: str | None, calls: Sequence[Call]) -> None:
+        """A batch of newcomers that fails leaves the rows in flight alone."""
+        try:
+            rows, new = self._rows(calls)
+            if rows:
+                self._land(self._flights.enter(adapter, rows, new))
+        except Exception as error:
+            self._fail(calls, error)
 
-    def _sample(self, rows: Sequence[_Row], logits: Tensor) -> None:
+    def _land(self, ended: Iterable[tuple[Row, Tensor]]) -> None:
+        """Sessions keep what was computed for them, callers go on."""
+        for row, kv in ended:
+            with self._lock:
+                if not self._stale:
+                    row.keep(kv)
+            self._finished(row)
+
+    def _drop_abandoned(self) -> None:
+        """Let go of calls that nobody waits for, that were aborted, or whose session is closed. Needs the lock."""
+        for call in self._waiting:
+            if call.aborted:
+                self._answer(call, Sampled([], [], "abort"))
+            elif call.session_id not in self._sessions:
+                self._answer(call, EngineError(f"session {call.session_id!r} was closed"))
+        self._waiting = [
+            c for c in self._waiting if c.session_id in self._sessions and not (c.aborted or c.future.done())
+        ]
+        self._flights.remove(self._is_abandoned)
+
+    def _is_abandoned(self, row: Row) -> bool:
+        if row.call.aborted:
+            row.finish = "abort"
+            self._finished(row)
+        elif self._sessions.get(row.call.session_id) is not row.session:
+            self._answer(row.call, EngineError(f"session {row.call.session_id!r} was closed"))
+        else:
+            return row.call.future.done()
+        return True
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def _sample(self, rows: Sequence[Row], logits: Tensor) -> None:
         """One token for every row still sampling; rows with equal settings are drawn together."""
         settings: dict[tuple[float, float], list[int]] = {}
         for i, row in enumerate(rows):
@@ -282,15 +347,11 @@ class TransformersEngine:
             ids, logps = sample(picked, temperature, top_p, uniforms.to(logits.device))
             for i, token, logp in zip(members, ids.tolist(), logps.tolist(), strict=True):
                 row = rows[i]
+                if not row.versions or row.versions[-1][0] != self.version:
+                    row.versions.append((self.version, len(row.out_ids)))
                 row.out_ids.append(token)
                 row.out_logps.append(logp)
                 if token in row.call.sampling.stop_ids:
                     row.finish = "stop"
                 elif len(row.out_ids) >= row.call.sampling.max_tokens:
                     row.finish = "length"
-
-    def _store(self, row: _Row, kv: Tensor) -> None:
-        """Keep what was computed: everything but the last sampled id, which no forward has seen."""
-        row.session.cache = kv[:, :, :, : row.length].clone()
-        row.session.ids = (row.call.ids + row.out_ids)[: row.length]
-        row.session.next_position = row.position

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from genevolve_fast.agent.tools import ToolsConfig
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.policy.visits import TILE_ROWS
 
@@ -201,6 +202,7 @@ class EvolveConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     objective: Objective = Field(default_factory=Objective)
     experience: ExperienceConfig = Field(default_factory=ExperienceConfig)
