@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,17 @@ def test_a_mask_engine_bounds_the_sets_that_it_asks_for(opened):
     params = [g["sampling_params"] for n, g in AsyncLLM.made.calls if n == "generate"][-1]
     assert params.top_k == 1024
     assert AsyncLLM.made.args.logprobs_mode == "processed_logprobs"  # vLLM refuses masks without it
+
+
+@pytest.mark.skipif(not vllm_stand_in.MASKS, reason="protocols.Sampling has no sampling_mask here")
+def test_the_ids_that_could_have_been_sampled_come_along_where_they_are_asked_for(opened):
+    policy, engine = opened(sampling_mask=True)
+    engine.open("a")
+    wanted = replace(SAMPLING, sampling_mask=True)
+    made = asyncio.run(engine.generate("a", prompt(policy), [], wanted, 3))
+    assert len(made.sampling_mask) == len(made.ids) and max(map(len, made.sampling_mask)) > 1
+    assert all(token in kept for token, kept in zip(made.ids, made.sampling_mask, strict=True))
+    assert ask(engine, policy).sampling_mask is None
 
 
 def test_the_stand_in_refuses_what_the_released_package_would(opened):

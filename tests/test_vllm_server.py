@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
@@ -22,7 +23,7 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.sandbox.tiny_policy import start_path
 from tests.loopback.engine import LoopbackEngine
-from tests.vllm_stand_in import RECORDED
+from tests.vllm_stand_in import MASKS, RECORDED
 
 pytestmark = pytest.mark.slow
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, stop_ids=(2,))
@@ -129,7 +130,7 @@ def test_an_adapter_goes_alone_and_the_old_one_leaves(server, own, connected, pi
     models = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"]
     adapters = [m["id"] for m in models if m["id"].startswith(engine._run_id)]
     assert adapters == [engine._label]
-    folder = next(engine.sync_dir.iterdir())
+    folder = engine.sync_dir / engine._label
     assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert engine.mismatches == 0 and engine.verified > 0
 
@@ -309,6 +310,17 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
         stale = go_on(engine, own, before, pictures[:1], session="b")
         local.update_weights(2)
         assert not same(stale, go_on(local, own, before, pictures[:1], session="b"))
+
+
+@pytest.mark.skipif(not MASKS, reason="protocols.Sampling has no sampling_mask here")
+def test_the_ids_that_could_have_been_sampled_come_along_where_they_are_asked_for(own, connected):
+    with LoopbackEngine("--return-sampling-mask") as masking:
+        engine = connected(own, masking)
+        engine.update_weights(0)
+        made = ask(engine, own, sampling=replace(SAMPLING, sampling_mask=True))
+        local = ask(TransformersEngine(own, deterministic=False), own, sampling=replace(SAMPLING, sampling_mask=True))
+        assert [sorted(kept) for kept in made.sampling_mask] == [sorted(kept) for kept in local.sampling_mask]
+        assert max(map(len, made.sampling_mask)) > 1 and ask(engine, own).sampling_mask is None
 
 
 def test_a_key_is_sent_and_never_said(own, connected):

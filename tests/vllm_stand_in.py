@@ -27,6 +27,8 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 
 RECORDED = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text(encoding="utf-8"))
 
+MASKS = "sampling_mask" in Sampling.__dataclass_fields__
+
 
 def signature(name: str) -> inspect.Signature:
     kinds = {"positional": inspect.Parameter.POSITIONAL_OR_KEYWORD, "keyword": inspect.Parameter.KEYWORD_ONLY}
@@ -269,14 +271,15 @@ class AsyncLLM:
         assert len(pictures) <= self.args.limit_mm_per_prompt["image"]
         images = [np.asarray(picture) for picture in pictures]
         ids = self._expanded(prompt["prompt_token_ids"], images, 0)
-        sampling = Sampling(p.temperature, p.top_p, p.max_tokens, tuple(p.stop_token_ids))
+        wanted = {"sampling_mask": True} if MASKS and self.args.return_sampling_mask else {}
+        sampling = Sampling(p.temperature, p.top_p, p.max_tokens, tuple(p.stop_token_ids), **wanted)
         made = await engine.generate(session_id, ids, images, sampling, p.seed)
         out = CompletionOutput(
             index=0,
             token_ids=made.ids,
             logprobs=[{t: Logprob(logprob=lp, rank=1)} for t, lp in zip(made.ids, made.logps, strict=True)],
             finish_reason=made.finish_reason,
-            sampling_mask=None,
+            sampling_mask=SamplingMask(token_ids=made.sampling_mask) if wanted else None,
             weight_versions=[WeightVersionSpan(version=self.version, start=0, end=len(made.ids))],
         )
         read = self._expanded(prompt["prompt_token_ids"], images, self.expand_by)
