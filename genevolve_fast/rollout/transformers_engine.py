@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from genevolve_fast.rollout.rows import GROW_BY, Call, Forwards, Fresh, Row, Ses
 from genevolve_fast.rollout.sampling import sample
 
 _COMPACT_BELOW = 0.6  # drop finished rows from the batch once fewer than this share are still sampling
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -61,6 +63,7 @@ class TransformersEngine:
         self._adapted = adapted or (lambda _: nullcontext())
         self._sessions: dict[str, Session] = {}
         self._waiting: list[Call] = []
+        self._entering: list[Call] = []  # neither waiting any more nor in flight yet
         self._flights = Flights(self._forwards, max_batch, self._sample)
         self._running = False
         self._holds = 0
@@ -144,7 +147,7 @@ class TransformersEngine:
         Of continuous batching; a batch of the deterministic mode runs to its end.
         """
         with self._lock:
-            calls = [*self._waiting, *(row.call for row in self._flights.rows)]
+            calls = [*self._waiting, *self._entering, *(row.call for row in self._flights.rows)]
             calls = [c for c in calls if session_ids is None or c.session_id in session_ids]
             for call in calls:
                 call.aborted = True
@@ -188,9 +191,11 @@ class TransformersEngine:
             call.future.get_loop().call_soon_threadsafe(settle)
 
     def _fail(self, calls: Sequence[Call], error: Exception) -> None:
+        if not isinstance(error, EngineError):
+            _log.error("%d calls failed", len(calls), exc_info=error)
+            error = EngineError(f"{type(error).__name__}: {error}")
         for call in calls:
-            known = isinstance(error, EngineError)
-            self._answer(call, error if known else EngineError(f"{type(error).__name__}: {error}"))
+            self._answer(call, error)
 
     def _finished(self, row: Row) -> None:
         self.sampled_tokens += len(row.out_ids)
@@ -267,12 +272,13 @@ class TransformersEngine:
         self.policy.eval()
         while True:
             with self._lock:
+                self._entering = []
                 self._drop_abandoned()
                 self._running = self._ready()
                 if not self._running:
                     return
                 stale, self._stale = self._stale, False
-                entering = self._entering()
+                entering = self._admitted()
             for adapter, calls in entering.items():
                 try:
                     with self._adapted(adapter):
@@ -281,14 +287,14 @@ class TransformersEngine:
                 except Exception as error:
                     self._fail([*calls, *(row.call for row in self._flights.drop(adapter))], error)
 
-    def _entering(self) -> dict[str | None, list[Call]]:
+    def _admitted(self) -> dict[str | None, list[Call]]:
         """Calls that find a place, by adapter; every adapter in flight is there. Needs the lock."""
         free = self.max_batch - len(self._flights)
-        calls, self._waiting = self._waiting[:free], self._waiting[free:]
-        entering: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
-        for call in calls:
-            entering.setdefault(self._sessions[call.session_id].adapter, []).append(call)
-        return entering
+        self._entering, self._waiting = self._waiting[:free], self._waiting[free:]
+        by_adapter: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
+        for call in self._entering:
+            by_adapter.setdefault(self._sessions[call.session_id].adapter, []).append(call)
+        return by_adapter
 
     def _advance(self, adapter: str | None, stale: bool) -> None:
         if adapter in self._flights.adapters:
