@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sampled(Generation):
+class SampledTurn(Generation):
     """`versions`: which weights sampled it, as (version, index of their first token); `cached` ids were known."""
 
     versions: tuple[tuple[int | str, int], ...] = field(default=(), compare=False)
@@ -199,7 +199,7 @@ class TransformersEngine:
 
     def _finished(self, row: Row) -> None:
         self.sampled_tokens += len(row.out_ids)
-        made = Sampled(
+        made = SampledTurn(
             row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions), cached=row.cached
         )
         self._answer(row.call, made)
@@ -321,7 +321,7 @@ class TransformersEngine:
         """Let go of calls that nobody waits for, that were aborted, or whose session is closed. Needs the lock."""
         for call in self._waiting:
             if call.aborted:
-                self._answer(call, Sampled([], [], "abort"))
+                self._answer(call, SampledTurn([], [], "abort"))
             elif call.session_id not in self._sessions:
                 self._answer(call, EngineError(f"session {call.session_id!r} was closed"))
         self._waiting = [
