@@ -35,6 +35,7 @@ def client_of(server: LoopbackEngine, timeout: float = 30) -> httpx.Client:
 @pytest.fixture(scope="module")
 def server():
     arguments = ("--served-model-name", "tiny", "--api-key-env", "TEST_KEY", "--max-request-mb", "1")
+    arguments = (*arguments, "--return-sampling-mask")
     with LoopbackEngine(*arguments, env={"TEST_KEY": KEY}) as running:
         yield running
         log = running.log_tail(10**6)
@@ -118,6 +119,14 @@ def test_stop_ids(ask):
     stopped, _, body = answer(ask, PROMPT, params={**FREE, "stop_token_ids": [ids[3]]})
     assert stopped == ids[: ids.index(ids[3]) + 1]
     assert body["choices"][0]["finish_reason"] == "stop" and body["choices"][0]["stop_reason"] == ids[3]
+
+
+def test_the_sampling_mask_is_what_top_p_kept(ask):
+    ids, _, body = answer(ask, PROMPT, params={**FREE, "top_p": 0.9})
+    mask = body["choices"][0]["sampling_mask"]
+    assert len(mask) == len(ids) and all(token in kept for token, kept in zip(ids, mask, strict=True))
+    assert max(map(len, mask)) > 1
+    assert answer(ask, PROMPT)[2]["choices"][0]["sampling_mask"] is None  # top_p 1 keeps everything
 
 
 def test_images_are_expanded_and_seen(ask, local, pictures):

@@ -93,7 +93,7 @@ def build_app(
         images = images_of_parts(request.content_parts)
         ids, ranges = expand(request.token_ids, images, codec)
         params = request.sampling_params
-        sampling = params.sampling(served.eos, served.room(len(ids)))
+        sampling = params.sampling(served.eos, served.room(len(ids)), return_sampling_mask)
         session = _session(raw, request.cache_salt)
         name = _request_id(raw, request.request_id)
         work = served.generate(request.model, session, ids, images, sampling, params.seed, name)
@@ -105,7 +105,7 @@ def build_app(
             "stop_reason": _stop_reason(made, served.eos, params.ignore_eos),
             "logprobs": {"content": _token_logprobs(made)} if params.logprobs is not None else None,
             "routed_experts": None,
-            "sampling_mask": getattr(made, "sampling_mask", None) if return_sampling_mask else None,
+            "sampling_mask": made.sampling_mask,
             "weight_versions": _spans(made),
         }
         return JSONResponse(

@@ -200,7 +200,7 @@ class TransformersEngine:
     def _finished(self, row: Row) -> None:
         self.sampled_tokens += len(row.out_ids)
         made = SampledTurn(
-            row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions), cached=row.cached
+            row.out_ids, row.out_logps, row.finish or "stop", row.out_kept or None, tuple(row.versions), row.cached
         )
         self._answer(row.call, made)
 
@@ -343,14 +343,18 @@ class TransformersEngine:
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> None:
         """One token for every row still sampling; rows with equal settings are drawn together."""
-        settings: dict[tuple[float, float], list[int]] = {}
+        settings: dict[tuple[float, float, bool], list[int]] = {}
         for i, row in enumerate(rows):
             if row.finish is None:
-                settings.setdefault((row.call.sampling.temperature, row.call.sampling.top_p), []).append(i)
-        for (temperature, top_p), members in settings.items():
+                s = row.call.sampling
+                settings.setdefault((s.temperature, s.top_p, s.sampling_mask), []).append(i)
+        for (temperature, top_p, masked), members in settings.items():
             uniforms = torch.tensor([rows[i].random.uniform() for i in members], dtype=torch.float64)
             picked = logits[torch.tensor(members, device=logits.device)]
-            ids, logps = sample(picked, temperature, top_p, uniforms.to(logits.device))
+            ids, logps, kept = sample(picked, temperature, top_p, uniforms.to(logits.device), return_kept=masked)
+            if kept is not None:
+                for i, allowed in zip(members, kept, strict=True):
+                    rows[i].out_kept.append(allowed)
             for i, token, logp in zip(members, ids.tolist(), logps.tolist(), strict=True):
                 row = rows[i]
                 if not row.versions or row.versions[-1][0] != self.version:
