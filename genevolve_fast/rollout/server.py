@@ -35,6 +35,7 @@ from genevolve_fast.rollout.server_protocol import (
     TokenizePrompt,
     UnloadAdapter,
     WeightCheck,
+    unavailable,
 )
 from genevolve_fast.rollout.transformers_engine import SampledTurn
 
@@ -410,6 +411,8 @@ async def _while_connected(raw: Request, work: Awaitable[T]) -> T:
         if not task.done():
             raise RequestError("Client disconnected", 499)
         return task.result()
+    except asyncio.CancelledError:  # the time for calls to finish is over
+        raise unavailable("The server is ending. Please retry on another one.") from None
     finally:
         gone.cancel()
         task.cancel()
