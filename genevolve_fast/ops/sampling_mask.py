@@ -26,6 +26,12 @@ class SamplingMask(NamedTuple):
     ids: Tensor
     counts: Tensor
 
+    def of(self, rows: Tensor) -> SamplingMask:
+        """The sets of the rows where `rows` [rows] bool holds; synchronises a GPU."""
+        rows = rows.cpu()
+        chosen = torch.repeat_interleave(rows, self.counts.long())
+        return SamplingMask(self.ids[chosen.to(self.ids.device)], self.counts[rows])
+
 
 @dataclass(frozen=True)
 class RowSets:

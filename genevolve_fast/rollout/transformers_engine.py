@@ -53,6 +53,7 @@ class _Row:
     position: int
     out_ids: list[int] = field(default_factory=list)
     out_logps: list[float] = field(default_factory=list)
+    out_kept: list[list[int]] = field(default_factory=list)
     finish: str | None = None
 
 
@@ -195,7 +196,7 @@ class TransformersEngine:
                 active = [active[i] for i in still]
             logits = self._decode(active, cache)
         self.sampled_tokens += sum(len(row.out_ids) for row in rows)
-        return [Generation(row.out_ids, row.out_logps, row.finish or "stop") for row in rows]
+        return [Generation(row.out_ids, row.out_logps, row.finish or "stop", row.out_kept or None) for row in rows]
 
     def _row(self, call: _Call) -> _Row:
         session = self._sessions.get(call.session_id) or _Session()
@@ -266,14 +267,18 @@ class TransformersEngine:
 
     def _sample(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """One token for every row still sampling; rows with equal settings are drawn together."""
-        settings: dict[tuple[float, float], list[int]] = {}
+        settings: dict[tuple[float, float, bool], list[int]] = {}
         for i, row in enumerate(rows):
             if row.finish is None:
-                settings.setdefault((row.call.sampling.temperature, row.call.sampling.top_p), []).append(i)
-        for (temperature, top_p), members in settings.items():
+                s = row.call.sampling
+                settings.setdefault((s.temperature, s.top_p, s.sampling_mask), []).append(i)
+        for (temperature, top_p, masked), members in settings.items():
             uniforms = torch.tensor([rows[i].random.uniform() for i in members], dtype=torch.float64)
             picked = logits[torch.tensor(members, device=logits.device)]
-            ids, logps = sample(picked, temperature, top_p, uniforms.to(logits.device))
+            ids, logps, kept = sample(picked, temperature, top_p, uniforms.to(logits.device), return_kept=masked)
+            if kept is not None:
+                for i, allowed in zip(members, kept, strict=True):
+                    rows[i].out_kept.append(allowed)
             for i, token, logp in zip(members, ids.tolist(), logps.tolist(), strict=True):
                 row = rows[i]
                 row.out_ids.append(token)
