@@ -38,8 +38,10 @@ def sets_of(targets, vocabulary=37, seed=0, most=9, bare=3):
 
 
 def as_on_a_gpu(monkeypatch):
-    """Sizes known to the host as bounds only."""
+    """The host knows bounds of sizes only, and ignored rows go through the head."""
     monkeypatch.setattr(RowSets, "_bound", lambda self, rows, last: self._at_most(rows, len(last)))
+    monkeypatch.setattr("genevolve_fast.ops.head.entering_rows", lambda *x: (None, False))
+    monkeypatch.setattr("genevolve_fast.ops.fused._live_rows", lambda c: (None, False))
 
 
 def test_the_reference_is_the_softmax_over_the_set():
@@ -200,21 +202,24 @@ def test_one_id_is_certain_and_an_id_may_stand_twice():
     assert torch.equal(linear_logprob(h, w, y, sampling_mask=once)[0], linear_logprob(h, w, y, sampling_mask=twice)[0])
 
 
-def test_ignored_rows_may_hold_anything():
+@pytest.mark.parametrize("host_knows", [True, False])
+def test_ignored_rows_may_hold_anything(host_knows, monkeypatch):
+    if not host_knows:
+        as_on_a_gpu(monkeypatch)
     h, w, y, options, rest, o = fused_inputs("everything", "bias")
-    mask = sets_of(y)
-    keep = torch.arange(len(y)) % 5 != 2
-    cu = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
-    poisoned = torch.where(keep[:, None], h, torch.nan)
-    targets = torch.where(keep, y, -100)
-    short = SamplingMask(mask.ids, mask.counts)
-    call = dict(cu_seqlens=cu, objective=o, block_rows=4, sampling_mask=short, **options, **rest)
-    loss, _ = linear_grpo_sdl(poisoned, w, targets, **call)
-    logps = logprobs(h, w, y, sampling_mask=mask, **options)[0]
+    mask, keep = sets_of(y), torch.arange(len(y)) % 5 != 2
+    poisoned, targets = torch.where(keep[:, None], h, torch.nan), torch.where(keep, y, -100)
+    more = dict(block_rows=4, sampling_mask=mask, **options)
+    loss, _ = linear_grpo_sdl(poisoned, w, targets, seq_ids=sequence_ids(), objective=o, **more, **rest)
+    out = linear_logprob(poisoned, w, targets, return_entropy=True, **more)
+    logps, entropy, _ = logprobs(h, w, y, sampling_mask=mask, **options)
     want, _ = grpo_sdl(logps, seq_ids=sequence_ids(), loss_mask=keep, objective=o, **rest)
     assert (loss - want).abs() < TOLERANCE
-    (got,), (true,) = torch.autograd.grad(loss, [w]), torch.autograd.grad(want, [w])
-    assert (got - true).abs().max() < TOLERANCE
+    assert (out.logps - torch.where(keep, logps, 0)).abs().max() < TOLERANCE
+    assert (out.entropy - torch.where(keep, entropy, 0)).abs().max() < TOLERANCE
+    got = torch.autograd.grad(loss + out.logps.sum() + out.entropy.sum(), [h, w])
+    true = torch.autograd.grad(want + (logps + entropy)[keep].sum(), [h, w])
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got, true, strict=True))
 
 
 GOOD = dict(ids=torch.tensor([3, 5, 1, 4]), counts=torch.tensor([2, 0, 2]))
@@ -304,7 +309,7 @@ def small(trains="both"):
     return h.detach().float().requires_grad_(), w.detach().float().requires_grad_(trains == "both"), y, *mask
 
 
-@pytest.mark.parametrize("trains", ["both", "hidden"])
+@pytest.mark.parametrize("trains", ["both", pytest.param("hidden", marks=pytest.mark.slow)])
 def test_the_operators_keep_their_promises(trains):
     calls = {}
 
@@ -323,7 +328,7 @@ def test_the_operators_keep_their_promises(trains):
         torch.library.opcheck(func, tuple(bare))
 
 
-@pytest.mark.parametrize("trains", ["both", "hidden"])
+@pytest.mark.parametrize("trains", ["both", pytest.param("hidden", marks=pytest.mark.slow)])
 def test_compiled_without_a_graph_break_it_gives_the_same(trains):
     results = []
     for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):

@@ -77,12 +77,6 @@ class Head:
         sets = (None, None, None) if self.sets is None else (self.sets.ids, self.sets.counts, self.sets.owners)
         return (self.weight, self.bias, by_row, number, softcap, float(self.scale), self.group, self.first, *sets)
 
-    def counting(self, targets: Tensor, ignore_index: int) -> Head:
-        """The same head; rows with an ignored target have no set."""
-        if self.sets is None:
-            return self
-        return replace(self, sets=replace(self.sets, kept=targets != ignore_index))
-
     def tau(self, rows: Rows) -> float | Tensor:
         """The temperature of some rows: a number, or [rows, 1]."""
         t = self.temperature

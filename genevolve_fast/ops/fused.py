@@ -299,7 +299,7 @@ def _sweep(
     head = Head.of(
         weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
         mask_owners,
-    ).counting(targets, ignore_index)  # fmt: skip
+    )  # fmt: skip
     o, size = Objective.decode(objective), (impl, workspace_mb, block_rows)
     check = check or hidden.device.type == "cpu"
     with full_precision(hidden):

@@ -60,7 +60,7 @@ def linear_logprob(
 
     Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
     a GPU, half as much again for a 16-bit frozen head with entropy) + 16·H·(its rows) + 40·rows + 32 MiB, + 4·V·H for
-    dW, + without dW hidden's bytes (fp16: twice), again with entropy.
+    dW, + without dW hidden's bytes (fp16: twice), again with entropy, + 4·V + 80·(ids of a visit) with `sampling_mask`.
 
     With `process_group`, weight and bias are this rank's rows of the vocabulary, from token `vocab_start` on (shards
     may be uneven); all ranks give the same hidden and targets and get the same results, dH summed over the group. An
@@ -201,7 +201,7 @@ def _forward(
     head = Head.of(
         weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
         mask_owners,
-    ).counting(targets, ignore_index)  # fmt: skip
+    )  # fmt: skip
     logps, entropies, lse, made, scales = _outputs(hidden, entropy, units)
     with full_precision(hidden):
         check = check or hidden.device.type == "cpu"
@@ -286,7 +286,7 @@ def _scale_units(
     head = Head.of(
         weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
         mask_owners,
-    ).counting(targets, ignore_index)  # fmt: skip
+    )  # fmt: skip
     d_hidden = _d_hidden_of(units, half)
     for first in range(0, len(logps), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -346,7 +346,7 @@ def _recompute(
     head = Head.of(
         weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
         mask_owners,
-    ).counting(targets, ignore_index)  # fmt: skip
+    )  # fmt: skip
     with full_precision(hidden):
         visits = _Visits(hidden, targets, ignore_index)
         work = Workspace(visits.count, hidden, head, impl, workspace_mb, block_rows)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genevolve_fast.ops.masks import Rows, where
+from genevolve_fast.ops.masks import Rows
 
 BANNED = -1e20  # of a logit: exp of it is 0 at any temperature, and 0 times it too
 UNREACHABLE = torch.iinfo(torch.int64).max  # of a target: its log-prob is NaN
@@ -38,13 +38,12 @@ class RowSets:
     """A sampling mask as the visits of a call read it.
 
     owners [rows]: which of the mask's sets each row of the call has, each set at most once, len(counts) for none;
-    None: row i has set i. kept [rows]: rows that count, the others have no set.
+    None: row i has set i.
     """
 
     ids: Tensor
     counts: Tensor
     owners: Tensor | None = None
-    kept: Tensor | None = None
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor]:
@@ -78,7 +77,7 @@ class RowSets:
         """
         counts, stops = self._table
         owners = self.owners_of(rows)
-        own = counts[owners] if self.kept is None else where(self.kept[rows], counts[owners])
+        own = counts[owners]
         last = own.cumsum(0)
         place = torch.arange(self._bound(rows, last), device=last.device)
         row = torch.searchsorted(last, place, right=True)
@@ -98,8 +97,8 @@ class RowSets:
 
     def holds(self, row: int, target: int) -> bool:
         """Whether a row of the call could have been sampled as `target`; synchronises a GPU."""
-        has, _, ids = self.entries(torch.tensor([row], device=self.ids.device))
-        return not bool(has) or bool((ids == target).any())
+        has, at, ids = self.entries(torch.tensor([row], device=self.ids.device))
+        return not bool(has) or bool(((at == 0) & (ids == target)).any())
 
 
 def check_sampling_mask(hidden: Tensor, mask: RowSets, softcap: float | None, scale: float) -> None:
