@@ -51,19 +51,9 @@ class Head:
 
     @classmethod
     def of(
-        cls,
-        weight,
-        bias,
-        row_temperature,
-        temperature,
-        softcap,
-        scale,
-        group,
-        first,
-        mask_ids,
-        mask_counts,
+        cls, weight, bias, row_temperature, temperature, softcap, scale, group, first, mask_ids, mask_counts,
         mask_owners,
-    ) -> Head:
+    ) -> Head:  # fmt: skip
         """From a custom operator's arguments."""
         t = temperature if row_temperature is None else row_temperature.to(accumulator(weight))
         sets = None if mask_ids is None else RowSets(mask_ids, mask_counts, mask_owners)

@@ -416,13 +416,8 @@ class _Sweep:
             softmax, block = self._softmax(visit, entropy=True)
             self.logps[visit], self.entropy[visit] = softmax.logps, softmax.entropy
             if check:
-                check_result(
-                    where(self.c.keep[visit], softmax.logps),
-                    self.hidden,
-                    self.work.head,
-                    self._place(visit),
-                    self.given,
-                )
+                kept = where(self.c.keep[visit], softmax.logps)
+                check_result(kept, self.hidden, self.work.head, self._place(visit), self.given)
             if not self.needs:
                 del softmax, block  # before the next visit makes its own
                 continue

@@ -49,6 +49,5 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor, r
     chosen = ordered.gather(1, choice)[:, 0] - total[:, 0].log()
     sets = None
     if return_kept and top_p < 1:
-        sizes = size[:, 0].tolist()
-        sets = [row[:n] for row, n in zip(order[:, : max(sizes)].tolist(), sizes, strict=True)]
+        sets = [row.tolist() for row in order[kept > 0].split(size[:, 0].tolist())]
     return Sampled(ids, chosen.clamp(max=0.0), sets)
