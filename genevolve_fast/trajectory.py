@@ -18,6 +18,8 @@ Role = Literal["system", "user", "assistant", "tool"]
 Verdict = Literal["pass", "partial", "fail", "not applicable"]
 
 FORMAT_VERSION = 1
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGE_ID = re.compile(r"IMG_\d+")
 _URL = re.compile(r"https?://|www\.", re.IGNORECASE)
 _ORDINAL = re.compile(r"\b(first|second|third|fourth) reference image\b", re.IGNORECASE)
@@ -26,6 +28,23 @@ _ORDINALS = {"first": 1, "second": 2, "third": 3, "fourth": 4}
 
 class InvariantError(ValueError):
     """A trajectory or program breaks a rule; the message names the first one broken."""
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: readable, but escaped where a lone surrogate stands in it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if _LONE_SURROGATE.search(text) is None else json.dumps(value, indent=indent)
+
+
+def safe_name(id: str) -> str:
+    """A file name for an id that came from a file: the id itself if it is plain, else its plain part and its hash.
+
+    Different ids get different names: the `~` before a hash is in no plain id.
+    """
+    if _PLAIN_NAME.fullmatch(id):
+        return id
+    digest = hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_-]+', '_', id)[:60]}~{digest}"
 
 
 @dataclass(frozen=True)
@@ -335,7 +354,7 @@ def save(path: str | Path, trajectories: Sequence[Trajectory], images: Mapping[s
     meta = {"version": FORMAT_VERSION, "trajectories": [_to_json(t) for t in trajectories]}
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, partial, metadata={"genevolve_fast": json.dumps(meta, ensure_ascii=False)})
+        save_file(tensors, partial, metadata={"genevolve_fast": json_text(meta)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

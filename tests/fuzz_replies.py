@@ -128,6 +128,7 @@ class TextCodec:
 
     image_pad_id = 0x10FFFF + 3
     _SPECIAL = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    markers = _SPECIAL
 
     def encode(self, text: str) -> list[int]:
         out, i = [], 0

@@ -14,7 +14,7 @@ import pytest
 from genevolve_fast.cli import main, parser
 
 ROOT = Path(__file__).parents[1]
-FLOOR = {"trajectory", "protocols"}
+FLOOR = {"trajectory", "protocols", "incidents"}
 ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "kernels": set(),
     "ops": {"kernels"},

@@ -28,6 +28,11 @@ class Conversation(Protocol):
     """The turns of one rollout, in tokens or in messages."""
 
     @property
+    def markers(self) -> Sequence[str]:
+        """Texts that would become control ids, as far as it is known: none may come from outside (harmless.py)."""
+        ...
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of system prompt and request."""
         ...
@@ -67,6 +72,10 @@ class TokenConversation:
         self.images_by_hash: dict[str, np.ndarray] = {}
         self.request_stop = 0
         self._sampled: tuple[Sequence[int], Sequence[float]] = (), ()
+
+    @property
+    def markers(self) -> Sequence[str]:
+        return self.codec.markers
 
     @property
     def prompt_tokens(self) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genevolve_fast.agent.results import AgentResult, json_bytes, write_results
+from genevolve_fast.agent.results import AgentResult, write_results
+from genevolve_fast.trajectory import json_text
 
 JOURNAL = "rollouts.jsonl"
 RESULTS = "results.json"
@@ -152,7 +153,7 @@ class Journal:
         self._append({_HEADER: 1, "settings": settings})
 
     def _append(self, value: Any) -> None:
-        self._file.write(json_bytes(value) + b"\n")
+        self._file.write(json_text(value).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -51,5 +51,5 @@ class QueryKnowledge:
     async def __call__(self, arguments: Mapping[str, Any]) -> Observation:
         skill = arguments.get("skill_name")
         if skill not in SKILLS:
-            raise ToolError(f"unknown skill {str(skill)[:40]!r}; the skills are {', '.join(SKILLS)}")
+            raise ToolError(f"unknown skill {str(skill)[:40]!r}; the skills are {', '.join(SKILLS)}", "bad_arguments")
         return Observation(guidance(skill))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.protocols import Observation, Tool
-from genevolve_fast.trajectory import Message, Program, Reference, Request, Trajectory, image_hash
+from genevolve_fast.trajectory import Message, Program, Reference, Request, Trajectory, image_hash, json_text
 
 REFERENCE_FIELDS = ("img_id", "note", "local_path", "url", "title", "page_url")
 
@@ -128,13 +127,5 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write results.json atomically, as the released scripts read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(json_bytes(list(rows), indent=2))
+    partial.write_text(json_text(list(rows), indent=2), encoding="utf-8")
     os.replace(partial, path)
-
-
-def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """UTF-8 JSON; escaped where a string holds half a surrogate pair, which UTF-8 cannot."""
-    try:
-        return json.dumps(value, ensure_ascii=False, indent=indent).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent).encode()

@@ -148,7 +148,7 @@ class Session:
     # --- the request --------------------------------------------------------------------------------------------------
 
     def _open(self, system_prompt: str) -> bool:
-        question = harmless(self.request.question)
+        question = self._harmless(self.request.question)
         self.conversation.begin(system_prompt, question)
         self.messages += [Message("system", system_prompt), Message("user", question)]
         asked, limit = self.conversation.prompt_tokens, self.settings.max_prompt_tokens
@@ -197,7 +197,7 @@ class Session:
             tool = reply.name
             text, images = await self._call_tool(reply)
         else:
-            text = format_error(reply.reason) if reply.reason else TOO_LONG
+            text = format_error(self._harmless(reply.reason)) if reply.reason else TOO_LONG
         if self.model_calls + 1 >= self.settings.max_model_calls or self._budget() < 2 * self._reserve():
             text += f"\n{FINAL_STEP}"
             self.final_turn = True
@@ -212,47 +212,57 @@ class Session:
         self.conversation.observe(body, images, tool)
         self.messages.append(Message("user", body.replace(IMAGE_MARK, "<image>")))
 
+    def _harmless(self, text: str) -> str:
+        return harmless(text, self.conversation.markers)
+
     async def _call_tool(self, call: ToolCall) -> tuple[str, list[SeenImage]]:
+        """The answer, harmless as a whole: a marker could also arise where words of ours meet words from outside."""
+        observation = await self._observation(call)
+        if isinstance(observation, str):
+            return self._harmless(observation), []
+        if call.name == "image_search":
+            return self._image_block(call, observation)
+        text = self._harmless(observation.text)
+        return (f"{text}\n{APPLY_GUIDANCE}" if call.name == "query_knowledge" else text), []
+
+    async def _observation(self, call: ToolCall) -> Observation | str:
+        """What the tool answers, or why it did not."""
         if self.tool_calls >= self.settings.max_tool_calls:
-            return f"[tool error] {call.name}: the limit of {self.settings.max_tool_calls} tool calls is reached", []
+            return f"[tool error] {call.name}: the limit of {self.settings.max_tool_calls} tool calls is reached"
         self.tool_calls += 1
         tool = self.tools.get(call.name)
         if tool is None:
             self._failed("tool", "bad_arguments")
-            return f"[tool error] {harmless(call.name[:60])}: unknown tool, there are {', '.join(self.tools)}", []
+            return f"[tool error] {call.name[:60]}: unknown tool, there are {', '.join(self.tools)}"
         try:
-            observation = await asyncio.wait_for(tool(call.arguments), self.settings.tool_timeout_s)
+            return await asyncio.wait_for(tool(call.arguments), self.settings.tool_timeout_s)
         except asyncio.TimeoutError:
             self._failed(call.name, "timeout")
-            return f"[tool error] {call.name}: no answer within {self.settings.tool_timeout_s:g} s", []
+            return f"[tool error] {call.name}: no answer within {self.settings.tool_timeout_s:g} s"
         except ToolError as error:
             self._failed(call.name, error.kind)
-            return f"[tool error] {call.name}: {harmless(str(error))}", []
+            return f"[tool error] {call.name}: {error}"
         except Exception as error:  # a tool's bug must not end the other rollouts
             self._failed(call.name, "other")
-            return f"[tool error] {call.name}: {type(error).__name__}: {harmless(str(error))}", []
-        if call.name == "image_search":
-            return self._image_block(call, observation)
-        text = harmless(observation.text)
-        return (f"{text}\n{APPLY_GUIDANCE}" if call.name == "query_knowledge" else text), []
+            return f"[tool error] {call.name}: {type(error).__name__}: {error}"
 
     def _failed(self, source: str, kind: str) -> None:
         self.incidents.append(Incident(source, kind, self.model_calls))
 
     def _image_block(self, call: ToolCall, observation: Observation) -> tuple[str, list[SeenImage]]:
         """The released runtime's block; images as tokens where they have pixels and `observe_images` asks for it."""
-        query = harmless(str(call.arguments.get("query", "")).strip())
-        lines, shown = [f"--- image search result for [{query}] ---"], []
+        lines, shown = [f"--- image search result for [{_line(str(call.arguments.get('query', '')))}] ---"], []
         for found in observation.images[: self.settings.max_observation_images]:
             seen = self.image_ids.register(found)
-            lines.append(f"{seen.img_id}: title: {harmless(found.title)}")
+            lines.append(f"{seen.img_id}: title: {_line(found.title)}")
             if self.settings.observe_images == "tokens" and found.pixels is not None:
                 lines.append(IMAGE_MARK)
                 shown.append(seen)
             else:
                 pairs = (("url", found.url), ("local_path", found.local_path), ("page_url", found.page_url))
-                lines += [f"  {name}: {harmless(value)}" for name, value in pairs if value]
-        return "\n".join([*lines, "--- end of image search result ---"]), shown
+                lines += [f"  {name}: {_line(value)}" for name, value in pairs if value]
+        lines.append("--- end of image search result ---")
+        return "\n".join(line if line == IMAGE_MARK else self._harmless(line) for line in lines), shown
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -268,6 +278,11 @@ class Session:
             )
         except InvariantError as error:
             self.error = f"invalid program: {error}"
+
+
+def _line(text: str) -> str:
+    """On one line, so that a title cannot look like a result of its own."""
+    return " ".join(text.split())
 
 
 def _name(reply: ParsedReply) -> str | None:

@@ -14,7 +14,7 @@ from genevolve_fast.agent.session import SessionSettings
 from genevolve_fast.protocols import Codec, Engine, World
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.run import write_atomic
-from genevolve_fast.trajectory import Judged, Request, Trajectory
+from genevolve_fast.trajectory import Judged, Request, Trajectory, safe_name
 
 DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics")
 BENCH_SEED = 20_260_521
@@ -166,7 +166,7 @@ def save_bench(bench: Bench, requests: Sequence[Request], folder: Path) -> None:
     for kind, pixels in (("images", bench.rollouts.images), ("pictures", bench.rollouts.pictures)):
         (folder / kind).mkdir(exist_ok=True)
         for key, array in pixels.items():
-            names[key] = f"{kind}/{key.replace('/', '_')[:60]}.png"  # relative, so that the folder can move
+            names[key] = f"{kind}/{safe_name(key)}.png"  # relative, so that the folder can move
             Image.fromarray(array).save(folder / names[key])
     rows = []
     for request, t in zip(requests, bench.rollouts.trajectories, strict=True):
@@ -187,7 +187,7 @@ def save_truth(requests: Sequence[Request], world: World, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for request in requests:
-        Image.fromarray(world.truth(request)).save(folder / f"{request.id}.png")
+        Image.fromarray(world.truth(request)).save(folder / f"{safe_name(request.id)}.png")
 
 
 def load_bench(folder: Path) -> Bench:

@@ -54,6 +54,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "step/grad_error": ("relative", "<=", 1e-5),
     "step/teacher_saved_bytes": ("bytes", "==", 0),
     "step/demo_train_ratio": ("ratio", None, None),
+    "serve/hostile_failures": ("count", "==", 0),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

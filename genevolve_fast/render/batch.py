@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.protocols import Renderer, RenderError
-from genevolve_fast.trajectory import InvariantError, Program, Reference
+from genevolve_fast.trajectory import InvariantError, Program, Reference, json_text, safe_name
 
 _FIELDS = ("img_id", "note", "local_path", "url", "title", "page_url")
 
@@ -28,7 +28,7 @@ def render_results(source: Path, folder: Path, renderer: Renderer, seed: int = 0
         raise InvariantError(f"{source} is not a results.json: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
-        target = folder / f"{row.get('id', i)}.png"
+        target = folder / f"{safe_name(str(row.get('id', i)))}.png"
         row |= {"output_path": str(target), "success": target.exists(), "render_error": None}
         if row["success"]:
             continue
@@ -42,7 +42,7 @@ def render_results(source: Path, folder: Path, renderer: Renderer, seed: int = 0
         except (InvariantError, RenderError, OSError, KeyError, TypeError) as error:
             row |= {"render_error": f"{type(error).__name__}: {error}", "output_path": ""}
     partial = folder / ".results.json.tmp"
-    partial.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+    partial.write_text(json_text(rows, indent=2), encoding="utf-8")
     partial.replace(folder / "results.json")
     done = sum(row["success"] for row in rows)
     return done, len(rows) - done

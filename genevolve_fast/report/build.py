@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.report.records import StepRecord, read_step
-from genevolve_fast.trajectory import Failed, Judged, Trajectory, load
+from genevolve_fast.trajectory import Failed, Judged, Trajectory, load, safe_name
 
 Decode = Callable[[Sequence[int]], str]
 _GALLERY = 36  # requests in the before/after gallery
@@ -128,7 +128,7 @@ def gallery(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
     for kind, members in picked.items():
         for gain, rid, before, after in members:
             entry = {"kind": kind, "gain": gain, "id": rid, "request": after.get("question") or after["prompt"]}
-            entry["truth"] = store.add_file(str(truth / f"{rid}.png"))
+            entry["truth"] = store.add_file(str(truth / f"{safe_name(rid)}.png"))
             for side, row in (("before", before), ("after", after)):
                 picture = row.get("output_path", "")
                 entry[side] = {
