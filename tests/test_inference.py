@@ -239,12 +239,15 @@ ANSWER_OF_HALF_A_CHARACTER = (
 )
 
 
-def test_what_cannot_be_is_refused_by_name(server):
+def test_what_cannot_be_is_refused_by_name(server, monkeypatch):
     for name, value in {"max_rounds": 0, "top_p": 0, "temperature": -1, "observe_images": "png"}.items():
         with pytest.raises(ValueError, match=name):
             agent(server, **{name: value})
     with pytest.raises(ValueError, match="base_url"):
         Agent(base_url="localhost:8000", tools={})
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
+        Agent()
     with pytest.raises(ValueError, match="prompt is empty"):
         agent(server).run("  ")
 

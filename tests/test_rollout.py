@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from loopback.chat import ROOT, LoopbackChat
+from loopback.web import LoopbackWeb
 
 from genevolve_fast.agent.journal import BatchError, read_samples
 from genevolve_fast.cli import main
@@ -216,6 +217,10 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
     for extra, said in [
         (("--policy", "sandbox:start"), "--base-url is of a server"),
         (("--tool-cache", "record"), "live tools"),
+        (("--tools", "serper", "--tool-cache", "record"), "cache and cache_mode go together"),
+        (("--tools", "serper", "--tool-set", "top_k=0"), "top_k: Input should be greater than"),
+        (("--base-url", "localhost"), "base_url must be a URL"),
+        (("--output-dir", str(source)), "cannot be written"),
         (("--parallel", "0"), "--parallel must be at least 1"),
         (("--top-p", "0"), "top_p must be in"),
     ]:
@@ -233,6 +238,35 @@ def test_a_line_cut_by_a_crash_runs_again(server, tmp_path):
     assert rows_of(folder) == rows and journal.read_bytes() == whole
     journal.write_text("something else\n")
     assert main(arguments(server, source, folder)) == 2
+
+
+# --- live tools -------------------------------------------------------------------------------------------------------
+
+KEY = "serper-very-secret"
+
+
+@pytest.mark.slow
+def test_live_tools_are_recorded_and_replayed_without_the_web(server, tmp_path, capfd, monkeypatch):
+    source, cache = batch_of(tmp_path, 6), ["--tool-cache-dir", str(tmp_path / "cache"), "--tool-cache"]
+    live = ["--tools", "serper"]
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    assert main(arguments(server, source, tmp_path / "no", *live)) == 2 and "SERPER_API_KEY" in capfd.readouterr().err
+    monkeypatch.setenv("SERPER_API_KEY", KEY)
+    with LoopbackWeb() as web:
+        monkeypatch.setenv("SERPER_BASE_URL", web.url)
+        allowed = ["--tool-set", f"allow_hosts=['{web.host}']"]
+        assert main(arguments(server, source, tmp_path / "a", *live, *allowed, *cache, "record")) == 0
+        assert main(arguments(server, source, tmp_path / "refused", *live)) == 0
+        assert "image_download/refused_address" in capfd.readouterr().out  # loopback, and not allowed
+    assert main(arguments(server, source, tmp_path / "b", *live, *allowed, *cache, "replay")) == 0
+    rows, again = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
+    pictures = [r["local_path"] for row in rows for r in row["reference_images"]]
+    assert len(pictures) >= 2 and all(Path(p).is_file() and Path(p).parent == tmp_path / "a/images" for p in pictures)
+    assert [r["gen_prompt"] for r in again] == [r["gen_prompt"] for r in rows]
+    assert any("  url: " in m["content"] for m in rows[0]["messages"])
+    said = capfd.readouterr()
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+    assert KEY not in said.out + said.err and not any(KEY.encode() in data for data in written)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

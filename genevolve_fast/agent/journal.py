@@ -56,6 +56,8 @@ def read_samples(path: Path) -> list[Sample]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BatchError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
     if text.lstrip().startswith("["):
         rows = [(f"row {i + 1}", row) for i, row in enumerate(_parsed(text, str(path)))]
     else:
@@ -94,11 +96,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, samples: Sequence[Sample], settings: Mapping[str, Any], fresh: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.results: dict[int, AgentResult] = {}
         self.adopted = 0
-        self._file = (folder / JOURNAL).open("a+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / JOURNAL).open("a+b")
+        except OSError as error:
+            raise BatchError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             self._open(samples, dict(settings), fresh)
         except BaseException:
