@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -290,7 +291,8 @@ def transformers_serve(tmp_path_factory):
     command = [sys.executable, "-c", program, "serve", str(folder / "m")]
     with (folder / "log").open("w") as log:
         options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        running = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=ROOT)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        running = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=ROOT, env=alone)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

@@ -101,8 +101,13 @@ def test_a_released_results_file_is_continued(server, tmp_path, capsys):
     asked = {call["body"]["messages"][1]["content"] for call in server.seen()}
     assert asked == {released[1]["prompt"], released[4]["prompt"]}
     assert "4 rows of an earlier results.json are kept" in capsys.readouterr().out
+    lines = (folder / "rollouts.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.json").write_text(json.dumps(released[:4]))
+    (folder / "rollouts.jsonl").write_bytes(b"".join(lines[:3]))  # killed while it took the rows over
+    assert main(arguments(server, RELEASED / "prompts.jsonl", folder)) == 0
+    assert rows_of(folder)[2:4] == released[2:4] and len(rows_of(folder)) == 5
+    (folder / "rollouts.jsonl").unlink()
     for other in ([{"prompt": "x"}], {"rows": []}, [released[0] | {"id": "another"}]):
-        (folder / "rollouts.jsonl").unlink(missing_ok=True)
         (folder / "results.json").write_text(json.dumps(other))
         assert main(arguments(server, RELEASED / "prompts.jsonl", folder)) == 2
 
@@ -281,6 +286,7 @@ def wait_for(done, folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_with_every_finished_row(server, tmp_path):
     source, folder = batch_of(tmp_path, 30), tmp_path / "out"
     server.faults(*[{"delay_s": 0.1}] * 200)
