@@ -318,3 +318,14 @@ def test_a_policy_behind_transformers_serve_answers(transformers_serve):
     assert [r.termination for r in results].count("answer") >= 4, [r.error for r in results]
     assert any("<tool_response>\n--- search result" in m["content"] for r in results for m in r.messages)
     assert all("<think>" in m["content"] for r in results for m in r.messages if m["role"] == "assistant")
+
+
+@pytest.mark.slow
+def test_a_policy_behind_our_own_server_sees_pictures():
+    loopback = pytest.importorskip("loopback.engine", reason="rollout/server.py is not here")
+    with loopback.LoopbackEngine("--served-model-name", "tiny") as engine:
+        told = {"tools": WORLD.tools(), "system_prompt": SYSTEM_PROMPT, "observe_images": "tokens", "seed": 1}
+        a = Agent("tiny", f"{engine.url}/v1", **told)
+        results = [a.run(r.question) for r in WORLD.requests("train", 5)]
+    assert a.incidents.take() == {} and [r.termination for r in results] == ["answer"] * 5
+    assert sum(len(r.reference_images) for r in results) >= 1
