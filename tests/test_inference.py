@@ -120,6 +120,14 @@ def test_failures_have_kinds_and_are_counted(server, faults, counted, error):
     assert result.error is None or (result.error.startswith("llm_call_failed: ") and error in result.error)
 
 
+@pytest.mark.slow
+def test_a_server_that_asks_for_time_gets_it(server):
+    server.faults({"status": 429, "retry_after": 2})
+    assert agent(server).run(EMBLEM.question).error is None
+    first, second = (call["at"] for call in server.seen()[:2])
+    assert second - first >= 2  # a second without being asked
+
+
 def test_a_slow_answer_is_a_timeout(server):
     a = agent(server, request_timeout=0.2, attempts=1)
     server.faults({"delay_s": 5})
@@ -199,6 +207,11 @@ def test_limits_end_a_rollout(server):
     forced, _ = talk_with(server, max_model_calls=2)
     assert (forced.termination, forced.model_calls) == ("no_answer", 2)
     assert "FINAL STEP" in forced.messages[-2].content
+    searching = {"text": '<tool_call>{"name": "search", "arguments": {"queries": ["Dor Abo field"]}}</tool_call>'}
+    limits = {"max_response_tokens": 1600, "max_tokens_per_turn": 400, "max_model_calls": 30}
+    spent, _ = talk_with(server, *[searching] * 30, **limits)
+    assert (spent.termination, spent.model_calls) == ("no_answer", sum(m.role == "assistant" for m in spent.messages))
+    assert "FINAL STEP" in spent.messages[-2].content and spent.model_calls < 30
     refused, _ = talk_with(server, max_prompt_tokens=10)
     assert "exceeds max_prompt_tokens 10" in refused.error and server.seen() == []
 

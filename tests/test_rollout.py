@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from loopback.chat import ROOT, LoopbackChat
 from loopback.web import LoopbackWeb
 
-from genevolve_fast.agent.journal import BatchError, read_samples
+from genevolve_fast.agent.journal import BatchError, Journal, read_samples
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.world import SandboxWorld
 
@@ -80,6 +81,7 @@ def test_rows_are_the_released_ones(server, tmp_path, name):
     for theirs, row in zip(released, ours, strict=True):
         assert list(row) == list(theirs) and list(row)[:7] == result
         assert {k: row[k] for k in list(row)[7:]} == {k: theirs[k] for k in list(row)[7:]}
+        assert row["rounds"] in (2, 3, 4) and row["error"] is None  # and not what the input calls so
         assert row["prompt"] == theirs["prompt"] and row["messages"][:2] == [
             row["messages"][0],
             {"role": "user", "content": row["prompt"]},
@@ -215,6 +217,14 @@ def test_another_batch_in_the_folder_is_refused_with_the_reason(server, tmp_path
         assert said in capsys.readouterr().err and (folder / "rollouts.jsonl").read_bytes() == before
     assert main(arguments(server, changed, folder, "--fresh")) == 1  # the demonstrator does not know this prompt
     assert [r["prompt"] for r in rows_of(folder)] == ["something else"]
+
+
+def test_one_process_at_a_time_holds_a_folder(server, tmp_path, capsys):
+    source, folder = batch_of(tmp_path, 1), tmp_path / "out"
+    with closing(Journal(folder, read_samples(source), {}, fresh=False)):
+        assert main(arguments(server, source, folder)) == 2
+        assert "is being written by another rollout" in capsys.readouterr().err
+    assert main(arguments(server, source, folder)) == 0
 
 
 def test_flags_without_effect_are_refused(server, tmp_path, capsys):
