@@ -191,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
     p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
     p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
-    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens (default: %(default)s)")
-    p.add_argument("--max-response-length", type=int, default=30000, help="tokens (default: %(default)s)")
+    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (6144)")
+    p.add_argument("--max-response-length", type=int, default=30000, help="tokens after the request (30000)")
     p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
     p.add_argument(
