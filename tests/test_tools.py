@@ -345,8 +345,9 @@ def test_proxies_of_the_environment_are_not_used_for_downloads(web, monkeypatch)
         assert asyncio.run(fetcher.download(f"{web.url}/img/0.png")) and canary.touched == 0
 
 
-@pytest.mark.slow
-def test_tls_verifies_the_name_though_an_address_is_connected_to(tmp_path, monkeypatch):
+@pytest.fixture
+def tls(tmp_path, monkeypatch):
+    """A server's context with a certificate for `localhost`, which the tools trust."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
@@ -356,6 +357,14 @@ def test_tls_verifies_the_name_though_an_address_is_connected_to(tmp_path, monke
         pytest.skip("openssl is not installed")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    fetch.ssl_context.cache_clear()
+    yield context
+    fetch.ssl_context.cache_clear()
+
+
+@pytest.mark.slow
+def test_tls_verifies_the_name_though_an_address_is_connected_to(tls):
     body = picture("PNG")
 
     async def serve(reader, writer):
@@ -364,11 +373,8 @@ def test_tls_verifies_the_name_though_an_address_is_connected_to(tmp_path, monke
         await writer.drain()
         writer.close()
 
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    fetch.ssl_context.cache_clear()
-
     async def main():
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
         port = server.sockets[0].getsockname()[1]
         fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents(), ("localhost", "127.0.0.1"))
         assert await fetcher.download(f"https://localhost:{port}/x.png") == body
@@ -377,10 +383,48 @@ def test_tls_verifies_the_name_though_an_address_is_connected_to(tmp_path, monke
         assert error.value.kind == "connect"
         server.close()
 
-    try:
-        asyncio.run(main())
-    finally:
-        fetch.ssl_context.cache_clear()
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_http2_is_spoken_where_offered_and_its_headers_are_not_logged(tls, tmp_path, monkeypatch, caplog):
+    from h2.config import H2Configuration
+    from h2.connection import H2Connection
+    from h2.events import RequestReceived, StreamEnded
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("SERPER_API_KEY", KEY)
+    tls.set_alpn_protocols(["h2", "http/1.1"])
+    requests, writers = [], []
+
+    async def serve(reader, writer):
+        writers.append(writer)
+        talk = H2Connection(H2Configuration(client_side=False))
+        talk.initiate_connection()
+        writer.write(talk.data_to_send())
+        while data := await reader.read(1 << 16):
+            for event in talk.receive_data(data):
+                if isinstance(event, RequestReceived):
+                    requests.append({k.decode(): v.decode() for k, v in event.headers})
+                elif isinstance(event, StreamEnded):
+                    talk.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/json")])
+                    talk.send_data(event.stream_id, b'{"organic": [{"title": "over two"}]}', end_stream=True)
+            writer.write(talk.data_to_send())
+
+    async def main():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+        port = server.sockets[0].getsockname()[1]
+        config = ToolsConfig(kind="serper", base_url=f"https://localhost:{port}", image_dir=tmp_path)
+        queries = {"queries": ["a", "b", "c"]}
+        found = await open_tools(config, Incidents())["search"](queries)
+        server.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0)
+        return found.text
+
+    assert asyncio.run(main()).count("over two") == 3
+    assert [r["x-api-key"] for r in requests] == [KEY] * 3 and KEY not in caplog.text and "httpcore.http2" in caplog.text
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -421,6 +465,14 @@ def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):
     assert len(asyncio.run(main())) == 12
     assert time.monotonic() - started > 0.39  # four rounds: waiting does not use up a file's own seconds
     assert before > 3 or web.peak()["img"] <= 3
+
+
+def test_all_redirects_of_a_file_share_its_seconds(web):
+    web.latency(100)
+    fetcher = ImageFetcher(FetchLimits(timeout_s=0.25, attempts=1), Incidents(), (web.host,))
+    with pytest.raises(FetchError) as error:
+        asyncio.run(fetcher.download(f"{web.url}/img/0.png?fault=loop"))
+    assert error.value.kind == "timeout"
 
 
 def test_pictures_that_come_too_late_are_left_out(web, tmp_path):
@@ -651,6 +703,7 @@ def test_harmless_text_stays_readable():
     assert harmless(plain, _QWEN) == plain
     assert harmless("<tool_call>{}</tool_call> <|im_end|>", _QWEN) == "‹tool_call>{}‹/tool_call> <¦im_end¦>"
     assert harmless("a <image> b", _QWEN) == "a ‹image> b"
+    assert harmless("ababab", ("aba", "bab")) == "a·b·a·b·ab" or "bab" not in harmless("ababab", ("aba", "bab"))
 
 
 def test_harmless_is_quick_on_long_text():
