@@ -224,7 +224,7 @@ def _faults() -> Iterator[Case]:
         "redirect:": ("refused_address",),
         "delay:3": ("timeout",),
         "gzip:1": ("not_an_image",),
-        "gzip:200": ("too_large",),
+        "gzip:64": ("too_large",),
         "encoded:br": ("bad_response",),
         "encoded:gzip": ("bad_response",),
         "encoded:identity": ("not_an_image",),
@@ -239,7 +239,7 @@ def _faults() -> Iterator[Case]:
         **{f"status:{code}": ("server_error",) for code in (500, 502, 503, 599)},
     }.items():
         yield Case(f"download {fault}", _pictures("{web}/img/0.png?fault=" + _escaped(fault)), True, expect=kinds)
-    for fault in ("loris", "hangup", "announced", "gzip:200", "encoded:br", "redirect:http://127.0.0.1/", "status:404"):
+    for fault in ("loris", "hangup", "announced", "gzip:64", "encoded:br", "redirect:http://127.0.0.1/", "status:404"):
         yield Case(f"search {fault}", picture=f"fault {fault}")
         yield Case(f"image search {fault}", picture=f"fault {fault}", images=True)
     yield Case("search endless", picture="fault endless:application/json")
