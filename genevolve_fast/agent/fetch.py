@@ -141,11 +141,13 @@ class PerLoop(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._values: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, T] = weakref.WeakKeyDictionary()
+        self._values: dict[asyncio.AbstractEventLoop, T] = {}
 
     def __call__(self) -> T:
         loop = asyncio.get_running_loop()
         if loop not in self._values:
+            for ended in [other for other in self._values if other.is_closed()]:
+                del self._values[ended]  # and with it the sockets of its connections
             self._values[loop] = self._make()
         return self._values[loop]
 

@@ -296,7 +296,8 @@ def _login(url: httpx.URL) -> dict[str, str]:
 def _transport(backend: SearchBackend, connections: int) -> httpx.AsyncHTTPTransport:
     """HTTP/2 where offered, through the proxy of the environment: the service is the operator's own choice."""
     url = httpx.URL(backend.ask("text", "", 1).url)
-    proxy = None if proxy_bypass(url.host) else getproxies().get(url.scheme)
+    proxies = {} if proxy_bypass(url.host) else getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
     limits = httpx.Limits(max_connections=connections, keepalive_expiry=15.0)
     return httpx.AsyncHTTPTransport(verify=ssl_context(), http2=True, limits=limits, proxy=proxy)
 
