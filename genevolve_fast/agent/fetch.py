@@ -124,11 +124,12 @@ def ssl_context() -> ssl.SSLContext:
 class GuardedTransport(httpx.AsyncHTTPTransport):
     """An httpx transport over GuardedBackend; proxies of the environment are not used, they would bypass it."""
 
-    def __init__(self, allow_hosts: Collection[str] = (), max_connections: int = 64) -> None:
+    def __init__(self, allow_hosts: Collection[str] = ()) -> None:
         super().__init__(verify=ssl_context(), http2=True)
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context(),
-            max_connections=max_connections,
+            max_connections=None,  # downloads_per_host bounds them
+            max_keepalive_connections=16,  # the pool's cost a request is idle connections × all connections
             keepalive_expiry=15.0,
             http2=True,
             network_backend=GuardedBackend(allow_hosts),

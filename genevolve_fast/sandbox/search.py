@@ -67,7 +67,7 @@ def _words(text: str) -> list[str]:
 def _text_argument(arguments: Mapping[str, Any], name: str) -> str:
     value = arguments.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise ToolError(f"`{name}` must be a non-empty string")
+        raise ToolError(f"`{name}` must be a non-empty string", kind="bad_arguments")
     return value.strip()
 
 
@@ -89,7 +89,7 @@ class SandboxSearch:
         queries = arguments.get("queries")
         queries = [queries] if isinstance(queries, str) else queries
         if not isinstance(queries, list) or not queries or not all(isinstance(q, str) and q.strip() for q in queries):
-            raise ToolError("`queries` must be a non-empty array of strings")
+            raise ToolError("`queries` must be a non-empty array of strings", kind="bad_arguments")
         return Observation("\n".join(self._block(q.strip()) for q in queries[:4]))
 
     def _block(self, query: str) -> str:
@@ -136,5 +136,7 @@ class SandboxKnowledge:
         """The skill's guidance. Raises ToolError for an unknown skill."""
         skill = _text_argument(arguments, "skill_name")
         if skill not in SKILL_GUIDANCE:
-            raise ToolError(f"unknown skill {skill[:40]!r}; the skills are {', '.join(SKILL_GUIDANCE)}")
+            raise ToolError(
+                f"unknown skill {skill[:40]!r}; the skills are {', '.join(SKILL_GUIDANCE)}", kind="bad_arguments"
+            )
         return Observation(f"{skill}: {SKILL_GUIDANCE[skill]}")

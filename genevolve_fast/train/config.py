@@ -254,6 +254,8 @@ class EvolveConfig(_Section):
             raise ValueError("rollout.max_rounds 1 leaves no turn for rollout.max_tool_calls > 0")
         if self.policy.path == "sandbox:new":
             raise ValueError("policy.path 'sandbox:new' is random: run `genevolve-fast sft` first")
+        if self.tools.kind != "sandbox" and self.tools.timeout_s > r.tool_timeout_s:
+            raise ValueError("tools.timeout_s exceeds rollout.tool_timeout_s: the session would stop waiting first")
         for name in ("server", "vllm"):
             if getattr(r, name).merge_lora and not self.policy.lora.rank:
                 raise ValueError(f"rollout.{name}.merge_lora without policy.lora.rank: there is no adapter to merge")
