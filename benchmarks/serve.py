@@ -136,11 +136,11 @@ def latency(args: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sessions", type=int, default=384, help="of each run (default: %(default)s)")
+    p.add_argument("--sessions", type=int, default=256, help="of each run (default: %(default)s)")
     p.add_argument("--concurrent", type=int, default=64, help="sessions running at any time (default: %(default)s)")
     p.add_argument("--max-batch", type=int, default=64, help="rows the engine decodes together (default: %(default)s)")
     p.add_argument("--tool-ms", type=float, default=200.0, help="how late tools answer (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=5, help="pairs of runs, taking turns (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=9, help="pairs of runs, taking turns (default: %(default)s)")
     p.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no-record", dest="record", action="store_false", help="print only")

@@ -11,6 +11,7 @@ from rollouts import recomputed_logps
 
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
+from genevolve_fast.rollout import transformers_engine
 from genevolve_fast.rollout.rows import Forwards
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
@@ -239,6 +240,25 @@ def test_at_most_max_batch_rows_are_in_flight(policy, monkeypatch):
 
     asyncio.run(main())
     assert max(seen) == 3
+
+
+def test_newcomers_are_computed_in_portions(policy, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "_PREFILL_TOKENS", 50)
+    seen, prefill = [], Forwards.prefill
+
+    def counted(self, rows, new, cache):
+        seen.append([len(fresh.ids) for fresh in new])
+        return prefill(self, rows, new, cache)
+
+    monkeypatch.setattr(Forwards, "prefill", counted)
+
+    async def main():
+        engine = continuous(policy)
+        lengths = (60, 10, 20, 20, 12)
+        await asyncio.gather(*(ask(engine, f"s{i}", PROMPT[:n], SHORT, i) for i, n in enumerate(lengths)))
+
+    asyncio.run(main())
+    assert seen == [[60], [10, 20], [20, 12]]
 
 
 def test_cancelled_closed_and_aborted_calls_leave_the_batch(policy):

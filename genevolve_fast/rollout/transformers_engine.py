@@ -23,6 +23,7 @@ from genevolve_fast.rollout.rows import GROW_BY, Call, Forwards, Fresh, Row, Ses
 from genevolve_fast.rollout.sampling import sample
 
 _COMPACT_BELOW = 0.6  # drop finished rows from the batch once fewer than this share are still sampling
+_PREFILL_TOKENS = 16_384  # of newcomers between two decode steps, padding included; a longer one enters alone
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -289,12 +290,21 @@ class TransformersEngine:
 
     def _admitted(self) -> dict[str | None, list[Call]]:
         """Calls that find a place, by adapter; every adapter in flight is there. Needs the lock."""
-        free = self.max_batch - len(self._flights)
+        free = min(self.max_batch - len(self._flights), self._prefilled_at_once())
         self._entering, self._waiting = self._waiting[:free], self._waiting[free:]
         by_adapter: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
         for call in self._entering:
             by_adapter.setdefault(self._sessions[call.session_id].adapter, []).append(call)
         return by_adapter
+
+    def _prefilled_at_once(self) -> int:
+        """How many of the calls that waited longest one forward computes, so that rows in flight wait for no longer."""
+        width = 0
+        for i, call in enumerate(self._waiting):
+            width = max(width, len(call.ids) - len(self._sessions[call.session_id].ids))
+            if i and (i + 1) * width > _PREFILL_TOKENS:
+                return i
+        return len(self._waiting)
 
     def _advance(self, adapter: str | None, stale: bool) -> None:
         if adapter in self._flights.adapters:
