@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from genevolve_fast.batch.groups import TrainingRollout, bundles
-from genevolve_fast.cli import config_path, open_policy, open_sandbox
+from genevolve_fast.cli import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.model import Policy
@@ -231,7 +231,7 @@ def main() -> None:
         overrides += ["policy.dtype=bfloat16", *(f"rollout.{limit}" for limit in limits)]
     overrides += ["rollout.deterministic=false", f"rollout.num_generations={args.generations}"]
     config = load_config(EvolveConfig, config_path("demo"), overrides)
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     requests = {r.id: r for r in sandbox.requests("train", args.requests, seed=1)}
     policy, colocated, serving = rehearsed(config) if args.dry_run else with_vllm(config, args)
     bench = Bench(config, policy, world, requests, colocated, serving)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from genevolve_fast import event_loop
-from genevolve_fast.cli import config_path, open_policy, open_sandbox
+from genevolve_fast.cli import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device, record
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import EngineError, Sampling
@@ -69,7 +69,7 @@ def measure(mode: str, steps: int, url: str, folder: Path) -> Counts:
     """Train `steps` steps with a server that samples; mode: weights, merged or adapter."""
     adapter = [] if mode == "weights" else ["policy.lora.rank=4", "optim.lr=0.01"]
     config = load_config(EvolveConfig, config_path("demo"), [*SMALL, *adapter])
-    sandbox, world = open_sandbox(config.world)
+    sandbox, world = open_world(config)
     policy = open_policy(config.policy).eval()
     prepare(policy, config.policy, config.seed)
     optimizer = build_optimizer(policy, config.optim, steps)

@@ -14,6 +14,7 @@ import torch
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.profile.plan import Settings
 from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
+from genevolve_fast.rollout.exchange import check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.train.config import ConfigError, EvolveConfig, RolloutConfig, parse_config
@@ -156,3 +157,74 @@ def test_a_server_with_masks_is_given_the_bound_that_it_wants(client):
     assert eight(engine).ids == eight(engine).ids == [7] * 8
     assert [a.get("top_k") for a in asked] == [None, 1024, 1024]
     assert engine.incidents.take() == {}
+
+
+# --- what goes out and what may come back -----------------------------------------------------------------------------
+
+TURN = Sampling(temperature=1.0, top_p=0.9, max_tokens=3, stop_ids=(2,))
+
+
+def with_images(policy, pictures, spare: int = 0) -> list[int]:
+    codec = policy.codec
+    ids = [8]
+    for pixels in pictures:
+        count = codec.image_tokens(codec.image_grid(pixels)) + spare
+        ids += [*codec.encode("<|vision_start|>"), *[codec.image_pad_id] * count, *codec.encode("<|vision_end|>")]
+    return [*ids, 9]
+
+
+def test_each_image_goes_out_as_one_placeholder(policy, pictures):
+    pad = policy.codec.image_pad_id
+    sent = collapsed(with_images(policy, pictures[:3]), pictures[:3], policy.codec)
+    assert sent.count(pad) == 3 and sent[0] == 8 and sent[-1] == 9
+    assert collapsed([8, 9], [], policy.codec) == [8, 9]
+    for ids, images, message in (
+        (with_images(policy, pictures[:1]), pictures[:2], "2 images, but the ids hold placeholders for 1"),
+        (with_images(policy, pictures[:2]), pictures[:1], "more placeholders than the 1 images need"),
+        (with_images(policy, pictures[:1], -1), pictures[:1], "image 0 of grid .* needs"),
+    ):
+        with pytest.raises(EngineError, match=message) as refused:
+            collapsed(ids, images, policy.codec)
+        assert refused.value.kind == "bad_arguments"
+
+
+def test_the_prompt_that_was_read_is_the_one_that_was_meant(policy, pictures):
+    ids = with_images(policy, pictures[:2])
+    check_prompt(ids, tuple(ids), pictures[:2], policy.codec)
+    pad = policy.codec.image_pad_id
+    second = len(ids) - 1 - ids[::-1].index(pad)
+    for read, message in (
+        (None, "ignores return_token_ids"),
+        ([*ids[:second], pad, *ids[second:]], r"image 1 of .*tokens, but \d+ tokens in the engine"),
+        ([7, *ids[1:]], "they differ at 0"),
+        (ids[:-1], f"read {len(ids) - 1} prompt ids instead of {len(ids)}"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            check_prompt(ids, read, pictures[:2], policy.codec)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logps", "finish", "message"),
+    [
+        ([7, 2], [-0.1, -0.2], "stop", None),
+        ([7, 8, 9], [-0.1, 1e-6, -0.2], "length", None),
+        ([], [], "stop", "0 sampled ids"),
+        ([7, 8], [-0.1], "length", "2 sampled ids with 1 log-probs"),
+        ([7, 8, 9, 7], [-0.1] * 4, "length", "max_tokens is 3"),
+        (["pad", 2], [-0.1, -0.1], "stop", "image placeholder"),
+        ([7, 2], [-0.1, -0.2], "abort", "ended by 'abort'"),
+        ([7, 8], [-0.1, -0.2], "stop", "stopped by 8, which is none of"),
+        ([7, 2], [-0.1, -9999.0], "stop", "could not compute"),
+        ([7, 2], [-0.1, float("nan")], "stop", "could not compute"),
+        ([7, 2], [-0.1, 0.5], "stop", "could not compute"),
+    ],
+)
+def test_an_answer_is_what_was_asked_for_or_an_error(policy, ids, logps, finish, message):
+    ids = [policy.codec.image_pad_id if token == "pad" else token for token in ids]
+    if message is None:
+        made = checked_generation(ids, logps, finish, None, TURN, policy.codec)
+        assert (made.ids, made.finish_reason) == (ids, finish) and max(made.logps) <= 0
+        return
+    with pytest.raises(EngineError, match=message) as refused:
+        checked_generation(ids, logps, finish, None, TURN, policy.codec)
+    assert refused.value.kind == "bad_response"

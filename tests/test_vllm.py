@@ -179,6 +179,15 @@ def test_a_parameter_that_arrives_wrong_is_named(opened):
     assert engine.mismatches == 1
 
 
+def test_an_answer_of_other_weights_is_not_taken(opened):
+    policy, engine = opened()
+    engine.update_weights(4)
+    AsyncLLM.made.version = "another run's"
+    with pytest.raises(EngineError, match="another run's") as refused:
+        ask(engine, policy)
+    assert refused.value.kind == "stale_weights" and engine.incidents.take() == {"engine/stale_weights": 1}
+
+
 def test_verification_can_be_rarer_or_off(opened):
     for every, expected_checks in ((0, 0), (2, 1)):
         _, engine = opened(verify_every=every)
