@@ -77,7 +77,7 @@ def evolve_through(
     folder = runs / NAME
     runs.mkdir(parents=True, exist_ok=True)
     with (
-        LoopbackEngine() as engine,
+        LoopbackEngine("--return-sampling-mask") as engine,
         LoopbackWeb() as images,
         LoopbackWeb(image_host=images.url) as search,
     ):
