@@ -389,6 +389,14 @@ def test_pause_modes(ask, in_background):
     assert not queued.done() and busy(ask)
     ask.post("/resume")
     assert still.result(20)[0] == answer(ask, PROMPT, params=params)[0] and len(queued.result(20)[0]) == 8
+    ask.post("/pause?mode=keep").raise_for_status()
+    never = in_background(answer, ask, PROMPT)
+    time.sleep(0.1)
+    ask.post("/pause?mode=abort").raise_for_status()
+    assert never.result(10)[2]["choices"][0] | {"weight_versions": None} == {
+        **dict.fromkeys(("stop_reason", "routed_experts", "sampling_mask", "weight_versions")),
+        **{"index": 0, "token_ids": [], "logprobs": {"content": []}, "finish_reason": "abort"},
+    }
     assert ask.post("/pause?mode=later").status_code == 400
 
 

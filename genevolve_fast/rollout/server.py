@@ -447,10 +447,9 @@ def _stop_reason(made: SampledTurn, eos: Sequence[int], ignore_eos: bool) -> int
 
 def _spans(made: SampledTurn) -> list[dict[str, Any]]:
     """Which weights sampled which tokens, as {"version", "start", "end"}."""
-    ends = [start for _, start in made.versions[1:]] + [len(made.ids)]
-    return [
-        {"version": str(v), "start": start, "end": end} for (v, start), end in zip(made.versions, ends, strict=True)
-    ]
+    bounds = [start for _, start in made.versions] + [len(made.ids)]
+    versions = [str(version) for version, _ in made.versions]
+    return [{"version": v, "start": a, "end": b} for v, a, b in zip(versions, bounds, bounds[1:], strict=False)]
 
 
 def _token_logprobs(made: SampledTurn) -> list[dict[str, Any]]:
