@@ -13,6 +13,7 @@ _PUBLIC = {
     "Program": "genevolve_fast.trajectory",
     "Request": "genevolve_fast.trajectory",
     "Objective": "genevolve_fast.ops",
+    "SamplingMask": "genevolve_fast.ops",
     "linear_logprob": "genevolve_fast.ops",
     "linear_grpo_sdl": "genevolve_fast.ops",
     "grpo_sdl": "genevolve_fast.ops",

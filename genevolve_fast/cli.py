@@ -204,8 +204,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
     p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
     p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
-    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens (default: %(default)s)")
-    p.add_argument("--max-response-length", type=int, default=30000, help="tokens (default: %(default)s)")
+    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (6144)")
+    p.add_argument("--max-response-length", type=int, default=30000, help="tokens after the request (30000)")
     p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
     p.add_argument(
@@ -558,11 +558,13 @@ def run_rollout(args: argparse.Namespace) -> int:
     from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
     from genevolve_fast.incidents import Incidents
 
-    samples = read_samples(args.input) if args.input else [sample_of(0, {"id": "single", "prompt": args.prompt}, "")]
+    one = {"id": "single", "prompt": args.prompt}
+    samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
+    args.output_dir = args.output_dir.resolve()
     incidents = Incidents()
     with closing(Journal(args.output_dir, samples, rollout_settings(args), args.fresh)) as journal:
         try:
-            runner = open_runner(args, incidents)
+            opening = open_runner(args, incidents)
         except ValueError as error:  # the tools' and the agent's, which name what is missing
             raise BatchError(str(error)) from None
         if journal.adopted:
@@ -574,7 +576,11 @@ def run_rollout(args: argparse.Namespace) -> int:
                 bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
                 bar.update(ends.total() - bar.n)
 
-            batch = asyncio.run(run_batch(samples, journal, runner, parallel=args.parallel, progress=progress))
+            async def whole():
+                async with opening as runner:
+                    return await run_batch(samples, journal, runner, parallel=args.parallel, progress=progress)
+
+            batch = asyncio.run(whole())
     if attempts := incidents.take():
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
     print(f"{batch.line()}, {args.output_dir / RESULTS}")
@@ -605,7 +611,6 @@ def rollout_settings(args: argparse.Namespace) -> dict:
             raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
     if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
         raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
-    args.output_dir = args.output_dir.resolve()
     who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
     return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
 
@@ -615,7 +620,7 @@ def rollout_model(args: argparse.Namespace) -> str:
 
 
 def open_runner(args: argparse.Namespace, incidents):
-    """What answers a row: an agent over a chat server, or a policy in this process."""
+    """What answers rows, opened by `async with`: an agent over a chat server, or a policy in this process."""
     from genevolve_fast.agent.batch import chat_runner, policy_runner
     from genevolve_fast.agent.inference import Agent, session_settings
     from genevolve_fast.agent.prompts import system_prompt
@@ -664,6 +669,7 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
         tools = SandboxWorld().tools()
         return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
     import yaml
+    from pydantic import ValidationError
 
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
 
@@ -675,7 +681,11 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
         if not equals:
             raise ValueError("--tool-set takes FIELD=VALUE")
         fields[name] = yaml.safe_load(value)
-    return open_tools(ToolsConfig(**fields), incidents), None
+    try:
+        return open_tools(ToolsConfig(**fields), incidents), None
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, e['loc'])) or 'tools'}: {e['msg']}" for e in error.errors())
+        raise ValueError("; ".join(wrong)) from None
 
 
 def run_render(args: argparse.Namespace) -> int:

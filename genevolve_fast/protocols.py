@@ -50,21 +50,29 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a turn is sampled. temperature 0 is greedy; log-probs are reported after temperature and top-p."""
+    """How a turn is sampled. temperature 0 is greedy; log-probs are reported after temperature and top-p.
+
+    sampling_mask asks for the ids that top-p kept at every token; an engine that cannot tell them returns none.
+    """
 
     temperature: float = 0.7
     top_p: float = 0.95
     max_tokens: int = 4096
     stop_ids: tuple[int, ...] = ()
+    sampling_mask: bool = False
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Sampled ids (a stop id, when one ended the turn, is the last of them) and their log-probs in nats."""
+    """Sampled ids (a stop id, when one ended the turn, is the last of them) and their log-probs in nats.
+
+    sampling_mask: for each of them the ids that could have been sampled, itself among them; None: not returned.
+    """
 
     ids: list[int]
     logps: list[float]
     finish_reason: str = "stop"  # "stop" | "length"
+    sampling_mask: list[list[int]] | None = None
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -189,12 +189,18 @@ class Incident:
     round: int
 
 
+def _no_ids() -> np.ndarray:
+    return np.zeros(0, dtype=np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One rollout.
 
     ids [T] int64, loss_mask [T] bool (true exactly on sampled ids), rollout_logps [T] float32 in nats as the
-    engine reported them after temperature and top-p (0 off the mask). `request_stop` is the index just after the
+    engine reported them after temperature and top-p (0 off the mask). Where the engine told which ids it sampled from:
+    mask_counts [loss tokens] int32, how many for each (0: the whole vocabulary), and mask_ids int32, these ids one loss
+    token after the other; both empty where it told none. `request_stop` is the index just after the
     request's last token, before its turn closes: the teacher's experience is spliced there.
     """
 
@@ -217,6 +223,8 @@ class Trajectory:
     rounds: int = 0
     seed: int = 0
     policy_step: int = 0
+    mask_ids: np.ndarray = field(default_factory=_no_ids)
+    mask_counts: np.ndarray = field(default_factory=_no_ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -237,6 +245,11 @@ class Trajectory:
             if turn.decision:
                 mask[slice(*turn.decision)] = True
         return mask & self.loss_mask
+
+    @property
+    def masked_tokens(self) -> int:
+        """Loss tokens whose sampling mask is known."""
+        return int((self.mask_counts > 0).sum())
 
     def replace(self, **changes: Any) -> Trajectory:
         return dataclasses.replace(self, **changes)
@@ -260,6 +273,7 @@ class Trajectory:
         check(bool(np.isfinite(self.rollout_logps).all()), "rollout_logps contain NaN or inf")
         check(bool((self.rollout_logps <= 0).all()), "rollout_logps contain a positive log-probability")
         check(not self.rollout_logps[~self.loss_mask].any(), "rollout_logps are non-zero off the loss mask")
+        self._check_sampling_mask(check)
         check(0 < self.request_stop <= n, f"request_stop {self.request_stop} is outside 1..{n}")
         check(not self.loss_mask[: self.request_stop].any(), "the loss mask is true inside the request")
         position = 0
@@ -287,6 +301,22 @@ class Trajectory:
             last = image.stop
         return self
 
+    def _check_sampling_mask(self, check: Callable[[bool, str], None]) -> None:
+        ids, counts = self.mask_ids, self.mask_counts
+        check(ids.ndim == 1 and ids.dtype == np.int32, "mask_ids must be a 1-D int32 array")
+        check(counts.ndim == 1 and counts.dtype == np.int32, "mask_counts must be a 1-D int32 array")
+        check(len(counts) in (0, self.num_loss_tokens), f"mask_counts must have {self.num_loss_tokens} numbers or none")
+        check(bool((counts >= 0).all()), "mask_counts contain a negative number")
+        check(int(counts.sum()) == len(ids), f"mask_counts sum to {int(counts.sum())}, mask_ids hold {len(ids)}")
+        check(bool((ids >= 0).all()), "mask_ids contain a negative id")
+        if not len(counts):
+            return
+        token = np.repeat(np.arange(len(counts)), counts)
+        sampled = self.ids[self.loss_mask]
+        found = np.bincount(token[ids == sampled[token]], minlength=len(counts)) > 0
+        lacking = np.flatnonzero((counts > 0) & ~found)
+        check(not len(lacking), f"the sampling mask of loss token {lacking[:1]} lacks the id that was sampled")
+
 
 def image_hash(pixels: np.ndarray) -> str:
     """SHA-256 of shape and pixels of a uint8 [height, width, 3] image."""
@@ -299,7 +329,7 @@ def image_hash(pixels: np.ndarray) -> str:
 
 def _to_json(t: Trajectory) -> dict[str, Any]:
     out = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
-    for name in ("ids", "loss_mask", "rollout_logps"):
+    for name in ("ids", "loss_mask", "rollout_logps", "mask_ids", "mask_counts"):
         del out[name]
     out["outcome"] = None if t.outcome is None else {"type": type(t.outcome).__name__} | dataclasses.asdict(t.outcome)
     for name in ("turns", "images", "messages", "diagnostics", "incidents"):
@@ -348,6 +378,9 @@ def save(path: str | Path, trajectories: Sequence[Trajectory], images: Mapping[s
         "ids": joined("ids", np.int64),
         "loss_mask": joined("loss_mask", np.uint8),
         "rollout_logps": joined("rollout_logps", np.float32),
+        "mask_lengths": np.array([len(t.mask_counts) for t in trajectories], dtype=np.int64),
+        "mask_counts": joined("mask_counts", np.int32),
+        "mask_ids": joined("mask_ids", np.int32),
     }
     for sha, pixels in (images or {}).items():
         tensors[f"image.{sha}"] = np.ascontiguousarray(pixels)
@@ -373,13 +406,15 @@ def load(path: str | Path) -> tuple[list[Trajectory], dict[str, np.ndarray]]:
     if meta["version"] != FORMAT_VERSION:
         raise InvariantError(f"{path} has format version {meta['version']}; this release reads {FORMAT_VERSION}")
     ends = np.cumsum(tensors["lengths"])
+    masks = _masks(tensors, len(ends))
     trajectories = []
-    for row, stop, length in zip(meta["trajectories"], ends, tensors["lengths"], strict=True):
+    for row, stop, length, mask in zip(meta["trajectories"], ends, tensors["lengths"], masks, strict=True):
         part = slice(int(stop - length), int(stop))
         arrays = {
             "ids": tensors["ids"][part],
             "loss_mask": tensors["loss_mask"][part].astype(bool),
             "rollout_logps": tensors["rollout_logps"][part],
+            **mask,
         }
         trajectories.append(_from_json(row, arrays).validate())
     images = {k.removeprefix("image."): v for k, v in tensors.items() if k.startswith("image.")}
@@ -387,3 +422,12 @@ def load(path: str | Path) -> tuple[list[Trajectory], dict[str, np.ndarray]]:
         if image_hash(pixels) != sha:
             raise InvariantError(f"{path}: the pixels stored as {sha} have another hash")
     return trajectories, images
+
+
+def _masks(tensors: Mapping[str, np.ndarray], trajectories: int) -> list[dict[str, np.ndarray]]:
+    """mask_counts and mask_ids of each trajectory; files of older releases have none."""
+    if "mask_lengths" not in tensors:
+        return [{}] * trajectories
+    counts = np.split(tensors["mask_counts"], np.cumsum(tensors["mask_lengths"])[:-1])
+    ids = np.split(tensors["mask_ids"], np.cumsum([c.sum() for c in counts], dtype=np.int64)[:-1])
+    return [{"mask_counts": c, "mask_ids": i} for c, i in zip(counts[:trajectories], ids, strict=False)]

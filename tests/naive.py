@@ -14,8 +14,18 @@ from genevolve_fast.ops import Objective
 from genevolve_fast.policy.model import Policy
 
 
-def sequence_logps(policy: Policy, ids: Sequence[int], images: Sequence[np.ndarray], at: Sequence[int], temperature):
-    """Log-probs of ids[i] for i in `at`, from the full logits of transformers' forward."""
+def sequence_logps(
+    policy: Policy,
+    ids: Sequence[int],
+    images: Sequence[np.ndarray],
+    at: Sequence[int],
+    temperature: float,
+    sampled_from: Sequence[Sequence[int]] | None = None,
+):
+    """Log-probs of ids[i] for i in `at`, from the full logits of transformers' forward.
+
+    sampled_from: for each of them the ids it was sampled from, none for the whole vocabulary.
+    """
     tokens = torch.tensor([list(ids)])
     dtype = policy.head_weight.dtype
     extra = {}
@@ -26,9 +36,24 @@ def sequence_logps(policy: Policy, ids: Sequence[int], images: Sequence[np.ndarr
         extra |= {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": torch.tensor(grids)}
     with policy.own_attention():
         out = policy.model(input_ids=tokens, use_cache=False, **extra)
-    logps = (out.logits[0] / temperature).log_softmax(-1)
+    logits = out.logits[0] / temperature
+    if sampled_from is not None:
+        parts = []
+        for i, ids in zip(at, sampled_from, strict=True):
+            z, y = logits[i - 1], tokens[0, i]
+            parts.append(z[y] - torch.logsumexp(z[list(ids)] if len(ids) else z, 0))
+        return torch.stack(parts)
+    logps = logits.log_softmax(-1)
     at = torch.tensor(list(at))
     return logps[at - 1, tokens[0, at]]
+
+
+def sets_of(t) -> list[list[int]] | None:
+    """The ids that each loss token of a trajectory was sampled from."""
+    if not len(t.mask_counts):
+        return None
+    left = iter(t.mask_ids.tolist())
+    return [[next(left) for _ in range(n)] for n in t.mask_counts.tolist()]
 
 
 def top_gaps(gaps: Sequence[float], permille: int) -> set[int]:
@@ -49,7 +74,7 @@ def naive_loss(
         t = r.trajectory
         at = np.flatnonzero(t.loss_mask).tolist()
         pixels = [images[record.sha256] for record in t.images]
-        logps = sequence_logps(policy, t.ids.tolist(), pixels, at, temperature)
+        logps = sequence_logps(policy, t.ids.tolist(), pixels, at, temperature, sets_of(t))
         ratio = torch.exp(logps - logps.detach())
         low, high = 1 - o.clip_ratio_low, 1 + o.clip_ratio_high
         total = total - torch.minimum(ratio * r.advantage, ratio.clamp(low, high) * r.advantage).sum()
@@ -58,7 +83,7 @@ def naive_loss(
         cut, patch = t.request_stop, list(r.experience_ids)
         with torch.no_grad():
             ids = [*t.ids[:cut].tolist(), *patch, *t.ids[cut:].tolist()]
-            teacher = sequence_logps(policy, ids, pixels, [i + len(patch) for i in at], temperature)
+            teacher = sequence_logps(policy, ids, pixels, [i + len(patch) for i in at], temperature, sets_of(t))
         allowed = [k for k, i in enumerate(at) if o.sdl_scope == "all" or t.decision_mask[i]]
         gaps = (logps.detach() - teacher).abs()
         for k in {allowed[j] for j in top_gaps([float(gaps[k]) for k in allowed], o.sdl_permille)}:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from rollouts import recomputed_logps
 
+from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
+from genevolve_fast.rollout.rows import Forwards
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
+from genevolve_fast.sandbox.tiny_policy import start_path
 
 PROMPT = np.random.default_rng(5).integers(40, 300, 60).tolist()
 
@@ -137,11 +140,194 @@ def test_errors_reach_the_caller_and_the_engine_lives_on(policy):
 def test_sampling_follows_the_truncated_distribution():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))[None].repeat(20000, 1)
     uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ids, logps = sample(logits, 1.0, 0.9, uniforms)
+    ids, logps, _ = sample(logits, 1.0, 0.9, uniforms)
     share = torch.bincount(ids, minlength=4) / 20000
     want = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
     assert (share - want).abs().max() < 0.015 and share[3] == 0
     assert torch.allclose(logps, want.log()[ids], atol=1e-5)
     assert sample(logits[:1], 0.0, 1.0, uniforms[:1])[0].item() == 0
-    tiny, _ = sample(logits[:1], 1.0, 1e-6, torch.tensor([0.999999], dtype=torch.float64))
-    assert tiny.item() == 0
+    tiny = sample(logits[:1], 1.0, 1e-6, torch.tensor([0.999999], dtype=torch.float64))
+    assert tiny.ids.item() == 0
+
+
+# --- continuous batching ----------------------------------------------------------------------------------------------
+
+
+def continuous(policy, **settings):
+    return TransformersEngine(policy, deterministic=False, **settings)
+
+
+def ask(engine, session_id, ids, sampling, seed=0, images=()):
+    engine.open(session_id)
+    return asyncio.create_task(engine.generate(session_id, ids, images, sampling, seed))
+
+
+async def until(condition):
+    for _ in range(20_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not come to that")
+
+
+async def flying(engine, rows):
+    await until(lambda: len(engine._flights) == rows)
+
+
+LONG = Sampling(temperature=1.0, top_p=1.0, max_tokens=200)
+SHORT = Sampling(temperature=1.0, top_p=1.0, max_tokens=5)
+
+
+def test_rows_enter_and_leave_between_steps(policy):
+    async def main():
+        engine, order = continuous(policy), []
+        slow = ask(engine, "long", PROMPT[:20], LONG)
+        slow.add_done_callback(lambda _: order.append("long"))
+        for i in range(3):
+            await flying(engine, 1)
+            out = await ask(engine, f"short{i}", PROMPT[: 10 + i], SHORT, i)
+            assert len(out.ids) == 5
+            order.append(i)
+        await slow
+        return order
+
+    assert asyncio.run(main()) == [0, 1, 2, "long"]
+
+
+def test_tokens_do_not_depend_on_who_comes_and_goes(pictures):
+    policy = Policy.from_pretrained(start_path()).eval()  # random weights would draw between near-ties
+    image = [policy.codec.image_pad_id] * policy.codec.image_tokens(policy.codec.image_grid(pictures[0]))
+    nucleus = Sampling(temperature=0.7, top_p=0.95, max_tokens=40)
+
+    async def talk(engine, name, seed, delay):
+        """Three turns, the second with a picture."""
+        ids, images, said = PROMPT[: 12 + seed], [], []
+        engine.open(name)
+        for turn_ in range(3):
+            await asyncio.sleep(delay * turn_)
+            ids, images = ([*ids, *image], [pictures[0]]) if turn_ == 1 else (ids, images)
+            out = await engine.generate(name, ids, images, nucleus, 10 * seed + turn_)
+            ids = [*ids, *out.ids, 50]
+            said.append(out)
+        engine.close(name)
+        return said
+
+    async def crowd():
+        engine = continuous(policy, max_batch=4)
+        return await asyncio.gather(*(talk(engine, f"s{i}", i, 0.003 * (i % 3)) for i in range(7)))
+
+    async def alone(i):
+        return await talk(continuous(policy), f"s{i}", i, 0)
+
+    together = asyncio.run(crowd())
+    for i in (0, 3, 6):
+        for one, same in zip(asyncio.run(alone(i)), together[i], strict=True):
+            assert one.ids == same.ids
+            assert np.allclose(one.logps, same.logps, atol=2e-5)
+
+
+def test_at_most_max_batch_rows_are_in_flight(policy, monkeypatch):
+    seen, decode = [], Forwards.decode
+    monkeypatch.setattr(
+        Forwards, "decode", lambda self, rows, cache: seen.append(len(rows)) or decode(self, rows, cache)
+    )
+
+    async def main():
+        engine = continuous(policy, max_batch=3)
+        out = await asyncio.gather(*(ask(engine, f"s{i}", PROMPT[: 9 + i], SHORT, i) for i in range(8)))
+        assert engine.sampled_tokens == sum(len(o.ids) for o in out) == 40
+
+    asyncio.run(main())
+    assert max(seen) == 3
+
+
+def test_cancelled_closed_and_aborted_calls_leave_the_batch(policy):
+    async def main():
+        engine = continuous(policy)
+        gone, closed, cut = (ask(engine, name, PROMPT[:20], LONG) for name in ("gone", "closed", "cut"))
+        await flying(engine, 3)
+        gone.cancel()
+        engine.close("closed")
+        assert engine.abort(["cut"]) == 1
+        out = await cut
+        assert out.finish_reason == "abort" and 1 <= len(out.ids) < 200
+        with pytest.raises(EngineError, match="was closed"):
+            await closed
+        assert len((await ask(engine, "after", PROMPT[:20], SHORT)).ids) == 5
+        await flying(engine, 0)
+        assert gone.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_row_that_cannot_be_computed_fails_alone(policy):
+    async def main():
+        engine = continuous(policy)
+        fine = ask(engine, "fine", PROMPT[:20], SHORT)
+        no_image = ask(engine, "no image", [50, policy.codec.image_pad_id, 51], SHORT)
+        no_id = ask(engine, "no id", [50, 10**9], SHORT)
+        with pytest.raises(EngineError, match="placeholder"):
+            await no_image
+        with pytest.raises(EngineError, match="ids must be"):
+            await no_id
+        assert len((await fine).ids) == 5
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_error_of_the_batch_fails_its_calls_and_the_session_recovers(policy, monkeypatch, deterministic):
+    async def main():
+        engine = TransformersEngine(policy, deterministic=deterministic)
+        first = await ask(engine, "s", PROMPT[:20], SHORT, 1)
+        ids = [*PROMPT[:20], *first.ids, 60]
+        with monkeypatch.context() as broken:
+            broken.setattr(Forwards, "decode", lambda *_: 1 / 0)
+            with pytest.raises(EngineError, match="ZeroDivisionError"):
+                await ask(engine, "s", ids, SHORT, 2)
+        return ids, await ask(engine, "s", ids, SHORT, 2)
+
+    ids, out = asyncio.run(main())
+    fresh = turn(TransformersEngine(policy), {"s": (ids, [], SHORT, 2)})["s"]
+    assert out.ids == fresh.ids and np.allclose(out.logps, fresh.logps, atol=5e-6)
+
+
+def test_rows_in_flight_go_on_with_new_weights(policy):
+    start = PROMPT[:20]
+
+    async def main():
+        engine = continuous(policy)
+        slow = ask(engine, "s", start, LONG, 3)
+        await flying(engine, 1)
+        await asyncio.sleep(0.05)
+
+        def change():
+            with torch.no_grad():
+                for p in policy.model.model.language_model.layers.parameters():
+                    p.mul_(1.3)
+            engine.update_weights(7)
+
+        await engine.exclusively(change)
+        return await slow
+
+    out = asyncio.run(main())
+    (old, zero), (new, at) = out.versions
+    assert (old, zero, new) == (0, 0, 7) and 0 < at < 200
+    want = recomputed_logps(policy, [*start, *out.ids], [], len(start) + at, 1.0)
+    assert np.abs(want - np.array(out.logps[at:])).max() < 5e-6
+
+
+def test_a_held_engine_stands_still(policy):
+    async def main():
+        engine = continuous(policy)
+        slow = ask(engine, "s", PROMPT[:20], LONG)
+        await flying(engine, 1)
+        engine.hold()
+        await asyncio.sleep(0.05)
+        before = len(engine._flights.rows[0].out_ids)
+        await asyncio.sleep(0.1)
+        assert len(engine._flights.rows[0].out_ids) == before < 200
+        engine.release()
+        assert len((await slow).ids) == 200
+
+    asyncio.run(main())

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -119,6 +120,14 @@ def test_failures_have_kinds_and_are_counted(server, faults, counted, error):
     assert result.error is None or (result.error.startswith("llm_call_failed: ") and error in result.error)
 
 
+@pytest.mark.slow
+def test_a_server_that_asks_for_time_gets_it(server):
+    server.faults({"status": 429, "retry_after": 2})
+    assert agent(server).run(EMBLEM.question).error is None
+    first, second = (call["at"] for call in server.seen()[:2])
+    assert second - first >= 2  # a second without being asked
+
+
 def test_a_slow_answer_is_a_timeout(server):
     a = agent(server, request_timeout=0.2, attempts=1)
     server.faults({"delay_s": 5})
@@ -198,6 +207,11 @@ def test_limits_end_a_rollout(server):
     forced, _ = talk_with(server, max_model_calls=2)
     assert (forced.termination, forced.model_calls) == ("no_answer", 2)
     assert "FINAL STEP" in forced.messages[-2].content
+    searching = {"text": '<tool_call>{"name": "search", "arguments": {"queries": ["Dor Abo field"]}}</tool_call>'}
+    limits = {"max_response_tokens": 1600, "max_tokens_per_turn": 400, "max_model_calls": 30}
+    spent, _ = talk_with(server, *[searching] * 30, **limits)
+    assert (spent.termination, spent.model_calls) == ("no_answer", sum(m.role == "assistant" for m in spent.messages))
+    assert "FINAL STEP" in spent.messages[-2].content and spent.model_calls < 30
     refused, _ = talk_with(server, max_prompt_tokens=10)
     assert "exceeds max_prompt_tokens 10" in refused.error and server.seen() == []
 
@@ -239,12 +253,15 @@ ANSWER_OF_HALF_A_CHARACTER = (
 )
 
 
-def test_what_cannot_be_is_refused_by_name(server):
+def test_what_cannot_be_is_refused_by_name(server, monkeypatch):
     for name, value in {"max_rounds": 0, "top_p": 0, "temperature": -1, "observe_images": "png"}.items():
         with pytest.raises(ValueError, match=name):
             agent(server, **{name: value})
     with pytest.raises(ValueError, match="base_url"):
         Agent(base_url="localhost:8000", tools={})
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
+        Agent()
     with pytest.raises(ValueError, match="prompt is empty"):
         agent(server).run("  ")
 
@@ -287,7 +304,8 @@ def transformers_serve(tmp_path_factory):
     command = [sys.executable, "-c", program, "serve", str(folder / "m")]
     with (folder / "log").open("w") as log:
         options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        running = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=ROOT)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        running = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=ROOT, env=alone)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -313,3 +331,14 @@ def test_a_policy_behind_transformers_serve_answers(transformers_serve):
     assert [r.termination for r in results].count("answer") >= 4, [r.error for r in results]
     assert any("<tool_response>\n--- search result" in m["content"] for r in results for m in r.messages)
     assert all("<think>" in m["content"] for r in results for m in r.messages if m["role"] == "assistant")
+
+
+@pytest.mark.slow
+def test_a_policy_behind_our_own_server_sees_pictures():
+    loopback = pytest.importorskip("loopback.engine", reason="rollout/server.py is not here")
+    with loopback.LoopbackEngine("--served-model-name", "tiny") as engine:
+        told = {"tools": WORLD.tools(), "system_prompt": SYSTEM_PROMPT, "observe_images": "tokens", "seed": 1}
+        a = Agent("tiny", f"{engine.url}/v1", **told)
+        results = [a.run(r.question) for r in WORLD.requests("train", 5)]
+    assert a.incidents.take() == {} and [r.termination for r in results] == ["answer"] * 5
+    assert sum(len(r.reference_images) for r in results) >= 1

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from loopback.chat import ROOT, LoopbackChat
+from loopback.web import LoopbackWeb
 
-from genevolve_fast.agent.journal import BatchError, read_samples
+from genevolve_fast.agent.journal import BatchError, Journal, read_samples
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.world import SandboxWorld
 
@@ -79,6 +81,7 @@ def test_rows_are_the_released_ones(server, tmp_path, name):
     for theirs, row in zip(released, ours, strict=True):
         assert list(row) == list(theirs) and list(row)[:7] == result
         assert {k: row[k] for k in list(row)[7:]} == {k: theirs[k] for k in list(row)[7:]}
+        assert row["rounds"] in (2, 3, 4) and row["error"] is None  # and not what the input calls so
         assert row["prompt"] == theirs["prompt"] and row["messages"][:2] == [
             row["messages"][0],
             {"role": "user", "content": row["prompt"]},
@@ -100,8 +103,13 @@ def test_a_released_results_file_is_continued(server, tmp_path, capsys):
     asked = {call["body"]["messages"][1]["content"] for call in server.seen()}
     assert asked == {released[1]["prompt"], released[4]["prompt"]}
     assert "4 rows of an earlier results.json are kept" in capsys.readouterr().out
+    lines = (folder / "rollouts.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.json").write_text(json.dumps(released[:4]))
+    (folder / "rollouts.jsonl").write_bytes(b"".join(lines[:3]))  # killed while it took the rows over
+    assert main(arguments(server, RELEASED / "prompts.jsonl", folder)) == 0
+    assert rows_of(folder)[2:4] == released[2:4] and len(rows_of(folder)) == 5
+    (folder / "rollouts.jsonl").unlink()
     for other in ([{"prompt": "x"}], {"rows": []}, [released[0] | {"id": "another"}]):
-        (folder / "rollouts.jsonl").unlink(missing_ok=True)
         (folder / "results.json").write_text(json.dumps(other))
         assert main(arguments(server, RELEASED / "prompts.jsonl", folder)) == 2
 
@@ -211,11 +219,23 @@ def test_another_batch_in_the_folder_is_refused_with_the_reason(server, tmp_path
     assert [r["prompt"] for r in rows_of(folder)] == ["something else"]
 
 
+def test_one_process_at_a_time_holds_a_folder(server, tmp_path, capsys):
+    source, folder = batch_of(tmp_path, 1), tmp_path / "out"
+    with closing(Journal(folder, read_samples(source), {}, fresh=False)):
+        assert main(arguments(server, source, folder)) == 2
+        assert "is being written by another rollout" in capsys.readouterr().err
+    assert main(arguments(server, source, folder)) == 0
+
+
 def test_flags_without_effect_are_refused(server, tmp_path, capsys):
     source = batch_of(tmp_path, 1)
     for extra, said in [
         (("--policy", "sandbox:start"), "--base-url is of a server"),
         (("--tool-cache", "record"), "live tools"),
+        (("--tools", "serper", "--tool-cache", "record"), "cache and cache_mode go together"),
+        (("--tools", "serper", "--tool-set", "top_k=0"), "top_k: Input should be greater than"),
+        (("--base-url", "localhost"), "base_url must be a URL"),
+        (("--output-dir", str(source)), "cannot be written"),
         (("--parallel", "0"), "--parallel must be at least 1"),
         (("--top-p", "0"), "top_p must be in"),
     ]:
@@ -235,6 +255,35 @@ def test_a_line_cut_by_a_crash_runs_again(server, tmp_path):
     assert main(arguments(server, source, folder)) == 2
 
 
+# --- live tools -------------------------------------------------------------------------------------------------------
+
+KEY = "serper-very-secret"
+
+
+@pytest.mark.slow
+def test_live_tools_are_recorded_and_replayed_without_the_web(server, tmp_path, capfd, monkeypatch):
+    source, cache = batch_of(tmp_path, 6), ["--tool-cache-dir", str(tmp_path / "cache"), "--tool-cache"]
+    live = ["--tools", "serper"]
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    assert main(arguments(server, source, tmp_path / "no", *live)) == 2 and "SERPER_API_KEY" in capfd.readouterr().err
+    monkeypatch.setenv("SERPER_API_KEY", KEY)
+    with LoopbackWeb() as web:
+        monkeypatch.setenv("SERPER_BASE_URL", web.url)
+        allowed = ["--tool-set", f"allow_hosts=['{web.host}']"]
+        assert main(arguments(server, source, tmp_path / "a", *live, *allowed, *cache, "record")) == 0
+        assert main(arguments(server, source, tmp_path / "refused", *live)) == 0
+        assert "image_download/refused_address" in capfd.readouterr().out  # loopback, and not allowed
+    assert main(arguments(server, source, tmp_path / "b", *live, *allowed, *cache, "replay")) == 0
+    rows, again = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
+    pictures = [r["local_path"] for row in rows for r in row["reference_images"]]
+    assert len(pictures) >= 2 and all(Path(p).is_file() and Path(p).parent == tmp_path / "a/images" for p in pictures)
+    assert [r["gen_prompt"] for r in again] == [r["gen_prompt"] for r in rows]
+    assert any("  url: " in m["content"] for m in rows[0]["messages"])
+    said = capfd.readouterr()
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+    assert KEY not in said.out + said.err and not any(KEY.encode() in data for data in written)
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +296,7 @@ def wait_for(done, folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_with_every_finished_row(server, tmp_path):
     source, folder = batch_of(tmp_path, 30), tmp_path / "out"
     server.faults(*[{"delay_s": 0.1}] * 200)

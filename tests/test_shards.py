@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, SamplingMask, linear_grpo_sdl, linear_logprob
 
 D = torch.float64
 ROWS, HIDDEN, VOCABULARY, SPLIT = 14, 6, 29, 11
@@ -28,9 +28,9 @@ def problem(dtype=D):
     return h, t, w, b, y
 
 
-def logprob_loss(h, w, b, y, **more):
+def logprob_loss(h, w, b, y, *, softcap=9.0, **more):
     out = linear_logprob(
-        h, w, y, bias=b, temperature=0.8, softcap=9.0, return_entropy=True, return_lse=True, block_rows=4, **more
+        h, w, y, bias=b, temperature=0.8, softcap=softcap, return_entropy=True, return_lse=True, block_rows=4, **more
     )
     return out.logps.sum() + 0.3 * out.entropy.sum() - 0.2 * out.lse.square().sum(), out.logps.detach()
 
@@ -50,15 +50,25 @@ def leaves(*tensors, trains_head=True):
     return first.requires_grad_(), *(x.requires_grad_(trains_head) for x in rest)
 
 
+def sets_across_both_shards(y):
+    """Sets in both shards, in one of them, and none."""
+    sets = [sorted({int(t), 2, SPLIT - 1, SPLIT, VOCABULARY - 3}) for t in y.clamp(min=0)]
+    sets[1], sets[3], sets[6], sets[11] = [1, SPLIT - 1], [SPLIT + 3, VOCABULARY - 1], [], []
+    return SamplingMask(torch.tensor(sum(sets, [])), torch.tensor([len(s) for s in sets]))
+
+
 def vocabulary_parallel(rank, dtype, tolerance):
     h, t, w, b, y = problem(dtype)
     mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCABULARY)
     group = dict(process_group=dist.group.WORLD, vocab_start=mine.start)
+    masked = dict(sampling_mask=sets_across_both_shards(y))
+    runs = (logprob_loss, (), {}), (objective_loss, (t,), {})
+    runs += (logprob_loss, (), masked | dict(softcap=None)), (objective_loss, (t,), masked)
     for trains_head in (True, False):
-        for run, more in ((logprob_loss, ()), (objective_loss, (t,))):
+        for run, more, given in runs:
             whole, part = leaves(h, w, b, trains_head=trains_head), leaves(h, w[mine], b[mine], trains_head=trains_head)
-            want, values = run(*whole, y, *more)
-            got, own = run(*part, y, *more, **group)
+            want, values = run(*whole, y, *more, **given)
+            got, own = run(*part, y, *more, **given, **group)
             want.backward()
             got.backward()
             close(own, values, tolerance)
@@ -76,6 +86,13 @@ def vocabulary_parallel(rank, dtype, tolerance):
     got = linear_logprob(h, w[mine], allowed, bias=banned[mine], return_entropy=True, **group)
     close(got.logps, want.logps, tolerance)
     close(got.entropy, want.entropy, tolerance)
+    elsewhere = SamplingMask(torch.tensor([3, SPLIT + 2]), torch.tensor([2, *[0] * (ROWS - 1)]))  # without target 0
+    try:
+        linear_logprob(h, w[mine], y, bias=b[mine], sampling_mask=elsewhere, **group)
+    except ValueError as error:
+        assert "targets[0] is 0, which is not among its row's ids" in str(error), error
+    else:
+        raise AssertionError("a target outside its set was accepted")
     nobody = y.clone()
     nobody[2] = VOCABULARY  # on no rank
     try:

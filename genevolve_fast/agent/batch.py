@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from genevolve_fast.protocols import Codec, Engine, Tool
 from genevolve_fast.trajectory import Request
 
 _SAVE_EVERY_S = 5.0
-_SAVE_SHARE = 20  # results.json is written anew at most this share of the time
-_GIVE_UP_AFTER = 3  # rows in a row that ended with the same refusal
+_SAVE_SHARE = 20  # of the time at most one in so many is spent writing results.json
+_GIVE_UP_AFTER = 3  # rows, or as many as run at a time
 _HOPELESS = ("engine/connect", "engine/client_error")
 
 Runner = Callable[[Sample], Awaitable[Finished]]
@@ -28,25 +28,39 @@ Runner = Callable[[Sample], Awaitable[Finished]]
 
 @dataclass
 class Batch:
-    """Counts of one `run_batch`; `stopped` says why it ended early."""
+    """Counts of one `run_batch`: `ends` over all rows with a result (answer, or how it failed); `stopped` why early."""
 
+    ends: Counter[str] = field(default_factory=Counter)
+    tokens: int | None = None
     seconds: float = 0.0
-    tokens: int = 0
-    tokens_known: bool = False
-    ran: int = 0
     stopped: str = ""
     signal: int | None = None
-    ends: Counter[str] = field(default_factory=Counter)  # over all rows with a result: answer, or how it failed
+    refusals: list[str] = field(default_factory=list)  # the same one, row after row
 
     @property
     def answered(self) -> int:
         return self.ends["answer"]
 
+    def add(self, finished: Finished, parallel: int) -> None:
+        """Count a row; too many of the same refusal stop the batch, because waiting would not help."""
+        self.ends[finished.failure or finished.result.termination] += 1
+        if finished.tokens is not None:
+            self.tokens = (self.tokens or 0) + finished.tokens
+        error = finished.result.error or ""
+        if finished.failure not in _HOPELESS:
+            self.refusals = []
+        elif self.refusals[:1] == [error]:
+            self.refusals.append(error)
+        else:
+            self.refusals = [error]
+        if len(self.refusals) == max(_GIVE_UP_AFTER, parallel):
+            self.stopped = f"the last {len(self.refusals)} rows failed alike: {error}"
+
     def line(self) -> str:
         """One line: n answered, n failed by type, seconds, tokens a second."""
         failed = {end: n for end, n in sorted(self.ends.items()) if end != "answer"}
         kinds = ", ".join(f"{end} {n}" for end, n in failed.items())
-        speed = f", {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s" if self.tokens_known else ""
+        speed = "" if self.tokens is None else f", {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"
         failures = f"{sum(failed.values())} failed{f' ({kinds})' if kinds else ''}"
         return f"{self.answered} answered, {failures}, {self.seconds:.1f} s{speed}"
 
@@ -61,33 +75,24 @@ async def run_batch(
 ) -> Batch:
     """Run what is not done yet, `parallel` at a time. SIGINT and SIGTERM end it with every finished row written.
 
-    It also ends when row after row is refused or the server cannot be reached: waiting would not help.
+    It also ends when row after row is refused, or the server cannot be reached.
     """
-    batch = Batch()
-    known = {s.position: journal.results[s.position].termination for s in samples if s.position in journal.results}
-    batch.ends.update(end for position, end in known.items() if position in journal.done)
+    done = journal.done
+    batch = Batch(Counter(journal.results[s.position].termination for s in samples if s.position in done))
     progress(batch.ends)
-    todo = iter([s for s in samples if s.position not in journal.done])
-    started, saved, pause = time.monotonic(), time.monotonic(), _SAVE_EVERY_S
-    refused: list[str] = []
+    todo = iter([s for s in samples if s.position not in done])
+    save = _save_now_and_then(journal, samples)
+    started = time.monotonic()
 
     async def worker() -> None:
-        nonlocal saved, pause
         for sample in todo:
             if batch.stopped:
                 return
             finished = await _guarded(runner, sample)
             journal.add(sample, finished)
-            _count(batch, finished)
+            batch.add(finished, parallel)
             progress(batch.ends)
-            error = finished.result.error or ""
-            refused[:] = [*(e for e in refused if e == error), error] if finished.failure in _HOPELESS else []
-            if len(refused) >= max(_GIVE_UP_AFTER, parallel) and not batch.stopped:
-                batch.stopped = f"the last {len(refused)} rows failed alike: {error}"
-            if (now := time.monotonic()) - saved > pause:
-                journal.write_results(samples)
-                saved = time.monotonic()
-                pause = max(_SAVE_EVERY_S, _SAVE_SHARE * (saved - now))
+            save()
 
     tasks = [asyncio.create_task(worker()) for _ in range(parallel)]
     with _signals(batch, tasks):
@@ -105,6 +110,21 @@ async def run_batch(
     return batch
 
 
+def _save_now_and_then(journal: Journal, samples: Sequence[Sample]) -> Callable[[], None]:
+    """Writes results.json anew, seldom enough to cost little of a long batch; the journal loses nothing meanwhile."""
+    due = time.monotonic() + _SAVE_EVERY_S
+
+    def save() -> None:
+        nonlocal due
+        if (now := time.monotonic()) < due:
+            return
+        journal.write_results(samples)
+        took = time.monotonic() - now
+        due = now + max(_SAVE_EVERY_S, _SAVE_SHARE * took)
+
+    return save
+
+
 async def _guarded(runner: Runner, sample: Sample) -> Finished:
     try:
         return await runner(sample)
@@ -112,15 +132,8 @@ async def _guarded(runner: Runner, sample: Sample) -> Finished:
         return Finished(AgentResult.failed(sample.prompt, f"{type(error).__name__}: {error}"), "rollout/other")
 
 
-def _count(batch: Batch, finished: Finished) -> None:
-    batch.ran += 1
-    batch.ends[finished.failure or finished.result.termination] += 1
-    if finished.tokens is not None:
-        batch.tokens, batch.tokens_known = batch.tokens + finished.tokens, True
-
-
-@contextlib.contextmanager
-def _signals(batch: Batch, tasks: Sequence[asyncio.Task]):
+@contextmanager
+def _signals(batch: Batch, tasks: Sequence[asyncio.Task]) -> Iterator[None]:
     """SIGINT and SIGTERM cancel the running rollouts, once; outside the main thread signals stay as they are."""
     loop = asyncio.get_running_loop()
 
@@ -130,7 +143,7 @@ def _signals(batch: Batch, tasks: Sequence[asyncio.Task]):
             task.cancel()
 
     taken = []
-    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+    with suppress(ValueError, RuntimeError, NotImplementedError):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, end, number)
             taken.append(number)
@@ -144,8 +157,9 @@ def _signals(batch: Batch, tasks: Sequence[asyncio.Task]):
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def chat_runner(agent: Agent, pictures: Path) -> Runner:
-    """Rows answered by a chat server; `pictures` is where `filed` tools keep theirs."""
+@asynccontextmanager
+async def chat_runner(agent: Agent, pictures: Path) -> AsyncIterator[Runner]:
+    """Rows answered by a chat server; `pictures` is where results.Filed keeps them."""
 
     async def run(sample: Sample) -> Finished:
         seed = None if agent.seed is None else agent.seed + sample.position
@@ -153,10 +167,12 @@ def chat_runner(agent: Agent, pictures: Path) -> Runner:
         result = result_of(sample.prompt, session, pictures)
         return Finished(result, _failure(result, talk.failure.kind if talk.failure else "other"), talk.sampled_tokens)
 
-    return run
+    async with agent:
+        yield run
 
 
-def policy_runner(
+@asynccontextmanager
+async def policy_runner(
     engine: Engine,
     codec: Codec,
     tools: Mapping[str, Tool],
@@ -164,7 +180,7 @@ def policy_runner(
     settings: SessionSettings,
     seed: int,
     pictures: Path,
-) -> Runner:
+) -> AsyncIterator[Runner]:
     """Rows answered token by token by an engine in this process."""
 
     async def run(sample: Sample) -> Finished:
@@ -185,7 +201,7 @@ def policy_runner(
         result = AgentResult.of(sample.prompt, program, t.messages, t.termination, t.rounds, t.error)
         return Finished(result, _failure(result, "other"), t.num_loss_tokens)
 
-    return run
+    yield run
 
 
 def _failure(result: AgentResult, kind: str) -> str | None:

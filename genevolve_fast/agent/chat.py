@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
@@ -87,7 +87,8 @@ class ChatEndpoint:
         self.attempts = attempts
         self.patience_s = patience_s
         self.incidents = incidents or Incidents()
-        self._secrets = [s for s in (api_key, parts.username, parts.password, parts.query) if s and s != NO_KEY]
+        secrets = (api_key, parts.username, parts.password, *(value for _, value in parse_qsl(parts.query)))
+        self._secrets = [s for s in secrets if s and s != NO_KEY and len(s) > 3]
         timeout = Timeout(request_timeout, connect=min(_CONNECT_S, request_timeout))
         # Retries are ours: the client's own would not be counted.
         self._client = AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from genevolve_fast.agent.images import SeenImage
-from genevolve_fast.protocols import Codec, Engine, Sampling
+from genevolve_fast.protocols import Codec, Engine, Generation, Sampling
 from genevolve_fast.trajectory import ImageRecord, Role, Turn
 
 IMAGE_MARK = "\x00image\x00"
@@ -71,7 +71,9 @@ class TokenConversation:
         self.pixels: list[np.ndarray] = []
         self.images_by_hash: dict[str, np.ndarray] = {}
         self.request_stop = 0
-        self._sampled: tuple[Sequence[int], Sequence[float]] = (), ()
+        self.mask_ids: list[int] = []
+        self.mask_counts: list[int] = []  # of the sampled ids
+        self._sampled = Generation([], [])
 
     @property
     def markers(self) -> Sequence[str]:
@@ -94,14 +96,17 @@ class TokenConversation:
     async def ask(self, sampling: Sampling, seed: int) -> Reply:
         sampling = replace(sampling, stop_ids=tuple(self.end_of_turn))
         out = await self.engine.generate(self.session_id, self.ids, self.pixels, sampling, seed)
-        self._sampled = out.ids, out.logps
+        self._sampled = out
         ended = bool(out.ids) and out.ids[-1] in self.end_of_turn
         return Reply(self.codec.decode(out.ids[:-1] if ended else out.ids), ended)
 
     def keep(self, reply: Reply, tool: str | None) -> None:
         """Append the reply and, where the policy did not end its turn, the ids that do (which carry no loss)."""
-        start, (ids, logps) = len(self.ids), self._sampled
-        self._append(ids, True, logps)
+        start, ids = len(self.ids), self._sampled.ids
+        self._append(ids, True, self._sampled.logps)
+        for kept in self._sampled.sampling_mask or [[]] * len(ids):
+            self.mask_ids += kept
+            self.mask_counts.append(len(kept))
         if not reply.ended:
             self._append(self.end_of_turn, False, [0.0] * len(self.end_of_turn))
         decision = decision_span(ids, self.codec)
@@ -117,6 +122,8 @@ class TokenConversation:
             "ids": np.array(self.ids, dtype=np.int64),
             "loss_mask": np.array(self.mask, dtype=bool),
             "rollout_logps": np.array(self.logps, dtype=np.float32),
+            "mask_ids": np.array(self.mask_ids, dtype=np.int32),
+            "mask_counts": np.array(self.mask_counts if self.mask_ids else [], dtype=np.int32),
         }
 
     def _given(self, role: Role, text: str, images: Sequence[SeenImage] = (), tool: str | None = None) -> None:

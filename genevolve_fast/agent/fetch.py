@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 import httpcore
 import httpx
 import numpy as np
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tenacity.stop import stop_before_delay
 
 from genevolve_fast.incidents import Incidents
@@ -37,7 +37,7 @@ MAX_ASPECT = 100  # image processors refuse longer strips, and no picture is one
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 _IMAGE_TYPES = re.compile(r"image/(jpe?g|pjpeg|png|x-png|apng|webp|gif)$|(application|binary)/octet-stream$|$")
 _TRANSIENT = {"connect", "timeout", "rate_limited", "server_error"}
-_FIRST_WAIT = wait_exponential_jitter(initial=0.2, max=4)
+_FIRST_WAIT = wait_random_exponential(multiplier=0.3, max=4)
 
 T = TypeVar("T")
 
@@ -84,9 +84,11 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
 
     async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
         failed: Exception | None = None
-        for address in await self._addresses(host, port, timeout):
+        addresses = await self._addresses(host, port, timeout)
+        each = timeout / len(addresses) if timeout and addresses else timeout
+        for address in addresses:
             try:
-                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+                return await self._network.connect_tcp(address, port, each, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failed = error
         raise failed or httpcore.ConnectError(f"{host} has no address")
@@ -114,7 +116,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
 
 
 @lru_cache(maxsize=1)
-def _ssl_context() -> ssl.SSLContext:
+def ssl_context() -> ssl.SSLContext:
+    """httpx's default, read once: every event loop has a transport of its own."""
     return httpx.create_ssl_context()
 
 
@@ -122,9 +125,9 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
     """An httpx transport over GuardedBackend; proxies of the environment are not used, they would bypass it."""
 
     def __init__(self, allow_hosts: Collection[str] = (), max_connections: int = 64) -> None:
-        super().__init__(verify=_ssl_context(), http2=True)
+        super().__init__(verify=ssl_context(), http2=True)
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=_ssl_context(),
+            ssl_context=ssl_context(),
             max_connections=max_connections,
             keepalive_expiry=15.0,
             http2=True,
@@ -140,11 +143,13 @@ class PerLoop(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._values: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, T] = weakref.WeakKeyDictionary()
+        self._values: dict[asyncio.AbstractEventLoop, T] = {}
 
     def __call__(self) -> T:
         loop = asyncio.get_running_loop()
         if loop not in self._values:
+            for ended in [other for other in self._values if other.is_closed()]:
+                del self._values[ended]  # and with it the sockets of its connections
             self._values[loop] = self._make()
         return self._values[loop]
 
@@ -179,8 +184,9 @@ class Exchange:
         request.headers.setdefault("Accept-Encoding", "identity")
         request.headers.setdefault("User-Agent", "genevolve-fast")
         request.extensions["timeout"] = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)).as_dict()
+        transport = self._transport()
         try:
-            return await asyncio.wait_for(self._send(request, where, max_bytes, inspect), timeout_s)
+            return await asyncio.wait_for(self._send(transport, request, where, max_bytes, inspect), timeout_s)
         except FetchError:
             raise
         except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -192,8 +198,8 @@ class Exchange:
                 raise FetchError(f"{where} hung up", "connect") from None
             raise FetchError(f"{where} does not speak HTTP: {type(error).__name__}", "bad_response") from None
 
-    async def _send(self, request: httpx.Request, where: str, max_bytes: int, inspect) -> Answer:
-        response = await self._transport().handle_async_request(request)
+    async def _send(self, transport, request: httpx.Request, where: str, max_bytes: int, inspect) -> Answer:
+        response = await transport.handle_async_request(request)
         try:
             if not response.is_success:
                 return Answer(response.status_code, response.headers, b"")

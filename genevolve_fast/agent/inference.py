@@ -184,6 +184,8 @@ def result_of(prompt: str, session: Session, pictures: Path | None = None) -> Ag
 
 
 def default_tools(incidents: Incidents) -> dict[str, Tool]:
+    """Serper's; pictures go to IMAGE_DOWNLOAD_DIR where that is set. Raises ValueError without SERPER_API_KEY."""
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
 
-    return open_tools(ToolsConfig(kind="serper"), incidents)
+    folder = os.environ.get("IMAGE_DOWNLOAD_DIR")
+    return open_tools(ToolsConfig(kind="serper", **({"image_dir": folder} if folder else {})), incidents)

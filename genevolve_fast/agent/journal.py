@@ -22,7 +22,7 @@ class BatchError(ValueError):
     """The batch cannot start; the message names the row or setting and says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One input row: `fields` has every field of its line, `prompt` stripped, and an `id`."""
 
@@ -56,6 +56,8 @@ def read_samples(path: Path) -> list[Sample]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BatchError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
     if text.lstrip().startswith("["):
         rows = [(f"row {i + 1}", row) for i, row in enumerate(_parsed(text, str(path)))]
     else:
@@ -94,11 +96,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, samples: Sequence[Sample], settings: Mapping[str, Any], fresh: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.results: dict[int, AgentResult] = {}
         self.adopted = 0
-        self._file = (folder / JOURNAL).open("a+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / JOURNAL).open("a+b")
+        except OSError as error:
+            raise BatchError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             self._open(samples, dict(settings), fresh)
         except BaseException:
@@ -113,19 +118,17 @@ class Journal:
         if fresh:
             self._file.truncate(0)
         header, lines = self._read()
-        if header is None:
-            self._begin(settings)
-            if not fresh:
-                self._adopt(samples)
+        if header is None or len(lines) < header.get("adopted", 0):  # new, or ended while it adopted
+            self._begin(settings, {} if fresh else self._adoptable(samples))
             return
         self._take(lines, samples)
-        if changed := _changes(header, settings):
+        if changed := _changes(header["settings"], settings):
             if self.done:
                 raise BatchError(
                     f"{self.folder} holds rollouts of other settings ({changed}): choose another --output-dir, or "
                     "--fresh to start over"
                 )
-            self._begin(settings)
+            self._begin(settings, {})
 
     @property
     def done(self) -> set[int]:
@@ -147,10 +150,13 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _begin(self, settings: Mapping[str, Any]) -> None:
+    def _begin(self, settings: Mapping[str, Any], adopted: Mapping[Sample, AgentResult]) -> None:
         self._file.truncate(0)
         self.results = {}
-        self._append({_HEADER: 1, "settings": settings})
+        self._append({_HEADER: 1, "settings": settings, "adopted": len(adopted)})
+        for sample, result in adopted.items():
+            self.add(sample, Finished(result))
+        self.adopted = len(adopted)
 
     def _append(self, value: Any) -> None:
         self._file.write(json_text(value).encode() + b"\n")
@@ -158,7 +164,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """(settings, rows); what a crash cut off is dropped."""
+        """(header, rows); what a crash cut off is dropped."""
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -170,7 +176,9 @@ class Journal:
         header = _object(first)
         if header is None or header.get(_HEADER) != 1 or not isinstance(header.get("settings"), dict):
             raise BatchError(f"{self.folder / JOURNAL} is not a journal of rollouts: move it away, or --fresh")
-        return header["settings"], [row for line in rest if (row := _object(line)) is not None]
+        return header | {"adopted": header.get("adopted", 0)}, [
+            row for line in rest if (row := _object(line)) is not None
+        ]
 
     def _take(self, lines: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> None:
         for line in lines:
@@ -185,17 +193,18 @@ class Journal:
                 )
             self.results[position] = result
 
-    def _adopt(self, samples: Sequence[Sample]) -> None:
+    def _adoptable(self, samples: Sequence[Sample]) -> dict[Sample, AgentResult]:
         """Rows of a results.json without a journal, such as the released runtime's: same id and prompt, in order."""
         path = self.folder / RESULTS
         if not path.exists():
-            return
+            return {}
         rows = _parsed(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(rows, list):
             raise BatchError(f"{path} is not a list of rows: move it away, or --fresh")
         waiting: dict[str, list[Sample]] = {}
         for sample in samples:
             waiting.setdefault(_key(sample.id, sample.prompt), []).append(sample)
+        adopted: dict[Sample, AgentResult] = {}
         for row in rows:
             result = _result(row)
             same = waiting.get(_key(row.get("id"), result.prompt)) if result else None
@@ -204,8 +213,8 @@ class Journal:
                     f"{path} has a row that is not of this input (id {_id(row)!r}): choose another --output-dir, or "
                     "--fresh to start over"
                 )
-            self.add(same.pop(0), Finished(result))
-        self.adopted = len(self.results)
+            adopted[same.pop(0)] = result
+        return adopted
 
 
 def _another(sample: Sample | None, id_: Any, prompt: str) -> str:

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from genevolve_fast.agent.fetch import Exchange, FetchError, ImageFetcher, check_status, persist
+from genevolve_fast.agent.fetch import Exchange, FetchError, ImageFetcher, check_status, persist, ssl_context
 from genevolve_fast.agent.harmless import one_line
 from genevolve_fast.agent.tool_cache import ToolCache, write_once
 from genevolve_fast.incidents import Incidents
@@ -296,9 +296,10 @@ def _login(url: httpx.URL) -> dict[str, str]:
 def _transport(backend: SearchBackend, connections: int) -> httpx.AsyncHTTPTransport:
     """HTTP/2 where offered, through the proxy of the environment: the service is the operator's own choice."""
     url = httpx.URL(backend.ask("text", "", 1).url)
-    proxy = None if proxy_bypass(url.host) else getproxies().get(url.scheme)
+    proxies = {} if proxy_bypass(url.host) else getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
     limits = httpx.Limits(max_connections=connections, keepalive_expiry=15.0)
-    return httpx.AsyncHTTPTransport(http2=True, limits=limits, proxy=proxy)
+    return httpx.AsyncHTTPTransport(verify=ssl_context(), http2=True, limits=limits, proxy=proxy)
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class SessionSettings:
     max_prompt_tokens: int = 6144
     temperature: float = 0.6
     top_p: float = 0.9
+    sampling_mask: bool = False  # record the ids that top-p kept, where the engine tells them
     min_references: int = 1
     max_references: int = 2
     observe_images: Literal["tokens", "text"] = "text"
@@ -173,7 +174,7 @@ class Session:
             self.termination, self.error = "max_response_length", "the response budget is used up"
             return None
         s = self.settings
-        sampling = Sampling(s.temperature, s.top_p, budget)
+        sampling = Sampling(s.temperature, s.top_p, budget, sampling_mask=s.sampling_mask)
         try:
             said = await self.conversation.ask(sampling, self.seed * 1000 + self.model_calls)
         except EngineError as error:

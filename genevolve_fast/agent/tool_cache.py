@@ -123,7 +123,6 @@ class ToolCache:
             raise FetchError(f"the recorded answer {sha[:12]} is damaged", "bad_response")
         with self._lock:
             _patiently(lambda: self._index.execute("DELETE FROM answers WHERE key = ? AND sha256 = ?", (key, sha)))
-        self._file(sha).unlink(missing_ok=True)
         return None
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genevolve_fast.batch.packing import TrainingSequence, plan_microbatches, student_sequence, teacher_sequence
 from genevolve_fast.ops.prefix_attention import Layout
+from genevolve_fast.ops.sampling_mask import SamplingMask
 from genevolve_fast.policy.positions import mrope_positions
 from genevolve_fast.policy.visits import Packed
 from genevolve_fast.trajectory import Trajectory, image_hash
@@ -59,7 +60,8 @@ class MicroBatch:
     `student` holds each reply up to the row that predicts its last loss token, `teacher` the experience, the rest of
     the prompt and the reply up to the last eligible token. Loss rows lie rollout by rollout (`cu_seqlens`):
     rows [M] index the bundle's prefix rows that predict a first token, then the student's rows; targets,
-    rollout_logps, eligible [M]; teacher_rows [E] of the teacher's rows, teacher_index [M] into those or -1.
+    rollout_logps, eligible [M]; teacher_rows [E] of the teacher's rows, teacher_index [M] into those or -1;
+    sampling_mask the sets of ids that the M tokens were sampled from, none where no engine told them.
     """
 
     members: tuple[TrainingRollout, ...]
@@ -74,6 +76,7 @@ class MicroBatch:
     teacher_layout: Layout
     teacher_rows: Tensor
     teacher_index: Tensor
+    sampling_mask: SamplingMask | None = None
 
     @property
     def advantages(self) -> Tensor:
@@ -243,7 +246,17 @@ def _microbatch(members, prefix_cu: tuple[int, ...], codec, table: ImageTable, d
         else None,
         teacher_rows=put(teacher_rows or nothing, np.int64),
         teacher_index=put(teacher_index, np.int64),
+        sampling_mask=_sampling_mask([r.rollout.trajectory for r in replies], device),
     )
+
+
+def _sampling_mask(trajectories: Sequence[Trajectory], device) -> SamplingMask | None:
+    if not any(t.masked_tokens for t in trajectories):
+        return None
+    nothing = lambda t: np.zeros(t.num_loss_tokens, dtype=np.int32)  # noqa: E731
+    counts = np.concatenate([t.mask_counts if len(t.mask_counts) else nothing(t) for t in trajectories])
+    ids = torch.from_numpy(np.concatenate([t.mask_ids for t in trajectories]))
+    return SamplingMask(ids.to(device, non_blocking=True), torch.from_numpy(counts))
 
 
 def _sequenced(sequence: TrainingSequence, codec, table: ImageTable) -> Sequenced:

@@ -12,12 +12,14 @@ from genevolve_fast.ops.prefix_attention import (
     prefix_attention,
 )
 from genevolve_fast.ops.reference import grpo_sdl, select_sdl
+from genevolve_fast.ops.sampling_mask import SamplingMask
 
 __all__ = [
     "Layout",
     "LogProbs",
     "Objective",
     "RowLogProbs",
+    "SamplingMask",
     "attention_backward",
     "attention_forward",
     "attention_supported",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.epilogues import Softmax, Upstream, choose, epilogue
 from genevolve_fast.ops.masks import Rows, where
+from genevolve_fast.ops.sampling_mask import BANNED, UNREACHABLE, RowSets
 from genevolve_fast.ops.shards import merge, summed
 
 _CAST_BYTES = 8 << 20
@@ -30,6 +31,7 @@ class Head:
     """z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature; temperature a number or [rows].
 
     With `group`, the name of a process group, weight and bias are this rank's rows of the vocabulary, from `first` on.
+    `sets` restrict the rows' softmax.
     """
 
     weight: Tensor
@@ -39,25 +41,31 @@ class Head:
     scale: float
     group: str | None = None
     first: int = 0
+    sets: RowSets | None = None
 
     # Head.arguments as a custom operator's schema spells them
     SCHEMA = (
         "Tensor weight, Tensor? bias, Tensor? row_temperature, float temperature, float? softcap, float logit_scale, "
-        "str? group, int vocab_start"
+        "str? group, int vocab_start, Tensor? mask_ids, Tensor? mask_counts, Tensor? mask_owners"
     )
 
     @classmethod
-    def of(cls, weight, bias, row_temperature, temperature, softcap, scale, group, first) -> Head:
+    def of(
+        cls, weight, bias, row_temperature, temperature, softcap, scale, group, first, mask_ids, mask_counts,
+        mask_owners,
+    ) -> Head:  # fmt: skip
         """From a custom operator's arguments."""
         t = temperature if row_temperature is None else row_temperature.to(accumulator(weight))
-        return cls(weight, bias, t, softcap, scale, group, first)
+        sets = None if mask_ids is None else RowSets(mask_ids, mask_counts, mask_owners)
+        return cls(weight, bias, t, softcap, scale, group, first, sets)
 
     def arguments(self) -> tuple:
         """For a custom operator; without the graphs that the tensors may belong to, except weight's and bias'."""
         t = self.temperature
         by_row, number = (t.detach(), 1.0) if isinstance(t, Tensor) else (None, float(t))
         softcap = None if self.softcap is None else float(self.softcap)
-        return (self.weight, self.bias, by_row, number, softcap, float(self.scale), self.group, self.first)
+        sets = (None, None, None) if self.sets is None else (self.sets.ids, self.sets.counts, self.sets.owners)
+        return (self.weight, self.bias, by_row, number, softcap, float(self.scale), self.group, self.first, *sets)
 
     def tau(self, rows: Rows) -> float | Tensor:
         """The temperature of some rows: a number, or [rows, 1]."""
@@ -93,7 +101,8 @@ def rows_per_visit(
 class Workspace:
     """fp32 (fp64) logits [rows of a visit, V], allocated once and reused by every visit.
 
-    `two`: room for two gradients of the logits at once. The first one overlays the logits.
+    `two`: room for two gradients of the logits at once. The first one overlays the logits. Where rows have sets, one
+    more row takes what belongs to none of them.
     """
 
     # Workspace.__init__'s last arguments as a custom operator's schema spells them
@@ -115,7 +124,8 @@ class Workspace:
         vocabulary = len(head.weight)
         bytes_each = self.kind.itemsize + (self.dtype.itemsize if two else 0)
         self.per_visit = rows_per_visit(rows, vocabulary, block_rows, workspace_mb, bytes_each, hidden.device.type)
-        self.logits = torch.empty(self.per_visit, vocabulary, dtype=self.kind, device=hidden.device)
+        spare = head.sets is not None
+        self.logits = torch.empty(self.per_visit + spare, vocabulary, dtype=self.kind, device=hidden.device)
         self.second = torch.empty_like(self.logits, dtype=self.dtype) if two else None
         self.epilogue = epilogue(choose(impl, hidden))
 
@@ -127,9 +137,10 @@ class Workspace:
     def softmax(self, hidden: Tensor, targets: Tensor, rows: Rows, entropy: bool) -> Softmax:
         """Logits of `hidden` [n, H], which are the call's `rows`, into the workspace, each row reduced.
 
-        A target outside the vocabulary gives NaN.
+        A target outside the vocabulary, or its row's set, gives NaN.
         """
-        logits, own = self._products(hidden), self.head.at(targets)
+        logits, targets = self._restricted(self._products(hidden), targets, rows)
+        own = self.head.at(targets)
         entropy = entropy or self.head.group is not None  # the shards' merge is one message either way
         made = self.epilogue.softmax(logits, own, self.head, self.head.tau(rows), entropy)
         here = (own >= 0) & (own < logits.shape[1])
@@ -149,7 +160,8 @@ class Workspace:
         """Both, for upstream gradients that are known before the log-probs are."""
         together = getattr(self.epilogue, "softmax_d_logits", None)
         if together and upstream and self.head.group is None:
-            logits, head, out = self._products(hidden), self.head, self._gradients(len(targets), len(upstream))
+            logits, targets = self._restricted(self._products(hidden), targets, rows)
+            head, out = self.head, self._gradients(len(targets), len(upstream))
             made = together(logits, out, targets, head, head.tau(rows), upstream)
             here = (targets >= 0) & (targets < logits.shape[1])
             return replace(made, logps=where(here, made.logps, torch.nan)), out
@@ -164,6 +176,23 @@ class Workspace:
                 block = torch.cat([block, block.new_zeros(self.block_rows - len(block), block.shape[1])])
             mm_logits(block, self.head.weight, self.logits[first : first + self.block_rows])
         return self.logits[: len(hidden)]
+
+    def _restricted(self, logits: Tensor, targets: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(the products [n, V] of the call's `rows`, in place only of the ids in their sets; the targets in them)."""
+        head, n = self.head, len(targets)
+        if head.sets is None:
+            return logits, targets
+        has, row, ids = head.sets.entries(rows)
+        column = ids - head.first
+        here = (row < n) & (column >= 0) & (column < logits.shape[1])  # another rank's shard may hold the id
+        cells = where(here, row, self.per_visit), where(here, column)
+        kept = self.logits[cells]
+        places = torch.arange(n, device=logits.device)
+        self.logits.index_fill_(0, where(has, places, self.per_visit), BANNED)
+        self.logits[cells] = kept
+        hit = (row < n) & (ids == targets[row.clamp(max=n - 1)])
+        found = torch.zeros(n + 1, dtype=torch.int32, device=logits.device).index_add(0, row, hit.int())[:n] > 0
+        return logits, where(found | ~has, targets, UNREACHABLE)
 
     def _gradients(self, rows: int, count: int) -> list[Tensor]:
         """Where one or two gradients of the logits [rows, V] go; the first overlays the logits."""

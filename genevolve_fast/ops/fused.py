@@ -25,6 +25,7 @@ from genevolve_fast.ops.head import (
 from genevolve_fast.ops.masks import Rows, masked, mean, where
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.ops.reference import Constants
+from genevolve_fast.ops.sampling_mask import RowSets, SamplingMask
 from genevolve_fast.ops.shards import group_name, whole
 
 STATS = (*reference.STATS, "entropy")
@@ -54,6 +55,7 @@ def linear_grpo_sdl(
     teacher_hidden: Tensor | None = None,
     teacher_index: Tensor | None = None,
     sdl_mask: Tensor | None = None,
+    sampling_mask: SamplingMask | None = None,
     ignore_index: int = -100,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -79,7 +81,9 @@ def linear_grpo_sdl(
     by row with seq_ids.
     The teacher's log-probs come as `teacher_logps` [rows], or from `teacher_hidden` [teacher rows, H] through the same
     head: row i of the student is row `teacher_index[i]` of the teacher, which no other row names, -1 where there is
-    none. num_sequences and num_tokens are numbers of the whole optimizer step over all ranks (default: this call).
+    none. `sampling_mask` restricts the student's rows as in `linear_logprob`, and each teacher row as the student's row
+    that it serves; log-probs that are given should be of the same sets. num_sequences and num_tokens are numbers of the
+    whole optimizer step over all ranks (default: this call).
     Under torch.compile give cu_seqlens, counts and loss_scale that change from step to step as tensors.
 
     Gradients are made in the forward and multiplied by `loss_scale`; the backward only hands them out, so call it with
@@ -100,8 +104,9 @@ def linear_grpo_sdl(
     FSDP2 weights, `impl` and `check_targets`: as there. Raises ValueError naming the argument.
     """
     o = objective or _DEFAULT
+    sets = None if sampling_mask is None else RowSets(*sampling_mask)
     head = Head(
-        whole(weight), whole(bias), temperature, softcap, logit_scale, group_name(process_group), vocab_start
+        whole(weight), whole(bias), temperature, softcap, logit_scale, group_name(process_group), vocab_start, sets
     )  # fmt: skip
     check_head(hidden, head, targets, block_rows)
     _check_main_grad(hidden, head, main_grad, weight.requires_grad)
@@ -286,12 +291,15 @@ def _live_rows(c: Constants) -> tuple[Tensor | None, bool]:
     "-> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor stats, Tensor logps)",
 )
 def _sweep(
-    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
-    ignore_index, advantages, cu_seqlens, seq_ids, old_logps, rollout_logps, ref_logps, teacher_logps, teacher_hidden,
-    teacher_index, sdl_mask, count, loss_scale, main_grad, objective, need_hidden, need_weight, need_bias, check, impl,
-    workspace_mb, block_rows,
+    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+    mask_owners, targets, ignore_index, advantages, cu_seqlens, seq_ids, old_logps, rollout_logps, ref_logps,
+    teacher_logps, teacher_hidden, teacher_index, sdl_mask, count, loss_scale, main_grad, objective, need_hidden,
+    need_weight, need_bias, check, impl, workspace_mb, block_rows,
 ):  # fmt: skip
-    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    head = Head.of(
+        weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+        mask_owners,
+    )  # fmt: skip
     o, size = Objective.decode(objective), (impl, workspace_mb, block_rows)
     check = check or hidden.device.type == "cpu"
     with full_precision(hidden):
@@ -361,9 +369,12 @@ def _teacher(hidden, index, targets, head: Head, ignore_index: int, check: bool,
     tau = head.temperature
     if isinstance(tau, Tensor) and tau.ndim:
         tau = by_teacher_row(tau, 1.0)
+    sets = head.sets
+    if sets is not None:
+        sets = replace(sets, owners=by_teacher_row(sets.owners_of(slice(None)), len(sets.counts)))
     logps = torch.ops.genevolve_fast.linear_logprob(
-        hidden, *replace(head, temperature=tau).arguments(), by_teacher_row(targets, ignore_index), ignore_index,
-        False, 0, False, *size,
+        hidden, *replace(head, temperature=tau, sets=sets).arguments(), by_teacher_row(targets, ignore_index),
+        ignore_index, False, 0, False, *size,
     )[0]  # fmt: skip
     return where(~wrong, torch.cat([logps, logps.new_zeros(1)])[slot], torch.nan), has
 
@@ -388,6 +399,7 @@ class _Sweep:
         c, live, borders = rows.constants, rows.live, rows.borders
         self.c = c if live is None else c.rows(live)
         self.rows = len(self.c.keep)
+        self.given = targets
         self.targets = where(self.c.keep, targets if live is None else targets[live])
         # selecting over the call is selecting within one sequence that holds all of it
         self.borders = [0, self.rows] if o.sdl_select == "batch" else borders
@@ -404,7 +416,8 @@ class _Sweep:
             softmax, block = self._softmax(visit, entropy=True)
             self.logps[visit], self.entropy[visit] = softmax.logps, softmax.entropy
             if check:
-                check_result(where(self.c.keep[visit], softmax.logps), self.hidden, self.work.head, self._place(visit))
+                kept = where(self.c.keep[visit], softmax.logps)
+                check_result(kept, self.hidden, self.work.head, self._place(visit), self.given)
             if not self.needs:
                 del softmax, block  # before the next visit makes its own
                 continue

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from genevolve_fast.ops.blocks import Gradients, Head, Workspace, accumulator
 from genevolve_fast.ops.epilogues import Upstream
 from genevolve_fast.ops.masks import Rows, masked, where
+from genevolve_fast.ops.sampling_mask import RowSets, SamplingMask, check_sampling_mask
 from genevolve_fast.ops.shards import group_name, summed, whole
 
 
@@ -33,6 +34,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    sampling_mask: SamplingMask | None = None,
     ignore_index: int = -100,
     return_entropy: bool | Literal["detached"] = False,
     return_lse: bool = False,
@@ -49,13 +51,16 @@ def linear_logprob(
     Logits are fp32 (fp64 for fp64 inputs), autocast or not, and every forward GEMM has exactly `block_rows` rows, so
     equal hidden rows give equal bits wherever they stand. Ignored rows may hold anything; on a CPU they enter no GEMM.
 
+    With `sampling_mask` the softmax of a row is that of its set of ids alone, the target among them, and so are entropy
+    and lse (top-p sampled from it); rows of count 0 are as without. Not with softcap.
+
     GEMMs of 2·rows·H·V: 1 without gradients; 2 where only `hidden` needs one (the gradient of each row's log-prob is
     made in the forward and scaled in the backward), 3 with a differentiable entropy; 4 where weight or bias need one
     (the backward recomputes the logits), dW accumulated in fp32. `return_entropy="detached"` saves the third GEMM.
 
     Peak bytes above inputs and results: the workspace (`workspace_mb`, or one block 4·V·block_rows on a CPU and four on
     a GPU, half as much again for a 16-bit frozen head with entropy) + 16·H·(its rows) + 40·rows + 32 MiB, + 4·V·H for
-    dW, + without dW hidden's bytes (fp16: twice), again with entropy.
+    dW, + without dW hidden's bytes (fp16: twice), again with entropy, + 4·V + 80·(ids of a visit) with `sampling_mask`.
 
     With `process_group`, weight and bias are this rank's rows of the vocabulary, from token `vocab_start` on (shards
     may be uneven); all ranks give the same hidden and targets and get the same results, dH summed over the group. An
@@ -66,7 +71,8 @@ def linear_logprob(
     where that costs no synchronisation, on a CPU, or with `check_targets`; else both give NaN for their rows.
     """
     weight, bias = whole(weight), whole(bias)
-    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(process_group), vocab_start)
+    sets = None if sampling_mask is None else RowSets(*sampling_mask)
+    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(process_group), vocab_start, sets)
     check_head(hidden, head, targets, block_rows)
     if return_entropy not in (True, False, "detached"):
         raise ValueError(f"return_entropy must be True, False or 'detached', got {return_entropy!r}")
@@ -105,6 +111,8 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, block_rows: int) -> 
         raise ValueError(f"softcap must be positive, got {head.softcap}")
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+    if head.sets is not None:
+        check_sampling_mask(hidden, head.sets, head.softcap, head.scale)
 
 
 def check_devices(hidden: Tensor, **others: Tensor | None) -> None:
@@ -123,19 +131,24 @@ def check_values(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int)
     if (wrong := kept & ((targets < 0) | (targets >= vocabulary))).any():
         row = int(wrong.nonzero()[0])
         raise ValueError(f"targets[{row}] is {int(targets[row])}: neither in [0, {vocabulary}) nor {ignore_index}")
+    if head.sets is not None and ((ids := head.sets.ids) < 0).any() | (ids >= vocabulary).any():
+        raise ValueError(f"sampling_mask.ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}")
 
 
-def check_result(logps: Tensor, hidden: Tensor, head: Head, rows: Rows) -> None:
+def check_result(logps: Tensor, hidden: Tensor, head: Head, rows: Rows, targets: Tensor) -> None:
     """Raises ValueError naming the argument that made some of the log-probs of `rows` NaN; synchronises a GPU."""
     if not logps.isnan().any():
         return
     where = torch.arange(len(hidden), device=hidden.device)[rows][logps.isnan()]
     if (bad := ~hidden[where].isfinite().all(1)).any():
         raise ValueError(f"hidden[{int(where[bad][0])}] holds NaN or infinity")
+    row = int(where[0])
+    if head.sets is not None and not head.sets.holds(row, target := int(targets[row])):
+        raise ValueError(f"targets[{row}] is {target}, which is not among its row's ids in sampling_mask")
     for name, x in (("weight", head.weight), ("bias", head.bias), ("temperature", head.temperature)):
         if isinstance(x, Tensor) and not x.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
-    raise ValueError(f"the log-prob of row {int(where[0])} is NaN: its logits overflow, or no rank holds its target")
+    raise ValueError(f"the log-prob of row {row} is NaN: its logits overflow, or no rank holds its target")
 
 
 def full_precision(hidden: Tensor) -> contextlib.AbstractContextManager:
@@ -181,11 +194,14 @@ class _Visits:
     f"{Workspace.SCHEMA}) -> (Tensor logps, Tensor entropy, Tensor lse, Tensor units, Tensor scales)",
 )
 def _forward(
-    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
-    ignore_index, entropy, units, check, impl, workspace_mb, block_rows,
+    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+    mask_owners, targets, ignore_index, entropy, units, check, impl, workspace_mb, block_rows,
 ):  # fmt: skip
     """`units` [0 to 2, rows, H]: gradients of logps (and of entropy) by hidden, kept for a frozen head's backward."""
-    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    head = Head.of(
+        weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+        mask_owners,
+    )  # fmt: skip
     logps, entropies, lse, made, scales = _outputs(hidden, entropy, units)
     with full_precision(hidden):
         check = check or hidden.device.type == "cpu"
@@ -204,7 +220,7 @@ def _forward(
             for i, d in enumerate(d_logits):
                 made[i, rows], scales[i, rows] = _packed(work.d_hidden(d, wide=True), made.dtype)
             if check:
-                check_result(where(kept, softmax.logps), hidden, head, rows)
+                check_result(where(kept, softmax.logps), hidden, head, rows, targets)
     return logps, entropies, lse, made, scales
 
 
@@ -226,23 +242,23 @@ def _packed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @_forward.register_fake
 def _(hidden, *arguments):
-    return _outputs(hidden, entropy=arguments[10], units=arguments[11])
+    return _outputs(hidden, entropy=arguments[-6], units=arguments[-5])
 
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, row_temperature, *_ = inputs
-    targets, ignore_index, _, units, _, *size = inputs[9:]
+    targets, ignore_index, _, units, _, *size = inputs[12:]
     logps, _, lse, made, scales = output
     ctx.set_materialize_grads(False)  # None, not zeros, for outputs that the loss does not use
-    ctx.head, ctx.ignore_index, ctx.size = inputs[4:9], ignore_index, size
+    ctx.head, mask, ctx.ignore_index, ctx.size = inputs[4:9], inputs[9:12], ignore_index, size
     ctx.units, ctx.dtype = units, hidden.dtype
     kept = (logps, lse, made, scales) if units else (hidden,)
-    ctx.save_for_backward(weight, bias, row_temperature, targets, *kept)
+    ctx.save_for_backward(weight, bias, row_temperature, *mask, targets, *kept)
 
 
 def _backward(ctx, g_logps, g_entropy, g_lse, *_):
-    weight, bias, row_temperature, targets, *kept = ctx.saved_tensors
-    head = (weight, bias, row_temperature, *ctx.head)
+    weight, bias, row_temperature, *mask, targets = ctx.saved_tensors[:7]
+    head, kept = (weight, bias, row_temperature, *ctx.head, *mask), ctx.saved_tensors[7:]
     if ctx.units:
         half = ctx.dtype == torch.float16
         grads = (_scale_units(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, half), None, None)
@@ -250,7 +266,7 @@ def _backward(ctx, g_logps, g_entropy, g_lse, *_):
         needs = [ctx.needs_input_grad[i] for i in range(3)]
         made = _recompute(*kept, *head, targets, ctx.ignore_index, g_logps, g_entropy, g_lse, *needs, *ctx.size)
         grads = [x if need else None for x, need in zip(made, needs, strict=True)]
-    return (*grads, *[None] * 14)
+    return (*grads, *[None] * 17)
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -264,10 +280,13 @@ _forward.register_autograd(_backward, setup_context=_save)
 )
 def _scale_units(
     logps, lse, units, scales, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start,
-    targets, ignore_index, g_logps, g_entropy, g_lse, half,
+    mask_ids, mask_counts, mask_owners, targets, ignore_index, g_logps, g_entropy, g_lse, half,
 ):  # fmt: skip
     """Every gradient of a row is linear in its upstream numbers: scale what the forward kept."""
-    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    head = Head.of(
+        weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+        mask_owners,
+    )  # fmt: skip
     d_hidden = _d_hidden_of(units, half)
     for first in range(0, len(logps), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -320,10 +339,14 @@ def _target_gradient(head: Head, z: Tensor, targets: Tensor, rows: slice) -> Ten
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 def _recompute(
-    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, targets,
-    ignore_index, g_logps, g_entropy, g_lse, need_hidden, need_weight, need_bias, impl, workspace_mb, block_rows,
+    hidden, weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+    mask_owners, targets, ignore_index, g_logps, g_entropy, g_lse, need_hidden, need_weight, need_bias, impl,
+    workspace_mb, block_rows,
 ):  # fmt: skip
-    head = Head.of(weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start)
+    head = Head.of(
+        weight, bias, row_temperature, temperature, softcap, logit_scale, group, vocab_start, mask_ids, mask_counts,
+        mask_owners,
+    )  # fmt: skip
     with full_precision(hidden):
         visits = _Visits(hidden, targets, ignore_index)
         work = Workspace(visits.count, hidden, head, impl, workspace_mb, block_rows)

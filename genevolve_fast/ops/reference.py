@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.masks import mean, where
 from genevolve_fast.ops.objective import Objective
+from genevolve_fast.ops.sampling_mask import SamplingMask
 
 Stats = dict[str, Tensor]
 STATS = (
@@ -26,17 +27,31 @@ def logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    sampling_mask: SamplingMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [rows], entropy [rows], lse [rows]) of z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature."""
+    """(logp [rows], entropy [rows], lse [rows]) of z = softcap·tanh(scale·(h·Wᵀ + b)/softcap) / temperature.
+
+    With `sampling_mask`, of z restricted to each row's set of ids.
+    """
     z = hidden @ weight.T
     z = logit_scale * (z if bias is None else z + bias)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
+    if sampling_mask is not None:
+        z = where(allowed(sampling_mask, z.shape[1]), z, -torch.inf)
     lse = torch.logsumexp(z, -1)
     log_p = z - lse[:, None]
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0·inf where a logit is -inf
     return log_p.gather(1, targets[:, None])[:, 0], entropy, lse
+
+
+def allowed(mask: SamplingMask, vocabulary: int) -> Tensor:
+    """bool [rows, V]: the ids of each row's set; all of them where it has none."""
+    counts = mask.counts.to(mask.ids.device)
+    inside = (counts == 0)[:, None].repeat(1, vocabulary)
+    inside[torch.repeat_interleave(counts), mask.ids.long()] = True
+    return inside
 
 
 def select_sdl(logps: Tensor, teacher_logps: Tensor, eligible: Tensor, seq_ids: Tensor, objective: Objective) -> Tensor:

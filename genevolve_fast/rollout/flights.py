@@ -45,7 +45,7 @@ class Flights:
 
     @property
     def rows(self) -> list[Row]:
-        return [row for flight in self._flights.values() for row in flight.rows]
+        return [row for flight in list(self._flights.values()) for row in flight.rows]
 
     def step(self, adapter: str | None) -> Iterator[tuple[Row, Tensor]]:
         """One token for every row; those that end leave."""

@@ -59,6 +59,7 @@ class Row:
     cached: int = 0  # tokens that the session kept
     out_ids: list[int] = field(default_factory=list)
     out_logps: list[float] = field(default_factory=list)
+    out_kept: list[list[int]] = field(default_factory=list)  # what top-p left of the vocabulary, where asked for
     finish: str | None = None
     versions: list[tuple[int | str, int]] = field(default_factory=list)  # (weights, first token they sampled)
 

@@ -35,8 +35,9 @@ from genevolve_fast.rollout.server_protocol import (
     TokenizePrompt,
     UnloadAdapter,
     WeightCheck,
+    unavailable,
 )
-from genevolve_fast.rollout.transformers_engine import Sampled
+from genevolve_fast.rollout.transformers_engine import SampledTurn
 
 try:
     import uvicorn
@@ -93,7 +94,7 @@ def build_app(
         images = images_of_parts(request.content_parts)
         ids, ranges = expand(request.token_ids, images, codec)
         params = request.sampling_params
-        sampling = params.sampling(served.eos, served.room(len(ids)))
+        sampling = params.sampling(served.eos, served.room(len(ids)), return_sampling_mask)
         session = _session(raw, request.cache_salt)
         name = _request_id(raw, request.request_id)
         work = served.generate(request.model, session, ids, images, sampling, params.seed, name)
@@ -105,7 +106,7 @@ def build_app(
             "stop_reason": _stop_reason(made, served.eos, params.ignore_eos),
             "logprobs": {"content": _token_logprobs(made)} if params.logprobs is not None else None,
             "routed_experts": None,
-            "sampling_mask": getattr(made, "sampling_mask", None) if return_sampling_mask else None,
+            "sampling_mask": made.sampling_mask,
             "weight_versions": _spans(made),
         }
         return JSONResponse(
@@ -189,7 +190,7 @@ def build_app(
             }
         )
 
-    async def _answer(request: ChatRequest | CompletionRequest, raw: Request, name: str, ids, images) -> Sampled:
+    async def _answer(request: ChatRequest | CompletionRequest, raw: Request, name: str, ids, images) -> SampledTurn:
         sampling = request.sampling(served.eos, served.room(len(ids)))
         session = request.session_id or _session(raw, None)
         if session and request.cache_salt:
@@ -197,7 +198,7 @@ def build_app(
         work = served.generate(request.model, session, ids, images, sampling, request.seed, name)
         return await _while_connected(raw, work)
 
-    def _text(made: Sampled, skip_special_tokens: bool) -> str:
+    def _text(made: SampledTurn, skip_special_tokens: bool) -> str:
         ids = made.ids[:-1] if made.finish_reason == "stop" else made.ids
         return codec.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
@@ -410,6 +411,8 @@ async def _while_connected(raw: Request, work: Awaitable[T]) -> T:
         if not task.done():
             raise RequestError("Client disconnected", 499)
         return task.result()
+    except asyncio.CancelledError:  # the time for calls to finish is over
+        raise unavailable("The server is ending. Please retry on another one.") from None
     finally:
         gone.cancel()
         task.cancel()
@@ -429,20 +432,20 @@ def _request_id(raw: Request, given: str | None) -> str:
     return raw.headers.get("x-request-id") or given or uuid.uuid4().hex
 
 
-def _usage(prompt: int, made: Sampled) -> dict[str, Any]:
+def _usage(prompt: int, made: SampledTurn) -> dict[str, Any]:
     completion, cached = len(made.ids), {"cached_tokens": made.cached}
     total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {**total, "prompt_tokens_details": cached}
 
 
-def _stop_reason(made: Sampled, eos: Sequence[int], ignore_eos: bool) -> int | None:
+def _stop_reason(made: SampledTurn, eos: Sequence[int], ignore_eos: bool) -> int | None:
     """The stop id that ended the turn; None where it was the model's own end."""
     if made.finish_reason != "stop" or (made.ids[-1] in eos and not ignore_eos):
         return None
     return made.ids[-1]
 
 
-def _spans(made: Sampled) -> list[dict[str, Any]]:
+def _spans(made: SampledTurn) -> list[dict[str, Any]]:
     """Which weights sampled which tokens, as {"version", "start", "end"}."""
     ends = [start for _, start in made.versions[1:]] + [len(made.ids)]
     return [
@@ -450,13 +453,13 @@ def _spans(made: Sampled) -> list[dict[str, Any]]:
     ]
 
 
-def _token_logprobs(made: Sampled) -> list[dict[str, Any]]:
+def _token_logprobs(made: SampledTurn) -> list[dict[str, Any]]:
     pairs = zip(made.ids, made.logps, strict=True)
     entries = [{"token_id": t, "logprob": p, "rank": None} for t, p in pairs]
     return [{**e, "top_logprobs": [e]} for e in entries]
 
 
-def _chat_logprobs(made: Sampled, codec) -> list[dict[str, Any]]:
+def _chat_logprobs(made: SampledTurn, codec) -> list[dict[str, Any]]:
     found = []
     for token, logprob in zip(made.ids, made.logps, strict=True):
         text = codec.decode([token])
@@ -464,7 +467,7 @@ def _chat_logprobs(made: Sampled, codec) -> list[dict[str, Any]]:
     return found
 
 
-def _completion_logprobs(made: Sampled, codec) -> dict[str, Any]:
+def _completion_logprobs(made: SampledTurn, codec) -> dict[str, Any]:
     tokens = [codec.decode([t]) for t in made.ids]
     offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
     return {"tokens": tokens, "token_logprobs": made.logps, "text_offset": offsets, "top_logprobs": []}

@@ -68,12 +68,12 @@ class _Sampled(_Strict):
     ignore_eos: bool = False
     max_tokens: int | None = Field(default=None, ge=1)
 
-    def sampling(self, eos: tuple[int, ...], room: int) -> Sampling:
-        """`eos` end a turn unless ignore_eos; `room` tokens are left in the context."""
+    def sampling(self, eos: tuple[int, ...], room: int, mask: bool = False) -> Sampling:
+        """`eos` end a turn unless ignore_eos; `room` tokens are left in the context; `mask`: with the ids kept."""
         stop_ids = tuple(self.stop_token_ids or ()) + (() if self.ignore_eos else eos)
         wanted = room if self.max_tokens is None else min(self.max_tokens, room)
         temperature = 1.0 if self.temperature is None else self.temperature
-        return Sampling(temperature, 1.0 if self.top_p is None else self.top_p, wanted, stop_ids)
+        return Sampling(temperature, 1.0 if self.top_p is None else self.top_p, wanted, stop_ids, mask)
 
 
 class SamplingParams(_Sampled):

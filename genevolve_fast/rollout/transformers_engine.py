@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,11 +23,12 @@ from genevolve_fast.rollout.rows import GROW_BY, Call, Forwards, Fresh, Row, Ses
 from genevolve_fast.rollout.sampling import sample
 
 _COMPACT_BELOW = 0.6  # drop finished rows from the batch once fewer than this share are still sampling
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sampled(Generation):
+class SampledTurn(Generation):
     """`versions`: which weights sampled it, as (version, index of their first token); `cached` ids were known."""
 
     versions: tuple[tuple[int | str, int], ...] = field(default=(), compare=False)
@@ -61,6 +63,7 @@ class TransformersEngine:
         self._adapted = adapted or (lambda _: nullcontext())
         self._sessions: dict[str, Session] = {}
         self._waiting: list[Call] = []
+        self._entering: list[Call] = []  # neither waiting any more nor in flight yet
         self._flights = Flights(self._forwards, max_batch, self._sample)
         self._running = False
         self._holds = 0
@@ -144,7 +147,7 @@ class TransformersEngine:
         Of continuous batching; a batch of the deterministic mode runs to its end.
         """
         with self._lock:
-            calls = [*self._waiting, *(row.call for row in self._flights.rows)]
+            calls = [*self._waiting, *self._entering, *(row.call for row in self._flights.rows)]
             calls = [c for c in calls if session_ids is None or c.session_id in session_ids]
             for call in calls:
                 call.aborted = True
@@ -188,14 +191,16 @@ class TransformersEngine:
             call.future.get_loop().call_soon_threadsafe(settle)
 
     def _fail(self, calls: Sequence[Call], error: Exception) -> None:
+        if not isinstance(error, EngineError):
+            _log.error("%d calls failed", len(calls), exc_info=error)
+            error = EngineError(f"{type(error).__name__}: {error}")
         for call in calls:
-            known = isinstance(error, EngineError)
-            self._answer(call, error if known else EngineError(f"{type(error).__name__}: {error}"))
+            self._answer(call, error)
 
     def _finished(self, row: Row) -> None:
         self.sampled_tokens += len(row.out_ids)
-        made = Sampled(
-            row.out_ids, row.out_logps, row.finish or "stop", versions=tuple(row.versions), cached=row.cached
+        made = SampledTurn(
+            row.out_ids, row.out_logps, row.finish or "stop", row.out_kept or None, tuple(row.versions), row.cached
         )
         self._answer(row.call, made)
 
@@ -267,12 +272,13 @@ class TransformersEngine:
         self.policy.eval()
         while True:
             with self._lock:
+                self._entering = []
                 self._drop_abandoned()
                 self._running = self._ready()
                 if not self._running:
                     return
                 stale, self._stale = self._stale, False
-                entering = self._entering()
+                entering = self._admitted()
             for adapter, calls in entering.items():
                 try:
                     with self._adapted(adapter):
@@ -281,14 +287,14 @@ class TransformersEngine:
                 except Exception as error:
                     self._fail([*calls, *(row.call for row in self._flights.drop(adapter))], error)
 
-    def _entering(self) -> dict[str | None, list[Call]]:
+    def _admitted(self) -> dict[str | None, list[Call]]:
         """Calls that find a place, by adapter; every adapter in flight is there. Needs the lock."""
         free = self.max_batch - len(self._flights)
-        calls, self._waiting = self._waiting[:free], self._waiting[free:]
-        entering: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
-        for call in calls:
-            entering.setdefault(self._sessions[call.session_id].adapter, []).append(call)
-        return entering
+        self._entering, self._waiting = self._waiting[:free], self._waiting[free:]
+        by_adapter: dict[str | None, list[Call]] = {adapter: [] for adapter in self._flights.adapters}
+        for call in self._entering:
+            by_adapter.setdefault(self._sessions[call.session_id].adapter, []).append(call)
+        return by_adapter
 
     def _advance(self, adapter: str | None, stale: bool) -> None:
         if adapter in self._flights.adapters:
@@ -315,7 +321,7 @@ class TransformersEngine:
         """Let go of calls that nobody waits for, that were aborted, or whose session is closed. Needs the lock."""
         for call in self._waiting:
             if call.aborted:
-                self._answer(call, Sampled([], [], "abort"))
+                self._answer(call, SampledTurn([], [], "abort"))
             elif call.session_id not in self._sessions:
                 self._answer(call, EngineError(f"session {call.session_id!r} was closed"))
         self._waiting = [
@@ -337,14 +343,18 @@ class TransformersEngine:
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> None:
         """One token for every row still sampling; rows with equal settings are drawn together."""
-        settings: dict[tuple[float, float], list[int]] = {}
+        settings: dict[tuple[float, float, bool], list[int]] = {}
         for i, row in enumerate(rows):
             if row.finish is None:
-                settings.setdefault((row.call.sampling.temperature, row.call.sampling.top_p), []).append(i)
-        for (temperature, top_p), members in settings.items():
+                s = row.call.sampling
+                settings.setdefault((s.temperature, s.top_p, s.sampling_mask), []).append(i)
+        for (temperature, top_p, masked), members in settings.items():
             uniforms = torch.tensor([rows[i].random.uniform() for i in members], dtype=torch.float64)
             picked = logits[torch.tensor(members, device=logits.device)]
-            ids, logps = sample(picked, temperature, top_p, uniforms.to(logits.device))
+            ids, logps, kept = sample(picked, temperature, top_p, uniforms.to(logits.device), return_kept=masked)
+            if kept is not None:
+                for i, allowed in zip(members, kept, strict=True):
+                    rows[i].out_kept.append(allowed)
             for i, token, logp in zip(members, ids.tolist(), logps.tolist(), strict=True):
                 row = rows[i]
                 if not row.versions or row.versions[-1][0] != self.version:

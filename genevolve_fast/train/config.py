@@ -124,6 +124,9 @@ class RolloutConfig(_Section):
     num_generations: int = Field(6, ge=1, description="Rollouts of each request: the group of GRPO")
     temperature: float = Field(0.7, ge=0, description="Sampling temperature; the trainer's log-probs use it too")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus kept when sampling")
+    replay_sampling_mask: bool = Field(
+        False, description="Restrict the trainer's log-probs to the ids that top-p kept when sampling"
+    )
     max_tokens_per_turn: int = Field(4096, ge=1, description="Tokens of one reply before it counts as too long")
     max_prompt_length: int = Field(6144, ge=1, description="Tokens of system prompt and request")
     max_response_length: int = Field(30000, ge=1, description="Tokens after the request, observations included")
@@ -226,6 +229,8 @@ class EvolveConfig(_Section):
             raise ValueError("rollout.num_generations must be at least 2: one rollout has no group to compare with")
         if r.temperature == 0:
             raise ValueError("rollout.temperature is 0: greedy rollouts are equal, every advantage would be zero")
+        if r.replay_sampling_mask and r.top_p == 1:
+            raise ValueError("rollout.replay_sampling_mask with rollout.top_p 1 would do nothing: every id is kept")
         if o.sdl_coef and not e.enabled:
             raise ValueError("objective.sdl_coef > 0 needs experience.enabled: the teacher would see nothing new")
         if e.enabled and not o.sdl_coef:

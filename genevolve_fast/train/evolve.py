@@ -131,6 +131,7 @@ def session_settings(r: RolloutConfig, world: World, temperature: float | None =
         top_p=r.top_p if top_p is None else top_p,
         min_references=world.renderer.min_references,
         max_references=world.renderer.max_references,
+        sampling_mask=r.replay_sampling_mask and top_p is None,  # the bench trains nothing
         observe_images=r.observe_images,
         tool_timeout_s=r.tool_timeout_s,
     )

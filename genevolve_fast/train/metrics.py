@@ -9,6 +9,7 @@ import numpy as np
 
 from genevolve_fast.trajectory import Failed, Judged, Trajectory
 
+_LOG_RATIO_CLAMP = 20.0  # of what enters exp, as in the objective
 DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics")
 
 
@@ -46,3 +47,33 @@ def rollout_metrics(rollouts: Sequence[Trajectory], groups: Mapping[str, Sequenc
     for (source, kind), count in Counter((i.source, i.kind) for t in rollouts for i in t.incidents).items():
         out[f"tool_errors/{source}/{kind}"] = float(count)
     return out
+
+
+def engine_mismatch(rollouts: Sequence[Trajectory], logps: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How far the trainer's log-probs [loss tokens] by trajectory id are from the engine's, by model call.
+
+    d = trainer - engine over the tokens that the r-th assistant turn sampled; kl is the mean of exp(d) - 1 - d, which
+    estimates KL(engine ‖ trainer) on the engine's samples. masked_share: loss tokens whose sampling mask is known.
+    """
+    by_round: dict[int, list[np.ndarray]] = {}
+    for t in rollouts:
+        if t.id in logps:
+            gap = np.zeros(len(t), dtype=np.float64)
+            gap[t.loss_mask] = logps[t.id] - t.rollout_logps[t.loss_mask]
+            for r, turn in enumerate((x for x in t.turns if x.role == "assistant"), 1):
+                span = slice(turn.start, turn.stop)
+                by_round.setdefault(r, []).append(gap[span][t.loss_mask[span]])
+    tokens = sum(t.num_loss_tokens for t in rollouts)
+    out = {"rollout_corr/masked_share": sum(t.masked_tokens for t in rollouts) / max(1, tokens)}
+    gaps = {r: d for r, parts in sorted(by_round.items()) if len(d := np.concatenate(parts))}
+    if gaps:
+        out["rollout_corr/kl"] = _k3(np.concatenate([*gaps.values()]))
+    for r, d in gaps.items():
+        out[f"rollout_corr/logp_difference_abs/round_{r:02d}"] = float(np.abs(d).mean())
+        out[f"rollout_corr/kl/round_{r:02d}"] = _k3(d)
+    return out
+
+
+def _k3(d: np.ndarray) -> float:
+    d = d.clip(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
+    return float((np.expm1(d) - d).mean())

@@ -18,6 +18,7 @@ from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob, selec
 from genevolve_fast.policy.model import ImageFeatures, Policy
 from genevolve_fast.policy.passes import Prefix, head_input, normed, reading, through_layers
 from genevolve_fast.policy.weights import WeightSource
+from genevolve_fast.train.metrics import engine_mismatch
 
 Phase = Callable[[str], AbstractContextManager]
 
@@ -71,7 +72,9 @@ def accumulate_gradients(
     metrics = step.metrics()
     metrics["actor/trained_share"] = len(live) / max(1, len(rollouts))
     metrics["actor/teacher_share"] = sum(bool(r.experience_ids) for r in rollouts) / max(1, len(rollouts))
-    return metrics, step.traces()
+    traces = step.traces()
+    metrics |= engine_mismatch([r.trajectory for r in rollouts], {name: t.logps for name, t in traces.items()})
+    return metrics, traces
 
 
 def forwarded(rollouts: Sequence[TrainingRollout], reference: bool) -> list[TrainingRollout]:
@@ -144,6 +147,7 @@ class _Step:
                 rollout_logps=micro.rollout_logps,
                 ref_logps=ref_logps,
                 **distilled,
+                sampling_mask=micro.sampling_mask,
                 temperature=self.temperature,
                 objective=self.objective,
                 workspace_mb=self.workspace_mb,
@@ -196,16 +200,20 @@ def _score(
     temperature: float,
     teacher: bool,
 ) -> Tensor:
+    mask = micro.sampling_mask
     if not teacher:
         x, _ = through_layers(policy, features, reading(policy, micro.student, micro.student_layout, prefix))
         hidden = head_input(policy, prefix, x, micro.rows)
-        return linear_logprob(hidden, policy.head_weight, micro.targets, temperature=temperature).logps
+        return linear_logprob(
+            hidden, policy.head_weight, micro.targets, temperature=temperature, sampling_mask=mask
+        ).logps
     out = torch.zeros_like(micro.rollout_logps)
     if micro.teacher is None:
         return out
     x, _ = through_layers(policy, features, reading(policy, micro.teacher, micro.teacher_layout, prefix))
     hidden, targets = normed(policy, x[micro.teacher_rows]), micro.targets[micro.eligible]
-    scored = linear_logprob(hidden, policy.head_weight, targets, temperature=temperature).logps
+    mask = mask and mask.of(micro.eligible)
+    scored = linear_logprob(hidden, policy.head_weight, targets, temperature=temperature, sampling_mask=mask).logps
     return out.to(scored.dtype).masked_scatter(micro.eligible, scored)
 
 

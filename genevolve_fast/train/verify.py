@@ -108,21 +108,22 @@ def _independent(
     """Add one rollout's gradient by transformers' own forward and `ops.reference`; returns its log-probs."""
     t = rollout.trajectory
     student = student_sequence(t, images, policy.codec.image_grid)
+    sampled_from = np.split(t.mask_ids, np.cumsum(t.mask_counts)[:-1]) if t.masked_tokens else None
     other = dict(ref_logps=None, teacher_logps=None, sdl_mask=None)
     if reference is not None:
         with reference.weights() as weights:
-            other["ref_logps"] = sequence_logps(weights, student, temperature)
+            other["ref_logps"] = sequence_logps(weights, student, temperature, sampled_from)
     if rollout.experience_ids:
         after = teacher_sequence(student, t.request_stop, rollout.experience_ids)
         with torch.no_grad():
             if teacher is None:
-                other["teacher_logps"] = sequence_logps(policy, after, temperature)
+                other["teacher_logps"] = sequence_logps(policy, after, temperature, sampled_from)
             else:
                 with teacher.weights() as weights:
-                    other["teacher_logps"] = sequence_logps(weights, after, temperature)
+                    other["teacher_logps"] = sequence_logps(weights, after, temperature, sampled_from)
         mask = t.decision_mask if objective.sdl_scope == "decision" else t.loss_mask
         other["sdl_mask"] = torch.from_numpy(mask[t.loss_mask]).to(policy.device)
-    logps = sequence_logps(policy, student, temperature)
+    logps = sequence_logps(policy, student, temperature, sampled_from)
     loss, _ = grpo_sdl(
         logps,
         advantages=torch.tensor([rollout.advantage], device=logps.device),
@@ -137,8 +138,13 @@ def _independent(
     return logps.detach()
 
 
-def sequence_logps(policy: Policy, sequence: TrainingSequence, temperature: float) -> Tensor:
-    """[loss tokens] log-probs by transformers' own forward of the whole sequence, fp32 (fp64)."""
+def sequence_logps(
+    policy: Policy, sequence: TrainingSequence, temperature: float, sampled_from: Sequence[np.ndarray] | None = None
+) -> Tensor:
+    """[loss tokens] log-probs by transformers' own forward of the whole sequence, fp32 (fp64).
+
+    sampled_from: the ids that each loss token was sampled from; without any, from the whole vocabulary.
+    """
     ids = torch.from_numpy(sequence.ids).to(policy.device)[None]
     given = {}
     if policy.has_vision:
@@ -150,11 +156,21 @@ def sequence_logps(policy: Policy, sequence: TrainingSequence, temperature: floa
     with policy.own_attention():
         hidden = policy.model.model(input_ids=ids, use_cache=False, **given).last_hidden_state[0]
         at = torch.from_numpy(np.flatnonzero(sequence.loss_mask)).to(policy.device)
-    parts = zip(hidden[at - 1].split(_HEAD_ROWS), ids[0, at].split(_HEAD_ROWS), strict=True)
-    return torch.cat([checkpoint(_logps, h, policy.head_weight, y, temperature, use_reentrant=False) for h, y in parts])
+    sets = sampled_from or [()] * len(at)
+    made = []
+    for first in range(0, len(at), _HEAD_ROWS):
+        part = slice(first, first + _HEAD_ROWS)
+        given = hidden[at[part] - 1], policy.head_weight, ids[0, at[part]], temperature, sets[part]
+        made.append(checkpoint(_logps, *given, use_reentrant=False))
+    return torch.cat(made)
 
 
-def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, sets: Sequence[np.ndarray]) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = torch.nn.functional.linear(hidden, weight).to(wide) / temperature
+    if any(map(len, sets)):
+        allowed = np.zeros(logits.shape, dtype=bool)
+        for row, ids in zip(allowed, sets, strict=True):
+            row[ids if len(ids) else slice(None)] = True
+        logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]

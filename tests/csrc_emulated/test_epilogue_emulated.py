@@ -25,7 +25,7 @@ from emulation import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genevolve_fast.ops import Objective, csrc, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, SamplingMask, csrc, linear_grpo_sdl, linear_logprob
 from genevolve_fast.ops.csrc import d_logits_epilogue, softmax_d_logits_epilogue, softmax_epilogue
 from genevolve_fast.ops.epilogues import Upstream
 
@@ -403,6 +403,26 @@ def test_linear_grpo_sdl_by_cuda_equals_torch(gpu, dtype):
         loss.backward()
         results.append([loss.detach(), stats["entropy"], h.grad.float(), w.grad.float()])
     close(*results, dtype)
+
+
+@pytest.mark.parametrize("trains", ["hidden", "both"])
+def test_sampling_masks_by_cuda_equal_torch(gpu, trains):
+    results = []
+    for impl in ("cuda", "torch"):
+        torch.manual_seed(6)
+        h, w = torch.randn(21, 16, requires_grad=True), torch.randn(97, 16, requires_grad=trains == "both")
+        y = torch.randint(97, (21,))
+        sets = [[] if i % 4 == 1 else sorted({int(t), *range(i, i + 9)}) for i, t in enumerate(y)]
+        mask = SamplingMask(torch.tensor(sum(sets, [])), torch.tensor([len(s) for s in sets]))
+        out = linear_logprob(h, w, y, return_entropy=True, return_lse=True, sampling_mask=mask, block_rows=8, impl=impl)
+        loss, _ = linear_grpo_sdl(
+            h, w, y, advantages=torch.randn(3), cu_seqlens=[0, 6, 13, 21], teacher_hidden=h.detach().flip(0),
+            teacher_index=torch.arange(21), objective=Objective(kl_coef=0, sdl_permille=300), block_rows=8, impl=impl,
+            sampling_mask=mask,
+        )  # fmt: skip
+        (out.logps.sum() + 0.3 * out.entropy.sum() - 0.1 * out.lse.sum() + loss).backward()
+        results.append([*(x.detach() for x in out), loss.detach(), *(x.grad for x in (h, w) if x.grad is not None)])
+    close(*results, torch.float32)
 
 
 def test_upstream_gradients_known_beforehand_take_one_launch_a_block(gpu):

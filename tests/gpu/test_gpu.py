@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob, supported
+from genevolve_fast.ops import Objective, SamplingMask, linear_grpo_sdl, linear_logprob, supported
 from genevolve_fast.ops.epilogues import IMPLEMENTATIONS
 from genevolve_fast.ops.reference import logprobs
 
@@ -118,6 +118,30 @@ def test_the_objective_by_every_implementation(impl):
         assert error(mine, theirs.double()) <= 2e-2
 
 
+def sets_of(y, vocabulary, size=20):
+    """Each row's target and its next ids; every fifth row has no set."""
+    ids = (y[:, None].clamp(min=0) + torch.arange(size, device=y.device)) % vocabulary
+    has = torch.arange(len(y), device=y.device) % 5 > 0
+    return SamplingMask(ids[has].flatten().int(), size * has.int().cpu())
+
+
+@pytest.mark.parametrize("impl", RUNNING)
+def test_sampling_masks_by_every_implementation(impl):
+    shape = (4_096, 1024, 32_003) if GPU else (64, 16, 301)
+    h, w, y = problem(*shape, dtype=torch.float32)
+    mask = sets_of(y, shape[2])
+    truth = logprobs(h.double(), w.double(), y, sampling_mask=mask)[0]
+    assert (linear_logprob(h, w, y, impl=impl, sampling_mask=mask).logps - truth).abs().max() < 1e-3
+    results = []
+    for name, block in ((impl, 1024), ("torch", 512)):
+        leaves = h.detach().requires_grad_(), w.detach().requires_grad_()
+        loss, stats = objective_call(*leaves, y, impl=name, block_rows=block, sampling_mask=mask)
+        loss.backward()
+        results.append([loss.detach(), stats["sdl_kl"], *(x.grad for x in leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        assert error(mine, theirs.double()) <= 2e-2
+
+
 @pytest.mark.parametrize("impl", RUNNING)
 def test_equal_rows_give_equal_bits_and_calls_repeat(impl):
     h, w, y = problem(3_000 if GPU else 50, 128, 5_003)
@@ -142,11 +166,14 @@ def test_no_synchronisation(impl, trains):
     w.requires_grad_(trains == "both")
     y[7] = -100
     on_device = torch.linspace(0, 3_000, 9, device=DEVICE).long()
+    mask = sets_of(y, 5_003)
 
     def run():
         linear_logprob(h, w, y, return_entropy=True, impl=impl).logps.sum().backward()
         objective_call(h, w, y, impl=impl)[0].backward()
         objective_call(h, w, y, impl=impl, borders=on_device)[0].backward()
+        linear_logprob(h, w, y, impl=impl, sampling_mask=mask).logps.sum().backward()
+        objective_call(h, w, y, impl=impl, sampling_mask=mask)[0].backward()
 
     run()  # what is loaded and compiled the first time may wait
     torch.cuda.synchronize()

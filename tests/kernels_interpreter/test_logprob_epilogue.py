@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genevolve_fast.kernels.logprob_epilogue import d_logits_epilogue, softmax_epilogue
-from genevolve_fast.ops import Objective, linear_grpo_sdl, linear_logprob
+from genevolve_fast.ops import Objective, SamplingMask, linear_grpo_sdl, linear_logprob
 
 mend()
 DISTRIBUTIONS = {
@@ -224,6 +224,33 @@ def test_linear_grpo_sdl_by_triton_equals_torch(dtype):
         )  # fmt: skip
         loss.backward()
         results.append([loss.detach(), stats["entropy"], h.grad.float(), w.grad.float()])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", ["hidden", "both"])
+def test_sampling_masks_by_triton_equal_torch(dtype, trains):
+    results = []
+    for impl in ("triton", "torch"):
+        torch.manual_seed(6)
+        h, w, b = torch.randn(21, 16).to(dtype).requires_grad_(), torch.randn(97, 16).to(dtype), torch.randn(97)
+        w.requires_grad_(trains == "both")
+        y = torch.randint(97, (21,))
+        sets = [[] if i % 4 == 1 else sorted({int(t), *range(i, i + 9)}) for i, t in enumerate(y)]
+        mask = SamplingMask(torch.tensor(sum(sets, [])), torch.tensor([len(s) for s in sets]))
+        more = dict(bias=b, temperature=0.8, sampling_mask=mask, block_rows=8, impl=impl)
+        out = linear_logprob(h, w, y, return_entropy=True, return_lse=True, **more)
+        loss, _ = linear_grpo_sdl(
+            h, w, y, advantages=torch.randn(3), cu_seqlens=[0, 6, 13, 21], teacher_hidden=h.detach().flip(0),
+            teacher_index=torch.arange(21), objective=Objective(kl_coef=0, sdl_permille=300), **more,
+        )  # fmt: skip
+        (out.logps.sum() + 0.3 * out.entropy.sum() - 0.1 * out.lse.sum()).backward()
+        loss.backward()
+        found = [*out, loss, *(x.grad.float() for x in (h, w) if x.grad is not None)]
+        assert all(torch.isfinite(x).all() for x in found)
+        results.append([x.detach() for x in found])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for mine, theirs in zip(*results, strict=True):
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)

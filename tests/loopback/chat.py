@@ -58,7 +58,7 @@ def build():
     async def chat(request: Request):
         body = await request.json()
         fault = faults.popleft() if faults else {}
-        seen.append({"key": request.headers.get("authorization"), "body": body, "fault": fault})
+        seen.append({"key": request.headers.get("authorization"), "body": body, "at": time.monotonic()})
         await asyncio.sleep(fault.get("delay_s", 0))
         if "status" in fault:
             said = fault.get("message", "the fault you asked for").replace("KEY", request.headers["authorization"])

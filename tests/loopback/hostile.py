@@ -42,6 +42,7 @@ class Case:
     name: str
     body: bytes | None = None  # of the search answer
     images: bool = False
+    observe: str = "tokens"  # how images are observed
     picture: str = ""  # address in an image answer
     file: tuple[bytes, str] | None = None  # (bytes, content type) of that picture
     id: str | None = None
@@ -110,13 +111,15 @@ def _tags() -> Iterator[Case]:
             yield Case(
                 f"tag {disguise} {marker}", _text(title=text, snippet=text, link=f"https://e.org/{make(marker)}")
             )
-        yield Case(
-            f"image title {marker}", _pictures("{web}/img/0.png", title=marker, link=f"https://e.org/{marker}"), True
-        )
-        yield Case(f"image address {marker}", _pictures("{web}/img/0.png?" + marker), True)
+        for observe in ("tokens", "text"):
+            named = _pictures("{web}/img/0.png", title=marker, link=f"https://e.org/{marker}")
+            yield Case(f"image title {marker} {observe}", named, True, observe)
+            yield Case(f"image address {marker} {observe}", _pictures("{web}/img/0.png?" + marker), True, observe)
     for i, scene in enumerate(_SCENES):
-        yield Case(f"scene {i}", _text(title=scene, snippet=scene))
-        yield Case(f"image scene {i}", _pictures("{web}/img/0.png", title=scene, link=scene), True)
+        yield Case(f"scene {i}", _text(title=scene, snippet=scene, link=scene))
+        for observe in ("tokens", "text"):
+            named = _pictures("{web}/img/0.png", title=scene, link=scene)
+            yield Case(f"image scene {i} {observe}", named, True, observe)
 
 
 def _bodies() -> Iterator[Case]:
@@ -190,7 +193,7 @@ _NOT_WEB = (
 
 def _addresses() -> Iterator[Case]:
     for address in _PRIVATE:
-        yield Case(f"address {address}", _pictures(address), True)
+        yield Case(f"address {address}", _pictures(address), True, expect=("refused_address", "connect"))
     for address in _NOT_WEB:
         yield Case(f"address {address[:60]}", _pictures(address), True)
     yield Case("address of 100 kB", _pictures("{web}/img/0.png?" + "x" * 100_000), True)
@@ -224,7 +227,7 @@ def _faults() -> Iterator[Case]:
         "redirect:": ("refused_address",),
         "delay:3": ("timeout",),
         "gzip:1": ("not_an_image",),
-        "gzip:200": ("too_large",),
+        "gzip:64": ("too_large",),
         "encoded:br": ("bad_response",),
         "encoded:gzip": ("bad_response",),
         "encoded:identity": ("not_an_image",),
@@ -239,7 +242,7 @@ def _faults() -> Iterator[Case]:
         **{f"status:{code}": ("server_error",) for code in (500, 502, 503, 599)},
     }.items():
         yield Case(f"download {fault}", _pictures("{web}/img/0.png?fault=" + _escaped(fault)), True, expect=kinds)
-    for fault in ("loris", "hangup", "announced", "gzip:200", "encoded:br", "redirect:http://127.0.0.1/", "status:404"):
+    for fault in ("loris", "hangup", "announced", "gzip:64", "encoded:br", "redirect:http://127.0.0.1/", "status:404"):
         yield Case(f"search {fault}", picture=f"fault {fault}")
         yield Case(f"image search {fault}", picture=f"fault {fault}", images=True)
     yield Case("search endless", picture="fault endless:application/json")
@@ -501,7 +504,7 @@ class Arena:
                 codec=self.codec,
                 tools=tools,
                 system_prompt="Draw.",
-                settings=SessionSettings(observe_images="tokens", min_references=0, max_response_tokens=60_000),
+                settings=SessionSettings(observe_images=case.observe, min_references=0, max_response_tokens=60_000),
                 rollout_id="r",
                 group_id="g",
                 seed=1,

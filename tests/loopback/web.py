@@ -26,6 +26,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -277,8 +278,12 @@ async def loop(argument: str):
 
 async def gzipped(argument: str):
     """gzip:MEGABYTES of zeros behind a PNG signature, compressed as a content encoding"""
-    body = gzip.compress(b"\x89PNG\r\n\x1a\n" + bytes(int(argument or 1) << 20), 6)
-    return _response(body, content_encoding="gzip")
+    return _response(_gzipped(int(argument or 1)), content_encoding="gzip")
+
+
+@lru_cache(maxsize=2)
+def _gzipped(megabytes: int) -> bytes:
+    return gzip.compress(b"\x89PNG\r\n\x1a\n" + bytes(megabytes << 20), 1)
 
 
 async def encoded(argument: str):
