@@ -252,7 +252,6 @@ def test_a_mask_engine_bounds_the_sets_that_it_asks_for(opened):
     assert AsyncLLM.made.args.logprobs_mode == "processed_logprobs"  # vLLM refuses masks without it
 
 
-@pytest.mark.skipif(not vllm_stand_in.MASKS, reason="protocols.Sampling has no sampling_mask here")
 def test_the_ids_that_could_have_been_sampled_come_along_where_they_are_asked_for(opened):
     policy, engine = opened(sampling_mask=True)
     engine.open("a")
