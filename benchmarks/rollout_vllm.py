@@ -35,7 +35,7 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_colocated import VllmEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.train.collect import Rollouts
-from genevolve_fast.train.config import EvolveConfig, RolloutConfig, load_config
+from genevolve_fast.train.config import EvolveConfig, load_config
 from genevolve_fast.train.engines import longest
 from genevolve_fast.train.evolve import sample
 from genevolve_fast.train.run import write_atomic
@@ -43,7 +43,6 @@ from genevolve_fast.train.update import score
 from genevolve_fast.trajectory import Failed, Request
 
 RESULTS = Path(__file__).parent / "results" / "rollout_vllm.json"
-MASK = "replay_sampling_mask"
 UPDATES = 3
 
 
@@ -73,7 +72,7 @@ def measure(bench: Bench, engine: Any, name: str, mask: bool) -> dict[str, Any]:
     """One engine: rollouts, then UPDATES changes of the weights with sleep and wake, then rollouts again."""
     config = bench.config
     if mask:
-        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={MASK: True})})
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"replay_sampling_mask": True})})
     timed("update", lambda: engine.update_weights(0))
     sample(config, bench.policy, bench.world, engine, bench.requests, 0)  # compiles, captures graphs, fills caches
     before, begin = engine.sampled_tokens, time.perf_counter()
@@ -235,9 +234,8 @@ def main() -> None:
     requests = {r.id: r for r in sandbox.requests("train", args.requests, seed=1)}
     policy, colocated, serving = rehearsed(config) if args.dry_run else with_vllm(config, args)
     bench = Bench(config, policy, world, requests, colocated, serving)
-    masks = (False, True) if MASK in RolloutConfig.model_fields else (False,)
     rows = []
-    for mask in masks:
+    for mask in (False, True):
         for run in (_embedded, _colocated, _server):
             rows.append(run(bench, mask))
             show(rows[-1], args.dry_run)

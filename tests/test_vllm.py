@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -252,7 +253,6 @@ def test_a_mask_engine_bounds_the_sets_that_it_asks_for(opened):
     assert AsyncLLM.made.args.logprobs_mode == "processed_logprobs"  # vLLM refuses masks without it
 
 
-@pytest.mark.skipif(not vllm_stand_in.MASKS, reason="protocols.Sampling has no sampling_mask here")
 def test_the_ids_that_could_have_been_sampled_come_along_where_they_are_asked_for(opened):
     policy, engine = opened(sampling_mask=True)
     engine.open("a")
@@ -293,3 +293,26 @@ def test_the_record_is_that_of_the_installed_release():
     if found is None or not found.submodule_search_locations:
         pytest.skip("vllm is not installed: its sources were recorded from the released package")
     assert record(Path(found.submodule_search_locations[0])) == RECORDED
+
+
+@pytest.mark.slow
+def test_evolution_wakes_and_sleeps_it_around_the_rollouts(monkeypatch, tmp_path):
+    from genevolve_fast.cli import config_path, open_policy, open_world
+    from genevolve_fast.train.config import EvolveConfig, load_config
+    from genevolve_fast.train.evolve import evolve
+
+    vllm_stand_in.install(monkeypatch)
+    monkeypatch.setattr(vllm_colocated, "_gpu", lambda: True)
+    small = "steps=2 checkpoint.every=2 pool_size=40 rollout.prompts_per_step=2 rollout.num_generations=3 threads=1"
+    masked = "rollout.engine=vllm rollout.top_p=0.95 rollout.replay_sampling_mask=true evaluate.requests=0"
+    config = load_config(EvolveConfig, config_path("demo"), f"{small} {masked}".split())
+    sandbox, world = open_world(config)
+    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    evolve(config, open_policy(config.policy), world, pool, tmp_path / "run")
+    order = [n for n in names(AsyncLLM.made.calls) if n.startswith(("wake", "sleep", "load", "generate", "reset_pre"))]
+    awake = ["load", "reset_prefix_cache", "generate", "sleep"]
+    again = ["wake_up weights", "load", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
+    assert order == awake + again
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["rollout_corr/masked_share"] > 0.5 for r in rows] == [True, True]
+    assert max(r["rollout_corr/logp_difference_abs"] for r in rows) < 1e-4

@@ -23,7 +23,7 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.sandbox.tiny_policy import start_path
 from tests.loopback.engine import LoopbackEngine
-from tests.vllm_stand_in import MASKS, RECORDED
+from tests.vllm_stand_in import RECORDED
 
 pytestmark = pytest.mark.slow
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, stop_ids=(2,))
@@ -312,7 +312,6 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
         assert not same(stale, go_on(local, own, before, pictures[:1], session="b"))
 
 
-@pytest.mark.skipif(not MASKS, reason="protocols.Sampling has no sampling_mask here")
 def test_the_ids_that_could_have_been_sampled_come_along_where_they_are_asked_for(own, connected):
     with LoopbackEngine("--return-sampling-mask") as masking:
         engine = connected(own, masking)

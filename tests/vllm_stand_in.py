@@ -27,8 +27,6 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 
 RECORDED = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text(encoding="utf-8"))
 
-MASKS = "sampling_mask" in Sampling.__dataclass_fields__
-
 
 def signature(name: str) -> inspect.Signature:
     kinds = {"positional": inspect.Parameter.POSITIONAL_OR_KEYWORD, "keyword": inspect.Parameter.KEYWORD_ONLY}
@@ -271,8 +269,8 @@ class AsyncLLM:
         assert len(pictures) <= self.args.limit_mm_per_prompt["image"]
         images = [np.asarray(picture) for picture in pictures]
         ids = self._expanded(prompt["prompt_token_ids"], images, 0)
-        wanted = {"sampling_mask": True} if MASKS and self.args.return_sampling_mask else {}
-        sampling = Sampling(p.temperature, p.top_p, p.max_tokens, tuple(p.stop_token_ids), **wanted)
+        wanted = bool(self.args.return_sampling_mask)
+        sampling = Sampling(p.temperature, p.top_p, p.max_tokens, tuple(p.stop_token_ids), wanted)
         made = await engine.generate(session_id, ids, images, sampling, p.seed)
         out = CompletionOutput(
             index=0,

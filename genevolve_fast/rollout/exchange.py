@@ -6,8 +6,6 @@ import base64
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
@@ -99,18 +97,12 @@ def checked_generation(
         raise EngineError(
             f"log-probs of {min(logps)} to {max(logps)}: the engine could not compute them", "bad_response"
         )
-    more: dict[str, Any] = {}
-    if masks(sampling) and mask is not None:
+    kept_ids = None
+    if sampling.sampling_mask and sampling.temperature > 0 and mask is not None:
         if len(mask) != len(ids) or any(token not in kept for token, kept in zip(ids, mask, strict=True)):
             raise EngineError("a sampled id is not in its own sampling mask", "bad_response")
-        more["sampling_mask"] = [list(kept) for kept in mask]
-    return Generation(list(ids), [min(0.0, p) for p in logps], finish_reason, **more)
-
-
-def masks(sampling: Sampling) -> bool:
-    """Whether the ids that could have been sampled are asked for."""
-    known = any(f.name == "sampling_mask" for f in fields(Generation))
-    return known and sampling.temperature > 0 and bool(getattr(sampling, "sampling_mask", False))
+        kept_ids = [list(kept) for kept in mask]
+    return Generation(list(ids), [min(0.0, p) for p in logps], finish_reason, kept_ids)
 
 
 class DataUrls:

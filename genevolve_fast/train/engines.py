@@ -67,7 +67,7 @@ def _vllm(config: EvolveConfig, policy: Policy, incidents: Incidents) -> Trained
         max_num_seqs=v.max_num_seqs,
         enforce_eager=v.enforce_eager,
         merge_lora=v.merge_lora,
-        sampling_mask=getattr(config.rollout, "replay_sampling_mask", False),
+        sampling_mask=config.rollout.replay_sampling_mask,
         verify_every=v.verify_every,
         bucket_bytes=v.bucket_mb << 20,
         seed=config.seed,
