@@ -170,7 +170,7 @@ def test_every_route_and_field_is_one_of_the_released_package(server, own, conne
         async def note(request):
             asked.append(request)
 
-        engine._client.event_hooks["request"].append(note)
+        engine._http.client.event_hooks["request"].append(note)
         for version in range(2):
             engine.update_weights(version)
             ask(engine, own, pictures[:1])
@@ -296,7 +296,7 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
         local = TransformersEngine(own, deterministic=False)
         assert same(go_on(engine, own, before, pictures[:1]), go_on(local, own, before, pictures[:1]))
 
-        honest = engine._command
+        honest = engine._http.command
 
         async def forgets_nothing(server, path, body=None):
             if path == "/reset_prefix_cache":
@@ -305,7 +305,7 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
 
         before = ask(engine, own, pictures[:1], session="b")
         train(own, 0.05)
-        monkeypatch.setattr(engine, "_command", forgets_nothing)
+        monkeypatch.setattr(engine._http, "command", forgets_nothing)
         engine.update_weights(2)
         stale = go_on(engine, own, before, pictures[:1], session="b")
         local.update_weights(2)
