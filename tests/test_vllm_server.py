@@ -135,6 +135,22 @@ def test_an_adapter_goes_alone_and_the_old_one_leaves(server, own, connected, pi
     assert engine.mismatches == 0 and engine.verified > 0
 
 
+def test_a_lost_adapter_and_a_version_that_another_run_set_are_mended(server, own, connected):
+    connected(own, server).update_weights(0)
+    add_lora(own, rank=2)
+    train(own, 0.05)
+    engine = connected(own, server)
+    engine.update_weights(1)
+    unload = {"lora_name": engine._label}
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json=unload, trust_env=False).status_code == 200
+    assert same(ask(engine, own), expected(own))
+    assert engine.incidents.take() == {"engine/stale_weights": 1}
+    changed = {"new_version": "another's"}
+    assert httpx.post(f"{server.url}/update_weight_version", json=changed, trust_env=False).status_code == 200
+    assert same(ask(engine, own, session="b"), expected(own))  # the adapter is there already
+    assert engine.incidents.take() == {"engine/stale_weights": 1}
+
+
 def test_an_adapter_can_be_merged(server, own, connected):
     add_lora(own, rank=2)
     train(own, 0.05)
