@@ -279,6 +279,7 @@ def test_vocabulary_parallel_gives_what_one_rank_gives(tmp_path, dtype, toleranc
     on_two_ranks(tmp_path, vocabulary_parallel, dtype, tolerance)
 
 
+@pytest.mark.slow
 def test_an_fsdp2_weight_is_gathered_once(tmp_path):
     on_two_ranks(tmp_path, fsdp2)
 
