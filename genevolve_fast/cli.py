@@ -14,12 +14,14 @@ RUNS = Path("runs")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can mend are one line on stderr and exit status 2."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\ninterrupted; `--resume` continues from the last checkpoint", file=sys.stderr)
+        again = "; `--resume` continues from the last checkpoint" if hasattr(args, "resume") else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         return 130
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
@@ -43,7 +45,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     return *mistakes, RunError, ServeError, ShapeError, FileNotFoundError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """All commands; `asked` are the arguments, because --fields needs no --config."""
     top = argparse.ArgumentParser(
         prog="genevolve-fast",
         description="Train tool-using image-generation agents on few GPUs.",
@@ -63,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     def training(p: argparse.ArgumentParser, config: str | None) -> None:
-        p.add_argument("--config", default=config, required=config is None, help="YAML file, or a built-in name")
+        needed = config is None and "--fields" not in asked
+        p.add_argument("--config", default=config, required=needed, help="YAML file, or a built-in name")
         p.add_argument(
             "--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable"
         )
@@ -179,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--training", action="store_true", help="take weight updates, report exact log-probs")
     p.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that requests must bring")
     p.add_argument("--insecure", action="store_true", help="listen beyond this machine without a key")
-    p.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    p.add_argument("--dry-run", action="store_true", help="print the command and stop; vLLM need not be installed then")
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
     p = command(
@@ -278,6 +282,7 @@ def open_policy(config):
 
 def policy_path(config) -> str | Path:
     """Folder of the weights that a policy section names; a hub id that is not cached yet gets its config.json."""
+    from genevolve_fast.policy.model import no_policy
     from genevolve_fast.sandbox.tiny_policy import start_path
 
     if config.path == "sandbox:start":
@@ -286,7 +291,10 @@ def policy_path(config) -> str | Path:
         from huggingface_hub import snapshot_download, try_to_load_from_cache
 
         if not isinstance(try_to_load_from_cache(config.path, "config.json"), str):
-            snapshot_download(config.path, allow_patterns=["config.json"])
+            try:
+                snapshot_download(config.path, allow_patterns=["config.json"])
+            except OSError as error:
+                raise no_policy(config.path) from error
     return config.path
 
 
@@ -331,7 +339,7 @@ def show_fields(kind) -> int:
     from genevolve_fast.train.config import describe
 
     for name, default, text in describe(kind):
-        print(f"{name:36} {json.dumps(default, default=str):24} {text}")
+        print(f"{name:36} {json.dumps(default, default=str):24} {text}".rstrip())
     return 0
 
 
@@ -360,6 +368,7 @@ def run_sft(args: argparse.Namespace) -> int:
 def run_evolve(args: argparse.Namespace) -> int:
     from genevolve_fast.profile.shapes import ModelShape
     from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.engines import check_engine
     from genevolve_fast.train.evolve import evolve
     from genevolve_fast.train.fits import check_fits
 
@@ -367,6 +376,7 @@ def run_evolve(args: argparse.Namespace) -> int:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     set_threads(config.threads)
+    check_engine(config)
     check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
     sandbox, world = open_world(config)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
@@ -437,7 +447,7 @@ def run_profile(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Exit status 1 where the gradients differ by more than their dtype explains."""
     from genevolve_fast.train.config import EvolveConfig
-    from genevolve_fast.train.engines import open_engine
+    from genevolve_fast.train.engines import check_engine, open_engine
     from genevolve_fast.train.evolve import new_memory
     from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
     from genevolve_fast.train.single import sample_step
@@ -445,6 +455,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     config = load(args, EvolveConfig)
     set_threads(config.threads)
+    check_engine(config)
     sandbox, world = open_world(config)
     policy = open_policy(config.policy).eval()
     refuse_dropout(policy)
@@ -584,6 +595,9 @@ def run_rollout(args: argparse.Namespace) -> int:
     if attempts := incidents.take():
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
     print(f"{batch.line()}, {args.output_dir / RESULTS}")
+    if not batch.stopped:
+        for failure, reason in sorted(batch.reasons.items()):
+            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
     if batch.stopped:
         print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
     if batch.signal is not None:
@@ -611,6 +625,8 @@ def rollout_settings(args: argparse.Namespace) -> dict:
             raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
     if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
         raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+    if bool(args.tool_cache) != bool(args.tool_cache_dir):
+        raise BatchError("--tool-cache and --tool-cache-dir go together: record or replay, and the folder")
     who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
     return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
 
@@ -672,10 +688,11 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
     from pydantic import ValidationError
 
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
+    from genevolve_fast.train.config import wrong_fields
 
     fields = {"kind": args.tools, "image_dir": pictures}
-    if args.tool_cache or args.tool_cache_dir:
-        fields |= {"cache_mode": args.tool_cache or "off", "cache": args.tool_cache_dir}
+    if args.tool_cache:
+        fields |= {"cache_mode": args.tool_cache, "cache": args.tool_cache_dir}
     for pair in args.tool_set:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -684,8 +701,8 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
     try:
         return open_tools(ToolsConfig(**fields), incidents), None
     except ValidationError as error:
-        wrong = (f"{'.'.join(map(str, e['loc'])) or 'tools'}: {e['msg']}" for e in error.errors())
-        raise ValueError("; ".join(wrong)) from None
+        wrong = "; ".join(line.replace("(combination)", "tools") for line in wrong_fields(error))
+        raise ValueError(f"{wrong} (--tool-set FIELD=VALUE sets a field)") from None
 
 
 def run_render(args: argparse.Namespace) -> int:
@@ -702,7 +719,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
     names = "backend host port tp dp served_model_name max_model_len gpu_memory_utilization training api_key_env"
     flags = {name: getattr(args, name) for name in (*names.split(), "insecure", "extra")}
-    becomes = command(args.model, **flags)
+    becomes = command(args.model, **flags, for_elsewhere=args.dry_run)
     print(becomes, flush=True)
     if not args.dry_run:
         becomes.become()
@@ -716,10 +733,25 @@ def run_report(args: argparse.Namespace) -> int:
     saved = [
         p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()
     ]
-    if not saved:
-        raise FileNotFoundError(f"{args.run_folder} holds no policy to read tokens with")
-    print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(saved[0]).decode)}")
+    reader = saved[0] if saved else started_from(args.run_folder)
+    print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
     return 0
+
+
+def started_from(folder: Path) -> str | Path:
+    """The policy that a run began with: its tokenizer reads the rollouts where no checkpoint is written yet."""
+    import yaml
+
+    from genevolve_fast.report.build import ReportError
+    from genevolve_fast.train.config import PolicyConfig
+
+    config = folder / "config.yaml"
+    if not config.exists():
+        raise ReportError(f"{folder} is not the folder of a run: it has no config.yaml and no policy")
+    path = yaml.safe_load(config.read_text(encoding="utf-8"))["policy"]["path"]
+    if path == "sandbox:new":
+        raise ReportError(f"{folder} has no checkpoint yet, and a policy made from nothing has no tokenizer before")
+    return policy_path(PolicyConfig(path=path))
 
 
 def write_report(folder: Path, policy) -> int:
@@ -732,6 +764,8 @@ def write_report(folder: Path, policy) -> int:
 def run_scoreboard(args: argparse.Namespace) -> int:
     from genevolve_fast.evaluate.scoreboard import print_table
 
+    if not args.file.exists():
+        raise FileNotFoundError(f"no {args.file}: it lies in the repository, so run this there, or name it with --file")
     print_table(args.file)
     return 0
 

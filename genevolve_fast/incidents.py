@@ -36,6 +36,10 @@ class Incidents:
         with self._lock:
             self._counts[f"{source}/{kind}"] += 1
 
+    def __repr__(self) -> str:
+        with self._lock:
+            return f"Incidents({dict(sorted(self._counts.items()))})"
+
     def take(self) -> dict[str, int]:
         """The counts since the last call, {"search/timeout": 3}."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from genevolve_fast.cli import main
 from genevolve_fast.report.build import build_report
 from genevolve_fast.report.records import read_step
+from genevolve_fast.train import engines
 from genevolve_fast.train.config import ConfigError, EvolveConfig, SftConfig, describe, load_config, parse_config
 from genevolve_fast.trajectory import load
 
@@ -152,7 +155,28 @@ def test_overrides_and_fields(tmp_path):
         load_config(EvolveConfig, tmp_path / "none.yaml")
     for kind in (EvolveConfig, SftConfig):
         rows = describe(kind)
-        assert all(text for name, _, text in rows if not name.startswith("objective")), [r for r in rows if not r[2]]
+        assert all(text for _, _, text in rows), [r for r in rows if not r[2]]
+    assert ("objective.sdl_permille", 100) in [row[:2] for row in describe(EvolveConfig)]
+
+
+def test_what_stands_in_the_way_is_said_in_one_line(uninterrupted, tmp_path, capsys, monkeypatch):
+    """--fields needs no configuration; a missing policy, package or run is named; a run without checkpoints reports."""
+    monkeypatch.setattr(engines, "vllm_installed", lambda: False)
+    assert main(["evolve", "--fields"]) == 0
+    assert "objective.sdl_coef" in capsys.readouterr().out
+    folder = uninterrupted / "t"
+    early = shutil.copytree(folder, tmp_path / "t", ignore=shutil.ignore_patterns("policy", "checkpoints"))
+    assert main(["report", str(early)]) == 0 and (early / "report.html").exists()
+    for asked, said in [
+        (["evolve", "--config", "genevolve_8b"], "rollout.engine vllm: vllm is not installed"),
+        (["evolve", "--config", "demo", "--set", "stepz=1"], "stepz: there is no such field"),
+        (["bench", "--policy", "./no/policy", "--out", str(tmp_path)], "no policy './no/policy'"),
+        (["report", str(tmp_path)], "is not the folder of a run"),
+        (["scoreboard", "--file", str(tmp_path / "none.json")], "none.json"),
+    ]:
+        assert main(asked) == 2
+        told = capsys.readouterr().err
+        assert said in told and "Traceback" not in told and "Value error" not in told
 
 
 @pytest.mark.parametrize("name", ["demo", "genevolve_8b", "sandbox_sft"])

@@ -232,8 +232,9 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
     for extra, said in [
         (("--policy", "sandbox:start"), "--base-url is of a server"),
         (("--tool-cache", "record"), "live tools"),
-        (("--tools", "serper", "--tool-cache", "record"), "cache and cache_mode go together"),
+        (("--tools", "serper", "--tool-cache", "record"), "--tool-cache and --tool-cache-dir go together"),
         (("--tools", "serper", "--tool-set", "top_k=0"), "top_k: Input should be greater than"),
+        (("--tools", "searxng"), "tools: kind searxng needs base_url"),
         (("--base-url", "localhost"), "base_url must be a URL"),
         (("--output-dir", str(source)), "cannot be written"),
         (("--parallel", "0"), "--parallel must be at least 1"),
@@ -310,6 +311,13 @@ def test_a_signal_ends_it_with_every_finished_row(server, tmp_path):
     assert "stopped: SIGTERM\nthe same command continues where it stopped" in err
     kept = journal_of(folder)[1:]
     assert 3 <= len(kept) < 30 and len(rows_of(folder)) == len(kept)
+
+
+def test_the_end_says_why_rows_failed(server, tmp_path, capsys):
+    source, folder = batch_of(tmp_path, 2), tmp_path / "out"
+    assert main(arguments(server, source, folder, "--base-url", server.url.removesuffix("/v1"))) == 1
+    said = capsys.readouterr().err
+    assert "engine/client_error, the first of them: llm_call_failed" in said and "mostly ends in /v1" in said
 
 
 @pytest.mark.slow

@@ -88,6 +88,14 @@ def test_dry_run_prints_what_the_shell_would_need(capsys):
     assert printed.endswith("--model 'a folder' --host 127.0.0.1 --port 8000 --served-model-name GenEvolve --threads 1")
 
 
+def test_the_command_for_a_machine_with_vllm_is_printed_without_it(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "vllm_installed", lambda: False)
+    assert main(["serve", "--model", "org/model", "--tp", "2"]) == 2
+    assert "--backend vllm --dry-run" in capsys.readouterr().err
+    assert main(["serve", "--model", "org/model", "--tp", "2", "--backend", "vllm", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("vllm serve org/model ")
+
+
 @pytest.mark.slow
 def test_serve_becomes_a_server_that_answers_and_ends_by_sigterm():
     port = free_port()

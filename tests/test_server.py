@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import io
+import socket
 import threading
 import time
 
@@ -208,6 +209,15 @@ def test_loopback_only_without_a_key(capsys, monkeypatch):
     assert "--api-key-env" in capsys.readouterr().err
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     assert main(["--model", "sandbox:start", "--api-key-env", "NO_SUCH_KEY"]) == 2
+
+
+def test_a_taken_port_and_a_missing_model_are_said_in_one_line(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["--model", "sandbox:start", "--port", port]) == 2
+    assert f"--port {port}: Address already in use" in capsys.readouterr().err
+    assert main(["--model", str(tmp_path), "--port", "0"]) == 2
+    assert "--model: no policy" in capsys.readouterr().err
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Batch:
     stopped: str = ""
     signal: int | None = None
     refusals: list[str] = field(default_factory=list)  # the same one, row after row
+    reasons: dict[str, str] = field(default_factory=dict)  # of `ends`: the first error of each
 
     @property
     def answered(self) -> int:
@@ -43,10 +44,13 @@ class Batch:
 
     def add(self, finished: Finished, parallel: int) -> None:
         """Count a row; too many of the same refusal stop the batch, because waiting would not help."""
-        self.ends[finished.failure or finished.result.termination] += 1
+        end = finished.failure or finished.result.termination
+        self.ends[end] += 1
         if finished.tokens is not None:
             self.tokens = (self.tokens or 0) + finished.tokens
         error = finished.result.error or ""
+        if end != "answer":
+            self.reasons.setdefault(end, error)
         if finished.failure not in _HOPELESS:
             self.refusals = []
         elif self.refusals[:1] == [error]:

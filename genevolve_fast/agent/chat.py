@@ -163,7 +163,8 @@ class ChatEndpoint:
                 f"max_tokens_per_round, or serve it with a longer one (vLLM: --max-model-len). {self.address}: {said}",
                 "client_error",
             )
-        return AttemptFailed(f"{self.address}: {said}", "client_error")
+        hint = " (such an address mostly ends in /v1)" if status == 404 and "/v1" not in self.address else ""
+        return AttemptFailed(f"{self.address}: {said}{hint}", "client_error")
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:

@@ -23,7 +23,7 @@ class Objective:
     dual_clip: float | None = None  # bound of -L_pg/A where A < 0; None: unbounded
     kl_coef: float = 1e-3  # k3 estimate of KL(policy ‖ reference); 0 drops the reference pass
     rollout_is: RolloutIS = "none"  # correction w = min(exp(old - rollout), rollout_is_cap)
-    rollout_is_cap: float = 2.0
+    rollout_is_cap: float = 2.0  # bound of that correction
     sdl_coef: float = 2.0  # distillation towards the teacher that saw the experience
     sdl_rho_cap: float = 2.0  # cap of the importance weight exp(logp - old)
     sdl_clamp: float = 10.0  # bound of |logp - teacher_logp|
@@ -31,7 +31,7 @@ class Objective:
     sdl_scope: SdlScope = "all"  # or only tokens inside tool calls and answers
     sdl_select: SdlSelect = "sequence"  # the widest gaps of each rollout, or of the whole call
     sdl_permille: int = 100  # share of the eligible tokens that count
-    loss_agg_mode: LossAggregation = "seq-mean-token-sum"
+    loss_agg_mode: LossAggregation = "seq-mean-token-sum"  # how tokens and rollouts are averaged, under verl's names
     max_length: int | None = None  # L_max of seq-mean-token-sum-norm
     log_ratio_clamp: float = 20.0  # bound of every log-ratio that enters exp
 

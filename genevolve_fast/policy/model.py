@@ -68,6 +68,11 @@ class _Entrance(torch.autograd.Function):
         return None, None
 
 
+def no_policy(path: str | Path) -> FileNotFoundError:
+    """What to tell a user whose policy is nowhere."""
+    return FileNotFoundError(f"no policy {str(path)!r}: no folder with a config.json, not cached, not on the hub")
+
+
 class Policy(nn.Module):
     """A Qwen3-VL model, or a plain Qwen3 or Llama, whose layers run one after another under our control.
 
@@ -108,9 +113,15 @@ class Policy(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
         base = adapter_base(path)
-        vision = AutoConfig.from_pretrained(base or path).model_type == "qwen3_vl"
+        whole = base or path
+        if Path(whole).is_dir() and not (Path(whole) / "config.json").exists():
+            raise no_policy(whole)
+        try:
+            vision = AutoConfig.from_pretrained(whole).model_type == "qwen3_vl"
+        except OSError as error:
+            raise no_policy(whole) from error
         kind = Qwen3VLForConditionalGeneration if vision else AutoModelForCausalLM
-        model = kind.from_pretrained(base or path, dtype=dtype)
+        model = kind.from_pretrained(whole, dtype=dtype)
         if base is not None:
             model = merge_saved(model, path)
         codec = TransformersCodec.from_pretrained(path)

@@ -58,11 +58,13 @@ def command(
     api_key_env: str | None = None,
     insecure: bool = False,
     extra: Sequence[str] = (),
+    for_elsewhere: bool = False,
 ) -> Command:
     """The server for `model` (a folder, hub name or sandbox:start). Raises ServeError.
 
     `training` turns on what update_weights needs: the weight endpoints, log-probs after temperature and top-p, the
     sampling mask, adapters loaded while it runs. `extra` goes to the server as it is.
+    `for_elsewhere`: the command is only read here, so vLLM need not be installed.
     """
     if api_key_env and not os.environ.get(api_key_env):
         raise ServeError(f"--api-key-env {api_key_env}: the environment has no such variable, or it is empty")
@@ -76,7 +78,7 @@ def command(
         return _ours(model, address, limits, training, api_key_env, insecure, extra)
     if model.startswith("sandbox:"):
         raise ServeError(f"--model {model} is a tiny policy of ours: it needs --backend transformers")
-    if not vllm_installed():
+    if not vllm_installed() and not for_elsewhere:
         raise ServeError("--backend vllm: vllm is not installed: pip install 'genevolve-fast[vllm]'")
     if training and host not in LOOPBACK and not insecure:
         raise ServeError(
@@ -86,7 +88,7 @@ def command(
     parallel = ("--tensor-parallel-size", str(tp), "--data-parallel-size", str(dp))
     limits = ("--max-model-len", str(max_model_len or 65536))
     limits += ("--gpu-memory-utilization", str(gpu_memory_utilization or 0.85))
-    arguments = (*_vllm_program(), "serve", model, *address, *parallel, *limits)
+    arguments = (*_vllm_program(for_elsewhere), "serve", model, *address, *parallel, *limits)
     environment = {}
     if training:
         arguments += ("--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--return-sampling-mask")
@@ -105,7 +107,10 @@ def _ours(model, address, limits, training, api_key_env, insecure, extra) -> Com
     tp, dp, max_model_len, gpu_memory_utilization = limits
     for flag, value in (("--tp", tp), ("--dp", dp)):
         if value != 1:
-            raise ServeError(f"{flag} {value} needs vLLM: the transformers backend runs the model on one device")
+            raise ServeError(
+                f"{flag} {value} needs vLLM: the transformers backend runs the model on one device "
+                "(--backend vllm --dry-run prints the command for a machine that has it)"
+            )
     if gpu_memory_utilization is not None:
         raise ServeError("--gpu-memory-utilization needs vLLM: the transformers backend takes memory as rollouts grow")
     arguments = (sys.executable, "-m", "genevolve_fast.rollout.server", "--model", model, *address)
@@ -120,7 +125,9 @@ def vllm_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _vllm_program() -> tuple[str, ...]:
+def _vllm_program(for_elsewhere: bool) -> tuple[str, ...]:
+    if for_elsewhere and not vllm_installed():
+        return ("vllm",)
     beside = os.path.join(os.path.dirname(sys.executable), "vllm")
     found = beside if os.path.exists(beside) else shutil.which("vllm")
     return (found,) if found else (sys.executable, "-m", "vllm.entrypoints.cli.main")

@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -481,8 +482,8 @@ class _Announced(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
                 print(json.dumps({"ready": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
 
 
@@ -513,6 +514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"--api-key-env {args.api_key_env}: the environment has no such variable, or it is empty")
     if args.host not in LOOPBACK and not (key or args.insecure):
         return _refuse(f"--host {args.host} is reachable from elsewhere: set --api-key-env, or say --insecure")
+    if taken := _cannot_listen(args.host, args.port):  # before the weights are loaded
+        return _refuse(f"--host {args.host} --port {args.port}: {taken}; port 0 takes any free one")
     import torch
 
     from genevolve_fast.policy.model import Policy
@@ -521,7 +524,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else _own_dtype(device)
-    policy = Policy.from_pretrained(_folder(args.model), dtype).to(device).eval()
+    try:
+        policy = Policy.from_pretrained(_folder(args.model), dtype).to(device).eval()
+    except FileNotFoundError as error:
+        return _refuse(f"--model: {error}")
     served = ServedPolicy(
         policy,
         args.served_model_name or args.model,
@@ -548,6 +554,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _folder(model: str) -> str:
     """Where the weights are; the sandbox's start lies in the package and is not imported for it."""
     return str(resources.files("genevolve_fast") / "sandbox" / "start") if model == "sandbox:start" else model
+
+
+def _cannot_listen(host: str, port: int) -> str:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return str(error.strerror or error).split(" (")[0]
+    return ""
 
 
 def _own_dtype(device):

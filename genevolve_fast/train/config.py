@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -354,24 +357,36 @@ def load_config(cls: type[C], path: str | Path | None, overrides: list[str] | No
     return parse_config(cls, data, str(path or "config"))
 
 
+def wrong_fields(error: ValidationError) -> list[str]:
+    """`field: what is wrong`, without pydantic's own words around a message of ours."""
+    found = []
+    for e in error.errors():
+        told = "there is no such field" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, ")
+        found.append(f"{'.'.join(map(str, e['loc'])) or '(combination)'}: {told}")
+    return found
+
+
 def parse_config(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
     """Validate `data`. Raises ConfigError with one line per wrong field."""
     try:
         return cls(**data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(combination)'}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {line}" for line in wrong_fields(error)]
         raise ConfigError("\n".join([f"{where} cannot be used:", *lines])) from error
     except (TypeError, ValueError) as error:  # Objective refuses its own fields
         raise ConfigError(f"{where} cannot be used: {error}") from error
 
 
 def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(dotted field, default, description) of every field, sections expanded."""
+    """(dotted field, default, description) of every field, sections expanded; a dataclass by its comments."""
     rows = []
     for name, info in cls.model_fields.items():
         default = info.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
             rows += describe(type(default), f"{prefix}{name}.")
+        elif is_dataclass(default):
+            comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(type(default)), re.M))
+            rows += [(f"{prefix}{name}.{f.name}", f.default, comments.get(f.name, "")) for f in fields(default)]
         else:
             rows.append((prefix + name, default, info.description or ""))
     return rows

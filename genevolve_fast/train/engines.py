@@ -11,6 +11,7 @@ import torch
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import TrainedEngine
+from genevolve_fast.rollout.serve import vllm_installed
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.config import ConfigError, EvolveConfig, RolloutConfig
 
@@ -30,6 +31,15 @@ def open_engine(
         return open_other(config, policy, incidents)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"rollout.engine {config.rollout.engine!r}: {error}") from error
+
+
+def check_engine(config: EvolveConfig) -> None:
+    """Raise ConfigError, before anything is loaded, where the engine's package is missing."""
+    if config.rollout.engine == "vllm" and not vllm_installed():
+        raise ConfigError(
+            "rollout.engine vllm: vllm is not installed: pip install 'genevolve-fast[vllm]', or let the policy itself "
+            "sample with --set rollout.engine=transformers"
+        )
 
 
 def _server(config: EvolveConfig, policy: Policy, incidents: Incidents) -> TrainedEngine:

@@ -60,10 +60,12 @@ class Run:
         text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         if path.exists():
             if not resume:
-                raise RunError(f"{self.folder} already holds a run: continue it with --resume or choose another --name")
+                raise RunError(f"{self.folder} already holds a run: continue it with --resume or --set another name=")
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
             if changed := _differences(before, _plain(config)):
                 raise RunError(f"{self.folder} was started with another configuration ({', '.join(changed)})")
+        elif resume:
+            print(f"{self.folder} holds no run yet: starting it", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
 
