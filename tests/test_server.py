@@ -402,6 +402,7 @@ def test_pause_modes(ask, in_background):
 
 def test_sleep_and_wake(ask, local, in_background):
     assert ask.post("/sleep?level=2&mode=wait").json() == {"status": "sleeping", "level": 2}
+    assert ask.post("/sleep?level=2&mode=wait").json() == {"status": "sleeping", "level": 2}  # nothing more to drop
     assert ask.get("/is_sleeping").json() == {"is_sleeping": True}
     waiting = in_background(answer, ask, PROMPT)
     assert reload(ask, start_path()).status_code == 409
