@@ -310,9 +310,8 @@ def test_evolution_wakes_and_sleeps_it_around_the_rollouts(monkeypatch, tmp_path
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     evolve(config, open_policy(config.policy), world, pool, tmp_path / "run")
     order = [n for n in names(AsyncLLM.made.calls) if n.startswith(("wake", "sleep", "load", "generate", "reset_pre"))]
-    awake = ["load", "reset_prefix_cache", "generate", "sleep"]
-    again = ["wake_up weights", "load", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
-    assert order == awake + again
+    step = ["wake_up weights", "load", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
+    assert order == ["sleep", *step, *step]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["rollout_corr/masked_share"] > 0.5 for r in rows] == [True, True]
     assert max(r["rollout_corr/logp_difference_abs"] for r in rows) < 1e-4
