@@ -146,9 +146,9 @@ def answers(mode: str | None = None, logprob: float = 0.0, masks: bool = False, 
     return answer
 
 
-def eight(engine: VllmServerEngine):
+def eight(engine: VllmServerEngine, seed: int = 1):
     sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8, stop_ids=(2,))
-    return asyncio.run(engine.generate("a", [8, 9], [], sampling, 1))
+    return asyncio.run(engine.generate("a", [8, 9], [], sampling, seed))
 
 
 @pytest.mark.parametrize(("mode", "logprob"), [("raw_logprobs", 0.0), (None, -1.2)])
@@ -163,6 +163,12 @@ def test_a_server_with_masks_is_given_the_bound_that_it_wants(client):
     assert eight(engine).ids == eight(engine).ids == [7] * 8
     assert [a.get("top_k") for a in asked] == [1024, 1024]
     assert engine.incidents.take() == {}
+
+
+def test_seeds_of_sessions_fit_into_an_int64(client):
+    asked: list[dict] = []
+    eight(client("http://seeds", answers("processed_logprobs", asked=asked)), seed=(1 << 72) + 5)
+    assert asked[0]["seed"] == 5
 
 
 class Loading:
