@@ -338,6 +338,21 @@ def test_rows_in_flight_go_on_with_new_weights(policy):
     assert np.abs(want - np.array(out.logps[at:])).max() < 5e-6
 
 
+def test_rows_that_cannot_start_over_with_new_weights_fail(policy, monkeypatch):
+    async def main():
+        engine = continuous(policy)
+        slow = ask(engine, "s", PROMPT[:20], LONG)
+        await flying(engine, 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Forwards, "prefill", lambda *_: 1 / 0)
+            await engine.exclusively(lambda: engine.update_weights(1))
+            with pytest.raises(EngineError, match="ZeroDivisionError"):
+                await asyncio.wait_for(slow, 5)
+        assert len((await ask(engine, "s", PROMPT[:20], SHORT)).ids) == 5
+
+    asyncio.run(main())
+
+
 def test_a_held_engine_stands_still(policy):
     async def main():
         engine = continuous(policy)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -42,6 +44,7 @@ def parsed(rollout: dict, **more) -> EvolveConfig:
         ({"vllm": {"bucket_mb": 64}}, {}, "vllm belongs to engine 'vllm'"),
         ({"engine": "vllm", "server": SERVER}, {}, "server belongs to engine 'server'"),
         ({"engine": "server", "server": SERVER | {"merge_lora": True}}, {}, "there is no adapter to merge"),
+        ({"engine": "vllm", "vllm": {"max_model_len": 36143}}, {}, "max_model_len 36143 does not hold.* 36144 tokens"),
         (
             {"engine": "server", "server": {"urls": ["http://h:1"], "sync": "nccl"}},
             {"policy": {"lora": {"rank": 4}}},
@@ -118,21 +121,24 @@ def test_nobody_there_is_said_when_patience_is_over(client):
     assert engine.incidents.take()["engine/connect"] >= 2
 
 
-def answers(mode: str | None = None, logprob: float = 0.0, wants_top_k: bool = False, asked: list | None = None):
+def answers(mode: str | None = None, logprob: float = 0.0, masks: bool = False, asked: list | None = None):
     """vLLM's answers in modes that no server here has: log-probs of the whole vocabulary, bounded sampling masks."""
+    model = {"logprobs_mode": mode, "return_sampling_mask": masks}
 
     def answer(request: httpx.Request) -> httpx.Response:
         path = urlsplit(str(request.url)).path
         if path == "/server_info" and mode:
-            return httpx.Response(200, json={"vllm_config": {"model_config": {"logprobs_mode": mode}}})
+            return httpx.Response(200, json={"vllm_config": {"model_config": model}})
         if path != "/inference/v1/generate":
             return httpx.Response(404, json={"detail": "Not Found"})
         body = json.loads(request.content)
         if asked is not None:
             asked.append(body["sampling_params"])
-        if wants_top_k and "top_k" not in body["sampling_params"]:
-            text = "sampling distribution replay requires top_k > 0 to bound sampling mask size"
-            return httpx.Response(400, json={"error": {"message": text, "type": "BadRequestError", "code": 400}})
+        if (
+            masks and "top_k" not in body["sampling_params"]
+        ):  # AsyncLLM.generate wraps the ValueError, and its text goes
+            error = {"message": "", "type": "InternalServerError", "param": None, "code": 500}
+            return httpx.Response(500, json={"error": error})
         content = [{"token_id": 7, "logprob": logprob, "rank": 1}] * 8
         choice = {"token_ids": [7] * 8, "logprobs": {"content": content}, "finish_reason": "length"}
         return httpx.Response(200, json={"choices": [choice], "prompt_token_ids": body["token_ids"]})
@@ -140,9 +146,9 @@ def answers(mode: str | None = None, logprob: float = 0.0, wants_top_k: bool = F
     return answer
 
 
-def eight(engine: VllmServerEngine):
+def eight(engine: VllmServerEngine, seed: int = 1):
     sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8, stop_ids=(2,))
-    return asyncio.run(engine.generate("a", [8, 9], [], sampling, 1))
+    return asyncio.run(engine.generate("a", [8, 9], [], sampling, seed))
 
 
 @pytest.mark.parametrize(("mode", "logprob"), [("raw_logprobs", 0.0), (None, -1.2)])
@@ -153,10 +159,91 @@ def test_a_server_that_reports_raw_log_probs_is_refused(client, mode, logprob):
 
 def test_a_server_with_masks_is_given_the_bound_that_it_wants(client):
     asked: list[dict] = []
-    engine = client("http://masks", answers("processed_logprobs", wants_top_k=True, asked=asked))
+    engine = client("http://masks", answers("processed_logprobs", masks=True, asked=asked))
     assert eight(engine).ids == eight(engine).ids == [7] * 8
-    assert [a.get("top_k") for a in asked] == [None, 1024, 1024]
+    assert [a.get("top_k") for a in asked] == [1024, 1024]
     assert engine.incidents.take() == {}
+
+
+def test_seeds_of_sessions_fit_into_an_int64(client):
+    asked: list[dict] = []
+    eight(client("http://seeds", answers("processed_logprobs", asked=asked)), seed=(1 << 72) + 5)
+    assert asked[0]["seed"] == 5
+
+
+class Loading:
+    """A server that takes weights and says which ones sampled; `happens` to it before it answers a path, once."""
+
+    def __init__(self, happens: dict[str, Callable[[Loading], object]]) -> None:
+        self.happens, self.paths = dict(happens), []
+        self.restart()
+
+    def restart(self) -> None:
+        self.loaded, self.version = "the base", "default"
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        path = urlsplit(str(request.url)).path
+        self.paths.append(path)
+        body = json.loads(request.content) if request.content else {}
+        answer = self.happens.pop(path)(self) if path in self.happens else None
+        if path == "/collective_rpc":
+            self.loaded = Path(body["kwargs"]["weights_path"]).name
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/weight_info":
+            answer = {"weight_version": self.version}
+        elif path == "/server_info":
+            answer = {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+        elif path == "/inference/v1/generate":
+            answer = {"choices": [answer or self.choice()], "prompt_token_ids": body["token_ids"]}
+        return httpx.Response(200, json=answer or {"success": True})
+
+    def choice(self) -> dict:
+        content = [{"token_id": 7, "logprob": 0.0, "rank": 1}] * 8
+        spans = [{"version": self.version, "start": 0, "end": 8}]
+        made = {"token_ids": [7] * 8, "logprobs": {"content": content}, "finish_reason": "length"}
+        return made | {"weight_versions": spans}
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache", "/weight_info"])
+def test_a_server_that_restarts_during_an_update_is_not_taken_for_updated(client, path):
+    server = Loading({path: Loading.restart})
+    engine = client("http://restarts", server)
+    engine.verify_every, engine.patience_s = 0, 5.0
+    engine.update_weights(1)
+    assert server.loaded == server.version == engine._label
+    assert engine.incidents.take() == {"engine/server_error": 1}
+
+
+def test_the_cache_is_reset_and_the_version_set_before_the_server_goes_on(client):
+    server = Loading({})
+    engine = client("http://updates", server)
+    engine.verify_every = 0
+    engine.update_weights(1)
+    version = "/update_weight_version"
+    resets = ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+    assert server.paths == ["/pause", version, "/collective_rpc", *resets, "/weight_info", version, "/resume"]
+
+
+def test_the_same_step_has_another_name_each_time(client):
+    server = Loading({})
+    engine = client("http://again", server)
+    engine.verify_every = 0
+    names = []
+    for _ in range(3):
+        engine.update_weights(1)
+        names.append(server.loaded)
+    assert len(set(names)) == 3
+
+
+def test_a_call_that_the_server_cuts_off_before_its_first_token_is_asked_again(client):
+    aborted = {"token_ids": [], "logprobs": {"content": []}, "finish_reason": "abort", "weight_versions": []}
+    server = Loading({"/inference/v1/generate": lambda _: aborted})
+    engine = client("http://aborts", server)
+    engine.verify_every, engine.patience_s = 0, 5.0
+    engine.update_weights(1)
+    assert eight(engine).ids == [7] * 8
+    assert engine.incidents.take() == {"engine/server_error": 1}
 
 
 # --- what goes out and what may come back -----------------------------------------------------------------------------

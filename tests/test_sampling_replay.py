@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -15,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from test_engine import PROMPT, turn
 from test_trajectory import GOOD, make
 
+from genevolve_fast.agent.conversation import TokenConversation
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import FrozenCopy
-from genevolve_fast.protocols import Sampling
+from genevolve_fast.protocols import Generation, Sampling
 from genevolve_fast.rollout.sampling import sample
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.sandbox.tiny_policy import start_path
@@ -122,6 +124,28 @@ BREAKS = {
 def test_each_broken_set_is_named(message):
     with pytest.raises(InvariantError, match=message):
         make(**(SETS | BREAKS[message])).validate()
+
+
+def test_a_turn_without_sets_keeps_the_others_in_place(policy):
+    """As where one of two servers returns none."""
+    turns = [
+        Generation([41, 42], [-0.1, -0.1], "length", [[41, 7], [42]]),
+        Generation([43], [-0.1], "length"),
+        Generation([44], [-0.1], "length", [[8, 9, 44]]),
+    ]
+
+    class Answers:
+        async def generate(self, *_):
+            return turns.pop(0)
+
+    talk = TokenConversation(Answers(), policy.codec, "s")
+    talk.begin("system", "question")
+    for _ in range(3):
+        talk.keep(asyncio.run(talk.ask(Sampling(), 1)), None)
+        talk.observe("go on")
+    kept = talk.arrays()
+    assert kept["ids"][kept["loss_mask"]].tolist() == [41, 42, 43, 44]
+    assert kept["mask_counts"].tolist() == [2, 1, 0, 3] and kept["mask_ids"].tolist() == [41, 7, 42, 8, 9, 44]
 
 
 # --- trained on -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def test_every_flag_and_variable_is_one_that_vllm_knows(with_vllm, monkeypatch):
         "4",
     )
     assert values["--logprobs-mode"] == "processed_logprobs" and values["--max-model-len"] == "65536"
+    assert values["--api-server-count"] == "1"  # as many as --dp would be refused where adapters are loaded at run time
     assert {"--enable-scale-out", "--return-sampling-mask", "--enable-lora"} <= set(flags)
     text = str(made)
     assert text.startswith('VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_API_KEY="$MY_KEY" ')

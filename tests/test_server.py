@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import io
@@ -19,7 +20,9 @@ from rollouts import recomputed_logps
 
 from genevolve_fast.policy.adapters import add_lora, save_adapter
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.protocols import Sampling
 from genevolve_fast.rollout.server import main
+from genevolve_fast.rollout.server_policy import ServedPolicy
 from genevolve_fast.rollout.server_weights import digests
 from genevolve_fast.sandbox.tiny_policy import start_path
 
@@ -414,6 +417,7 @@ def test_pause_modes(ask, in_background):
 
 def test_sleep_and_wake(ask, local, in_background):
     assert ask.post("/sleep?level=2&mode=wait").json() == {"status": "sleeping", "level": 2}
+    assert ask.post("/sleep?level=2&mode=wait").json() == {"status": "sleeping", "level": 2}  # nothing more to drop
     assert ask.get("/is_sleeping").json() == {"is_sleeping": True}
     waiting = in_background(answer, ask, PROMPT)
     assert reload(ask, start_path()).status_code == 409
@@ -437,6 +441,21 @@ def test_requests_are_aborted_by_name(ask, in_background):
     until(lambda: busy(ask))
     assert ask.post("/abort_requests", json={"request_ids": ["cut me", "nobody"]}).json()["aborted"] == 1
     assert named.result(10)[2]["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize(("limits", "cached"), [({"max_sessions": 2}, [7, 0]), ({"cache_bytes": 1}, [0, 0])])
+def test_the_sessions_used_longest_ago_are_forgotten(limits, cached):
+    served = ServedPolicy(Policy.from_pretrained(start_path()).eval(), "tiny", **limits)
+
+    async def main():
+        async def turn(session, length):
+            return await served.generate(None, session, PROMPT[:length], [], Sampling(max_tokens=1), 1)
+
+        for session, length in (("a", 6), ("b", 6), ("a", 7), ("c", 6)):
+            await turn(session, length)
+        return [(await turn(session, 20)).cached for session in ("a", "b")]
+
+    assert asyncio.run(main()) == cached
 
 
 # --- processes that end -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,12 @@ def test_a_trained_vision_tower_empties_the_encoders_caches(opened, pictures):
     assert same(ask(engine, policy, pictures[:1]), expected(policy, pictures[:1]))
 
 
+def test_seeds_of_sessions_fit_into_an_int64(opened):
+    policy, engine = opened()
+    ask(engine, policy, seed=(1 << 72) + 5)
+    assert [g["sampling_params"].seed for n, g in AsyncLLM.made.calls if n == "generate"] == [5]
+
+
 def test_a_mask_engine_bounds_the_sets_that_it_asks_for(opened):
     policy, engine = opened(sampling_mask=True)
     ask(engine, policy)
@@ -303,16 +310,25 @@ def test_evolution_wakes_and_sleeps_it_around_the_rollouts(monkeypatch, tmp_path
 
     vllm_stand_in.install(monkeypatch)
     monkeypatch.setattr(vllm_colocated, "_gpu", lambda: True)
-    small = "steps=2 checkpoint.every=2 pool_size=40 rollout.prompts_per_step=2 rollout.num_generations=3 threads=1"
+    small = "steps=2 checkpoint.every=1 pool_size=40 rollout.prompts_per_step=2 rollout.num_generations=3 threads=1"
     masked = "rollout.engine=vllm rollout.top_p=0.95 rollout.replay_sampling_mask=true evaluate.requests=0"
     config = load_config(EvolveConfig, config_path("demo"), f"{small} {masked}".split())
     sandbox, world = open_world(config)
     pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     evolve(config, open_policy(config.policy), world, pool, tmp_path / "run")
     order = [n for n in names(AsyncLLM.made.calls) if n.startswith(("wake", "sleep", "load", "generate", "reset_pre"))]
-    awake = ["load", "reset_prefix_cache", "generate", "sleep"]
-    again = ["wake_up weights", "load", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
-    assert order == awake + again
+    step = ["wake_up weights", "load", "wake_up kv_cache", "reset_prefix_cache", "generate", "sleep"]
+    assert order == ["sleep", *step, *step]
+    versions = [g["new_version"].partition("-")[2] for n, g in AsyncLLM.made.calls if n == "update_weight_version"]
+    assert versions == ["0.1", "1.2"]  # of the weights that sampled, which are those of the step
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["rollout_corr/masked_share"] > 0.5 for r in rows] == [True, True]
     assert max(r["rollout_corr/logp_difference_abs"] for r in rows) < 1e-4
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000002")  # as if it had been killed in the last update
+    evolve(config, open_policy(config.policy), world, pool, tmp_path / "run", resume=True)
+    assert [n for n, _ in AsyncLLM.made.calls if n != "shutdown"] == ["sleep"]  # the rollouts are there: it never wakes
+    (tmp_path / "run" / "rollouts" / "step_000001.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000002")
+    evolve(config, open_policy(config.policy), world, pool, tmp_path / "run", resume=True)
+    versions = [g["new_version"].partition("-")[2] for n, g in AsyncLLM.made.calls if n == "update_weight_version"]
+    assert versions == ["1.1"]

@@ -248,7 +248,7 @@ def test_a_server_killed_while_it_samples_loses_nothing(own, connected):
         long = Sampling(temperature=1.0, top_p=1.0, max_tokens=200, stop_ids=())
 
         def crash() -> None:
-            time.sleep(0.4)
+            time.sleep(0.15)  # six times 200 tokens may take less than half a second
             victim.kill()
             victim.start(wait=False)
 

@@ -47,6 +47,9 @@ class Flights:
     def rows(self) -> list[Row]:
         return [row for flight in list(self._flights.values()) for row in flight.rows]
 
+    def rows_of(self, adapter: str | None) -> list[Row]:
+        return list(self._flights[adapter].rows) if adapter in self._flights else []
+
     def step(self, adapter: str | None) -> Iterator[tuple[Row, Tensor]]:
         """One token for every row; those that end leave."""
         flight = self._flights[adapter]

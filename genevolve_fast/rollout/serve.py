@@ -95,6 +95,8 @@ def command(
         arguments += (
             "--enable-prompt-tokens-details",
             "--enable-sleep-mode",
+            "--api-server-count",  # adapters are known to the process that loaded them; vLLM refuses more with --dp
+            "1",
             "--weight-transfer-config",
             '{"backend": "nccl"}',
         )

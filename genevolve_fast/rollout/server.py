@@ -239,7 +239,7 @@ def build_app(
             "max_model_len": served.max_model_len,
             "dtype": str(served.policy.head_weight.dtype),
             "logprobs_mode": "processed_logprobs",  # after temperature and top-p
-            "return_sampling_mask": return_sampling_mask,
+            "sampling_mask": return_sampling_mask,  # vLLM's flag would mean that top_k must be given
         }
         return {"vllm_config": {"model_config": model, "scheduler_config": {"max_num_seqs": served.engine.max_batch}}}
 

@@ -184,8 +184,9 @@ class ServedPolicy:
             self.engine.abort()
         if mode != "keep":
             await self._drained()
+        parked = "weights" in self._asleep
         self._asleep |= {"scheduling"} if level == 0 else {"weights", "kv_cache"}
-        if level:
+        if level and not parked:  # weights that are asleep stay as they are
             await self.engine.exclusively(lambda: self._park(level))
 
     def _park(self, level: int) -> None:

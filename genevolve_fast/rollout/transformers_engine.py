@@ -281,12 +281,14 @@ class TransformersEngine:
                 stale, self._stale = self._stale, False
                 entering = self._admitted()
             for adapter, calls in entering.items():
+                flying = self._flights.rows_of(adapter)  # rows that fail to start over are in no flight any more
                 try:
                     with self._adapted(adapter):
                         self._advance(adapter, stale)
                         self._enter(adapter, calls)
                 except Exception as error:
-                    self._fail([*calls, *(row.call for row in self._flights.drop(adapter))], error)
+                    self._flights.drop(adapter)
+                    self._fail([*calls, *(row.call for row in flying)], error)
 
     def _admitted(self) -> dict[str | None, list[Call]]:
         """Calls that find a place, by adapter; every adapter in flight is there. Needs the lock."""

@@ -177,7 +177,8 @@ class VllmEngine:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # vLLM's own kinds are not part of its interface
-            raise EngineError(f"vLLM: {type(error).__name__}: {error}", "server_error") from error
+            cause = error.__cause__ or error  # EngineGenerateError itself says nothing
+            raise EngineError(f"vLLM: {type(cause).__name__}: {cause}", "server_error") from error
         if not answers or not answers[-1].outputs:
             raise EngineError("vLLM ended a request without an answer", "server_error")
         last = answers[-1]

@@ -129,9 +129,7 @@ class VllmServerEngine:
 
     def update_weights(self, version: int) -> None:
         self._updates += 1
-        previous, self._label = self._label, f"{self._run_id}-{version}"
-        if previous == self._label:
-            self._label += f".{self._updates}"  # the same step again: other bytes must have another name
+        previous, self._label = self._label, f"{self._run_id}-{version}.{self._updates}"
         if self._senders is None:
             self._write(self._folder(self._label))
         verify = bool(self.verify_every) and self._updates % self.verify_every == 0
@@ -172,10 +170,10 @@ class VllmServerEngine:
         updates = server.updates
         answer = await self._ask(server, body, session_id, label)
         choice = one_choice(answer)
+        if choice.get("finish_reason") == "abort":  # perhaps before its first token, which would have a version
+            raise Failure(f"{server.url} aborted the request", "server_error")
         if label is not None:
             self._refuse_stale(server, choice, label, updates)
-        if choice.get("finish_reason") == "abort":
-            raise Failure(f"{server.url} aborted the request", "server_error")
         check_prompt(ids, answer.get("prompt_token_ids"), images, self.policy.codec)
         usage = answer.get("usage") or {}
         self.prompt_tokens += len(ids)
@@ -228,6 +226,7 @@ class VllmServerEngine:
         model = config.get("model_config") if status == 200 and isinstance(config, dict) else None
         if isinstance(model, dict) and "logprobs_mode" in model:
             processed = model["logprobs_mode"] == "processed_logprobs"
+            server.top_k = bool(model.get("return_sampling_mask"))  # asked without one, vLLM 0.33 says 500 and no more
         else:
             processed = await self._probe(server)
         if not processed:
@@ -284,10 +283,15 @@ class VllmServerEngine:
             verify = verify and bool(self.verify_every)
             await self._http.command(server, "/pause?mode=wait")
             try:
+                unchecked = f"{label} unchecked"  # gone if the server restarts before it is checked
+                await self._http.command(server, "/update_weight_version", {"new_version": unchecked})
                 await self._load(server, label)
                 if verify:
                     await self._verify(server)
                 await self._forget(server)
+                status, answer = await self._http.get(server, "/weight_info")
+                if self._http.accepted(server, status, answer).get("weight_version") != unchecked:
+                    raise Failure(f"{server.url} restarted during the update", "server_error")
                 await self._http.command(server, "/update_weight_version", {"new_version": label})
             finally:
                 await self._http.command(server, "/resume")

@@ -150,6 +150,12 @@ class RolloutConfig(_Section):
                 raise ValueError(f"{name} belongs to engine {engine!r}: engine {self.engine!r} does not read it")
         if self.engine == "server" and not self.server.urls:
             raise ValueError("engine 'server' needs server.urls: the servers that sample")
+        longest = self.max_prompt_length + self.max_response_length
+        if self.vllm.max_model_len and self.vllm.max_model_len < longest:
+            raise ValueError(
+                f"vllm.max_model_len {self.vllm.max_model_len} does not hold a rollout of max_prompt_length + "
+                f"max_response_length = {longest} tokens: raise it, or lower those"
+            )
         return self
 
 

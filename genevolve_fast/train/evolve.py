@@ -44,6 +44,7 @@ def evolve(
     reference, teacher = other_weights(config, policy)
     average = teacher if isinstance(teacher, Average) else None
     engine = open_engine(config, policy, world.incidents)
+    engine.sleep()  # a run resumed in its update trains before anything is sampled
     optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
