@@ -17,7 +17,7 @@ import pytest
 from loopback.chat import ROOT, LoopbackChat
 
 from genevolve_fast import Agent
-from genevolve_fast.agent.chat import ChatConversation, ChatEndpoint, data_url
+from genevolve_fast.agent.chat import ChatConversation, ChatEndpoint, _retry_after, data_url
 from genevolve_fast.agent.session import Session, SessionSettings
 from genevolve_fast.protocols import EngineError, Sampling
 from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
@@ -160,6 +160,35 @@ def test_keys_never_come_out(server, caplog):
     assert KEY not in asyncio.run(raised())
 
 
+def test_a_login_in_the_address_reaches_the_server_and_nothing_else(server, caplog):
+    caplog.set_level("DEBUG")
+    login, address = base64.b64encode(f"user:user/{KEY}".encode()).decode(), server.url.partition("://")[2]
+    endpoint = f"http://user:user%2F{KEY}@{address}"
+    server.faults({"status": 401, "message": f"KEY and user/{KEY}"})
+    result = Agent("tiny", endpoint, "other-key", tools={}, attempts=1).run("x")
+    assert server.seen()[-1]["key"] == f"Basic {login}" and "Basic *** and ***" in result.error
+    assert not any(secret in f"{result}{caplog.text}" for secret in (KEY, login))
+
+
+def test_a_key_read_from_a_file_may_end_with_its_newline(server):
+    assert agent(server, api_key=f"{KEY}\r\n").run(EMBLEM.question).error is None
+    assert server.seen()[-1]["key"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"ключ{KEY}", f"{KEY}\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_told(server, key):
+    with pytest.raises(ValueError, match="api_key") as refused:
+        agent(server, api_key=key)
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "after", ["Fri, 31 Dec 99999999999999999999 23:59:59 GMT", "Fri, 31 Dec 2027 0:0:0 +9999999999"]
+)
+def test_a_retry_after_that_no_clock_holds_is_none(after):
+    assert _retry_after({"retry-after": after}) is None
+
+
 @pytest.mark.slow
 def test_a_restart_is_waited_for(server):
     a = agent(server, patience=30)
@@ -259,6 +288,8 @@ def test_what_cannot_be_is_refused_by_name(server, monkeypatch):
             agent(server, **{name: value})
     with pytest.raises(ValueError, match="base_url"):
         Agent(base_url="localhost:8000", tools={})
+    with pytest.raises(ValueError, match="what follows"):
+        Agent(base_url="http://localhost:8000/v1?api-version=1", tools={})
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
         Agent()

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from genevolve_fast.agent.chat import DEFAULT_BASE_URL, NO_KEY, ChatConversation, ChatEndpoint, checked_base_url
+from genevolve_fast.agent.chat import (
+    DEFAULT_BASE_URL,
+    NO_KEY,
+    ChatConversation,
+    ChatEndpoint,
+    checked_base_url,
+    checked_key,
+)
 from genevolve_fast.agent.prompts import system_prompt as default_prompt
 from genevolve_fast.agent.results import AgentResult, with_files
 from genevolve_fast.agent.session import Session, SessionSettings
@@ -72,7 +79,7 @@ class Agent:
         self.seed = seed
         self._tools = tools if tools is not None else default_tools(self.incidents)
         self._system_prompt = system_prompt
-        self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._api_key = checked_key(api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY)
         self._limits = {"request_timeout": request_timeout, "attempts": attempts, "patience_s": patience}
         self._endpoint: ChatEndpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
