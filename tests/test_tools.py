@@ -372,6 +372,26 @@ def test_the_search_service_is_asked_through_the_proxy_of_the_environment(tmp_pa
     assert asked == ["GET http://search.test/search?q=a%20b&format=json&categories=general HTTP/1.1\r\n"]
 
 
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_the_proxy_of_the_environment_needs_no_scheme(web, tmp_path, monkeypatch, scheme):
+    with Canary() as canary:
+        monkeypatch.setenv("http_proxy", f"{scheme}user:{KEY}@127.0.0.1:{canary.port}")
+        search = opened(web, tmp_path, kind="searxng", base_url="http://search.test", attempts=1, timeout_s=0.5)[
+            "search"
+        ]
+        with pytest.raises(ToolError):
+            ask(search, queries=["a"])
+        assert canary.touched == 1
+
+
+@pytest.mark.parametrize("proxy", [f"ftp://user:{KEY}@proxy.test:1", f"socks9://user:{KEY}@proxy.test:1"])
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(web, tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(ToolError, match="set http_proxy") as error:
+        ask(opened(web, tmp_path, kind="searxng", base_url="http://search.test")["search"], queries=["a"])
+    assert KEY not in "".join(traceback.format_exception(error.value)) and error.value.kind == "other"
+
+
 def test_event_loops_come_and_go_without_leaving_connections_open(web, tmp_path):
     tools, process = opened(web, tmp_path), psutil.Process()
 
@@ -493,6 +513,20 @@ def test_pictures_are_upright_opaque_and_bounded():
     with pytest.raises(FetchError) as error:
         decode_image(png_of(2000, 2000), **limits)
     assert error.value.kind == "too_large"
+
+
+def test_a_jpeg_of_endless_scans_is_refused():
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("L", (64, 64)).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    limits = dict(max_pixels=1_000_000, max_side=64)
+    assert decode_image(whole[:-2] + last * 20 + whole[-2:], **limits).pixels.shape == (64, 64, 3)
+    with pytest.raises(FetchError, match="scans") as error:
+        decode_image(whole[:-2] + last * 500 + whole[-2:], **limits)
+    assert error.value.kind == "too_large" and error.value.permanent
 
 
 def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):

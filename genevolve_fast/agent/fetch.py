@@ -34,6 +34,7 @@ logging.getLogger("hpack").setLevel(logging.INFO)  # at DEBUG it writes every he
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 10.0
 MAX_ASPECT = 100  # image processors refuse longer strips, and no picture is one
+MAX_SCANS = 500  # of a JPEG; progressive ones have about ten, and each passes all pixels though it may hold no byte
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 _IMAGE_TYPES = re.compile(r"image/(jpe?g|pjpeg|png|x-png|apng|webp|gif)$|(application|binary)/octet-stream$|$")
 _TRANSIENT = {"connect", "timeout", "rate_limited", "server_error"}
@@ -424,6 +425,8 @@ def decode_image(data: bytes, max_pixels: int, max_side: int) -> Picture:
     form = sniff(data)
     if form is None:
         raise FetchError("neither JPEG, PNG, WEBP nor GIF", "not_an_image", permanent=True)
+    if form == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise FetchError(f"a JPEG of more than {MAX_SCANS} scans", "too_large", permanent=True)
     try:
         with Image.open(io.BytesIO(data), formats=(form,)) as image:
             _check_size(image.size, max_pixels)
