@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\ninterrupted; `--resume` continues from the last checkpoint", file=sys.stderr)
+        how = "; `--resume` continues from the last checkpoint" if "resume" in args else ""
+        print(f"\ninterrupted{how}", file=sys.stderr)
         return 130
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
@@ -680,7 +681,10 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError("--tool-set takes FIELD=VALUE")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
     try:
         return open_tools(ToolsConfig(**fields), incidents), None
     except ValidationError as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -82,6 +83,13 @@ def test_one_agent_runs_again_and_in_another_loop(server):
     assert [*ends, asyncio.run(a.arun(EMBLEM.question)).termination, a.run(EMBLEM.question).termination] == [
         "answer"
     ] * 4
+
+
+def test_one_agent_runs_in_several_threads(server):
+    a = agent(server, attempts=1)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(a.run, [r.question for r in WORLD.requests("train", 24)]))
+    assert {r.error for r in found} == {None} and a.incidents.take() == {}
 
 
 def test_address_and_key_come_from_the_environment(server, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from loopback.chat import ROOT, LoopbackChat
 from loopback.web import LoopbackWeb
 
+from genevolve_fast import cli
 from genevolve_fast.agent.journal import BatchError, Journal, read_samples
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.world import SandboxWorld
@@ -234,6 +235,7 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
         (("--tool-cache", "record"), "live tools"),
         (("--tools", "serper", "--tool-cache", "record"), "cache and cache_mode go together"),
         (("--tools", "serper", "--tool-set", "top_k=0"), "top_k: Input should be greater than"),
+        (("--tools", "serper", "--tool-set", "allow_hosts=[a"), "--tool-set allow_hosts: its value is not YAML"),
         (("--base-url", "localhost"), "base_url must be a URL"),
         (("--output-dir", str(source)), "cannot be written"),
         (("--parallel", "0"), "--parallel must be at least 1"),
@@ -241,6 +243,17 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
     ]:
         assert main(arguments(server, source, tmp_path / "out", *extra)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_an_interruption_before_the_first_row_says_nothing_false(server, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_runner", interrupted)
+    assert main(arguments(server, batch_of(tmp_path, 1), tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"  # a batch has no --resume
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert main(["evolve", "--config", "demo"]) == 130 and "--resume" in capsys.readouterr().err
 
 
 def test_a_line_cut_by_a_crash_runs_again(server, tmp_path):

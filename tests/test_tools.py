@@ -229,6 +229,38 @@ def test_keys_reach_the_service_and_nothing_else(web, tmp_path, monkeypatch, cap
     assert KEY not in "\n".join(map(str, out)) and KEY.encode() not in stored and "connect_tcp" in caplog.text
 
 
+def test_a_runs_folder_and_its_errors_hold_no_keys(tmp_path):
+    import torch
+
+    from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config
+    from genevolve_fast.train.run import Run
+
+    address, asked = f"https://user:p@ss{KEY}@e.org/v1", "q={query}&n=3&token={key}"
+    for tools in (
+        {"kind": "searxng", "base_url": address},
+        {
+            "kind": "template",
+            "text_template": {"url": f"{address}?{asked}&api_key={KEY}&safe=1"},
+            "image_template": {"url": f"{address}?{asked}&client_secret={KEY}"},
+        },
+    ):
+        config = load_config(EvolveConfig, None, [f"tools={json.dumps(tools)}"])
+        for _ in range(2):  # resumed
+            Run(tmp_path / tools["kind"], config, device=torch.device("cpu"), total=1, resume=True)
+        kept = (tmp_path / tools["kind"] / "config.yaml").read_text()
+        assert KEY not in kept and "user" not in kept and "https://***@e.org/v1" in kept
+    assert f"?{asked}&api_key=***&safe=1" in kept
+    login = f"http://user:{KEY}@e.org:8000"
+    for wrong in (
+        f"tools={{kind: serper, api_key: {KEY}}}",
+        f"rollout={{engine: server, server: {{urls: ['http://e.org', '{login}'], sync_dir: w}}}}",
+        f"rollout={{engine: server, server: {{urls: ['{login[7:]}'], sync_dir: w}}}}",
+    ):
+        with pytest.raises(ConfigError, match="tools.api_key|urls.1 holds a user|urls.0 does not begin") as error:
+            load_config(EvolveConfig, None, [wrong])
+        assert KEY not in "".join(traceback.format_exception(error.value))
+
+
 def test_a_missing_key_names_its_variable(web, tmp_path, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY")
     with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
@@ -376,9 +408,7 @@ def test_the_search_service_is_asked_through_the_proxy_of_the_environment(tmp_pa
 def test_the_proxy_of_the_environment_needs_no_scheme(web, tmp_path, monkeypatch, scheme):
     with Canary() as canary:
         monkeypatch.setenv("http_proxy", f"{scheme}user:{KEY}@127.0.0.1:{canary.port}")
-        search = opened(web, tmp_path, kind="searxng", base_url="http://search.test", attempts=1, timeout_s=0.5)[
-            "search"
-        ]
+        search = opened(web, tmp_path, kind="searxng", base_url="http://search.test", attempts=1)["search"]
         with pytest.raises(ToolError):
             ask(search, queries=["a"])
         assert canary.touched == 1
