@@ -150,8 +150,8 @@ class PerLoop(Generic[T]):
     def __call__(self) -> T:
         loop = asyncio.get_running_loop()
         if loop not in self._values:
-            for ended in [other for other in self._values if other.is_closed()]:
-                del self._values[ended]  # and with it the sockets of its connections
+            for ended in [other for other in list(self._values) if other.is_closed()]:  # loops may run in other threads
+                self._values.pop(ended, None)  # and with it the sockets of its connections
             self._values[loop] = self._make()
         return self._values[loop]
 
