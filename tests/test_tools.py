@@ -11,10 +11,12 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import unicodedata
@@ -340,14 +342,14 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch):
     """A name that resolves to a public address when checked and to a private one afterwards."""
     answers, connected = [["93.184.216.34", "10.0.0.1"], ["127.0.0.1"]], []
 
-    async def resolve(self, host, port, **_):
+    def resolve(host, port, **_):
         return [(2, 1, 6, "", (address, port)) for address in answers.pop(0)]
 
     async def connect(self, host, *_):
         connected.append(host)
         raise httpcore.ConnectError("no network here")
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
     fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents())
     with pytest.raises(FetchError) as error:
@@ -356,6 +358,31 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch):
     with pytest.raises(FetchError) as error:
         asyncio.run(fetcher.download("http://rebinding.test/x.png"))
     assert error.value.kind == "refused_address" and connected == ["93.184.216.34"]
+
+
+def test_names_that_nobody_answers_for_do_not_hold_up_the_cache(tmp_path, monkeypatch):
+    answered = threading.Event()
+
+    def resolve(*_, **__):
+        answered.wait(5)
+        raise OSError
+
+    async def network() -> bytes:
+        return b"known"
+
+    async def main() -> list[str]:
+        cache = ToolCache(tmp_path, "record", Incidents())
+        await cache.get("search", {"q": "q"}, network)
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        fetcher = ImageFetcher(FetchLimits(attempts=1, timeout_s=0.2), Incidents())
+        waiting = [asyncio.ensure_future(fetcher.download(f"http://{i}.test/x.png")) for i in range(40)]
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(cache.get("search", {"q": "q"}, network), 2) == b"known"
+        kinds = [error.kind for error in await asyncio.gather(*waiting, return_exceptions=True)]
+        answered.set()
+        return kinds
+
+    assert asyncio.run(main()) == ["timeout"] * 40
 
 
 def test_loopback_is_refused_unless_allowed_and_at_every_hop(web, tmp_path):

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import httpcore
@@ -57,6 +57,7 @@ class FetchError(ToolError):
 
 # --- addresses --------------------------------------------------------------------------------------------------------
 
+_RESOLVERS = ThreadPoolExecutor(16, "resolve")  # names that nobody answers for must not hold up files and the cache
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -101,7 +102,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
     async def _addresses(self, host: str, port: int, timeout: float | None) -> list[str]:
-        lookup = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        lookup = asyncio.get_running_loop().run_in_executor(_RESOLVERS, ask)
         try:
             found = [entry[4][0] for entry in await asyncio.wait_for(lookup, timeout)]
         except asyncio.TimeoutError:
