@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import hashlib
 import io
 import ipaddress
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -400,6 +402,25 @@ def test_loopback_is_refused_unless_allowed_and_at_every_hop(web, tmp_path):
         assert asyncio.run(fetcher.download(f"{web.url}/img/1.png?fault=redirect:/img/0.png")).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("target", ["ftp://e.org/a.png", "file:///etc/passwd", "data:image/png;base64,AA"])
+def test_only_web_addresses_are_fetched_at_every_hop(web, target):
+    fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents(), (web.host,))
+    for url in (target, f"{web.url}/img/0.png?fault=redirect:{target}"):
+        with pytest.raises(FetchError, match="only http and https") as error:
+            asyncio.run(fetcher.download(url))
+        assert error.value.kind == "refused_address"
+
+
+def test_an_answer_that_inflates_costs_no_more_than_its_limit():
+    bomb = gzip.compress(bytes(64 << 20))
+    tracemalloc.start()
+    with pytest.raises(FetchError) as error:
+        fetch._decoded(bomb, "gzip", "e.org", 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.value.kind == "too_large" and peak < 4 << 20
+
+
 def test_proxies_of_the_environment_are_not_used_for_downloads(web, monkeypatch):
     with Canary() as canary:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
@@ -663,6 +684,15 @@ def test_only_what_stays_true_is_recorded(web, tmp_path):
     with pytest.raises(ToolError):
         ask(tools["search"], queries=["Bel Abo"])
     assert "title:" in ask(tools["search"], queries=["Bel Abo"]).text
+
+
+def test_two_services_of_one_host_do_not_answer_for_each_other(web, tmp_path):
+    both = [template(web), template(web)]
+    both[1]["text_template"]["url"] += "&pics=1"
+    record = dict(cache=tmp_path / "c", cache_mode="record")
+    texts = [ask(opened(web, tmp_path, **each, **record)["search"], queries=["Bel Abo"]).text for each in both]
+    assert texts[0] != texts[1]
+    assert [ask(opened(web, tmp_path, **each, **record)["search"], queries=["Bel Abo"]).text for each in both] == texts
 
 
 def cached(folder: Path, mode: str, answer: bytes | Exception, asked: str = "q") -> bytes:

@@ -150,7 +150,9 @@ class Template:
 
     @property
     def identity(self) -> str:
-        return f"template:{httpx.URL(re.sub('[{}]', '', self.text_url)).host}"
+        text, image = (httpx.URL(re.sub("[{}]", "", url)) for url in (self.text_url, self.image_url))
+        asked = hashlib.sha256(text.raw_path + b"\n" + image.raw_path).hexdigest()[:12]  # what they ask may hold a key
+        return f"template:{text.host}/{asked}"
 
     def ask(self, what: What, query: str, count: int) -> Ask:
         values = {"{query}": query, "{count}": str(count), "{key}": self.key}
