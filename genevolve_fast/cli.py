@@ -563,11 +563,12 @@ def run_rollout(args: argparse.Namespace) -> int:
     samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
     args.output_dir = args.output_dir.resolve()
     incidents = Incidents()
-    with closing(Journal(args.output_dir, samples, rollout_settings(args), args.fresh)) as journal:
-        try:
-            opening = open_runner(args, incidents)
-        except ValueError as error:  # the tools' and the agent's, which name what is missing
-            raise BatchError(str(error)) from None
+    settings = rollout_settings(args)
+    try:
+        opening = open_runner(args, incidents)  # before --fresh forgets anything
+    except ValueError as error:  # the tools' and the agent's, which name what is missing
+        raise BatchError(str(error)) from None
+    with closing(Journal(args.output_dir, samples, settings, args.fresh)) as journal:
         if journal.adopted:
             print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
         samples = samples[: args.max_samples]

@@ -241,6 +241,15 @@ def test_another_batch_in_the_folder_is_refused_with_the_reason(server, tmp_path
     assert [r["prompt"] for r in rows_of(folder)] == ["something else"]
 
 
+def test_a_refused_command_forgets_nothing(server, tmp_path, monkeypatch, capsys):
+    source, folder = batch_of(tmp_path, 1), tmp_path / "out"
+    assert main(arguments(server, source, folder)) == 0
+    before = (folder / "rollouts.jsonl").read_bytes()
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    assert main(arguments(server, source, folder, "--fresh", "--tools", "serper")) == 2
+    assert "SERPER_API_KEY" in capsys.readouterr().err and (folder / "rollouts.jsonl").read_bytes() == before
+
+
 def test_one_process_at_a_time_holds_a_folder(server, tmp_path, capsys):
     source, folder = batch_of(tmp_path, 1), tmp_path / "out"
     with closing(Journal(folder, read_samples(source), {}, fresh=False)):
