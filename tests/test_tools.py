@@ -591,6 +591,9 @@ def test_pictures_are_upright_opaque_and_bounded():
     with pytest.raises(FetchError) as error:
         decode_image(png_of(2000, 2000), **limits)
     assert error.value.kind == "too_large"
+    with pytest.raises(FetchError, match="no picture") as error:
+        decode_image(png_of(1010, 10), **limits)
+    assert error.value.kind == "not_an_image" and error.value.permanent
 
 
 def test_a_jpeg_of_endless_scans_is_refused():
@@ -619,6 +622,14 @@ def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):
     assert len(asyncio.run(main())) == 12
     assert time.monotonic() - started > 0.39  # four rounds: waiting does not use up a file's own seconds
     assert before > 3 or web.peak()["img"] <= 3
+
+
+def test_redirects_are_followed_five_times(web):
+    fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents(), (web.host,))
+    before = web.seen().get("/img/0.png", 0)
+    with pytest.raises(FetchError, match="more than 5 redirects") as error:
+        asyncio.run(fetcher.download(f"{web.url}/img/0.png?fault=loop"))
+    assert error.value.kind == "bad_response" and web.seen()["/img/0.png"] - before == 6
 
 
 def test_all_redirects_of_a_file_share_its_seconds(web):
@@ -702,6 +713,23 @@ def cached(folder: Path, mode: str, answer: bytes | Exception, asked: str = "q")
         return answer
 
     return asyncio.run(ToolCache(folder, mode, Incidents()).get("search", {"q": asked}, network))
+
+
+def test_who_stops_waiting_stops_nobody_else(tmp_path):
+    cache, asked = ToolCache(tmp_path, "record", Incidents()), []
+
+    async def network() -> bytes:
+        asked.append(1)
+        await asyncio.sleep(0.1)
+        return b"answer"
+
+    async def main() -> bytes:
+        first, second = (asyncio.ensure_future(cache.get("search", {"q": "q"}, network)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(main()) == b"answer" and asked == [1]
 
 
 def test_damaged_files_are_noticed(tmp_path):
