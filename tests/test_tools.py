@@ -22,6 +22,7 @@ import time
 import traceback
 import tracemalloc
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import httpcore
@@ -730,6 +731,27 @@ def test_who_stops_waiting_stops_nobody_else(tmp_path):
         return await second
 
     assert asyncio.run(main()) == b"answer" and asked == [1]
+
+
+def test_the_first_answer_of_two_processes_stays(tmp_path):
+    caches = [ToolCache(tmp_path, "record", Incidents()) for _ in range(2)]
+
+    async def main() -> list[bytes]:
+        second_asked = asyncio.Event()
+
+        async def network(answer: bytes, wait: float) -> bytes:
+            if answer == b"second":
+                second_asked.set()
+            await second_asked.wait()
+            await asyncio.sleep(wait)
+            return answer
+
+        asked = [(b"first", 0.0), (b"second", 0.2)]
+        return await asyncio.gather(
+            *(c.get("search", {}, partial(network, *a)) for c, a in zip(caches, asked, strict=True))
+        )
+
+    assert asyncio.run(main()) == [b"first"] * 2
 
 
 def test_damaged_files_are_noticed(tmp_path):
