@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -141,6 +142,28 @@ def test_a_slow_answer_is_a_timeout(server):
     server.faults({"delay_s": 5})
     assert "no answer within 0.2 s" in a.run(EMBLEM.question).error
     assert a.incidents.take() == {"engine/timeout": 1}
+
+
+def test_an_answer_that_never_ends_is_a_timeout():
+    async def drip(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(60):  # each read finds a byte within the client's own timeout
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+
+    async def main() -> str:
+        slow = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}/v1"
+        async with Agent("m", url, tools={}, attempts=1, request_timeout=0.3) as endless:
+            result = await endless.arun("x")
+        slow.close()
+        return result.error
+
+    assert "gave no answer within 0.3 s" in asyncio.run(main())
 
 
 def test_keys_never_come_out(server, caplog):

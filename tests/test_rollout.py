@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from loopback.chat import ROOT, LoopbackChat
 from loopback.web import LoopbackWeb
 
 from genevolve_fast import cli
-from genevolve_fast.agent.journal import BatchError, Journal, read_samples
+from genevolve_fast.agent.batch import run_batch
+from genevolve_fast.agent.journal import BatchError, Finished, Journal, read_samples
+from genevolve_fast.agent.results import AgentResult
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.world import SandboxWorld
 
@@ -284,6 +287,22 @@ def test_an_interruption_before_the_first_row_says_nothing_false(server, tmp_pat
     assert capsys.readouterr().err == "\ninterrupted\n"  # a batch has no --resume
     monkeypatch.setattr(cli, "load", interrupted)
     assert main(["evolve", "--config", "demo"]) == 130 and "--resume" in capsys.readouterr().err
+
+
+def test_a_bug_in_one_row_does_not_end_the_others(tmp_path):
+    samples = read_samples(batch_of(tmp_path, 4))
+
+    async def runner(sample):
+        if sample.position == 1:
+            raise RuntimeError("a bug")
+        return Finished(AgentResult(sample.prompt, "p", [], [], "answer", 1))
+
+    with closing(Journal(tmp_path / "out", samples, {}, fresh=False)) as journal:
+        batch = asyncio.run(run_batch(samples, journal, runner, parallel=2))
+    assert (
+        batch.ends == {"answer": 3, "rollout/other": 1}
+        and rows_of(tmp_path / "out")[1]["error"] == "RuntimeError: a bug"
+    )
 
 
 def test_a_line_cut_by_a_crash_runs_again(server, tmp_path):

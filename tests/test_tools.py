@@ -39,6 +39,7 @@ from genevolve_fast.agent import fetch
 from genevolve_fast.agent.fetch import FetchError, FetchLimits, ImageFetcher, decode_image, is_public
 from genevolve_fast.agent.harmless import harmless
 from genevolve_fast.agent.protocol import FormatError, parse_reply
+from genevolve_fast.agent.search import SearXNG
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.agent.tool_cache import ToolCache
 from genevolve_fast.agent.tools import ToolsConfig, open_tools
@@ -266,6 +267,11 @@ def test_a_runs_folder_and_its_errors_hold_no_keys(tmp_path):
         assert KEY not in "".join(traceback.format_exception(error.value))
 
 
+def test_pictures_that_an_instance_proxies_do_not_carry_its_login():
+    found = SearXNG(f"http://user:{KEY}@e.org/x").hits("images", {"results": [{"img_src": "image_proxy?u=1"}]})
+    assert [hit.image_url for hit in found] == ["http://e.org/x/image_proxy?u=1"]
+
+
 def test_a_missing_key_names_its_variable(web, tmp_path, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY")
     with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
@@ -451,6 +457,13 @@ def test_the_search_service_is_asked_through_the_proxy_of_the_environment(tmp_pa
 
     assert "by proxy" in asyncio.run(main())
     assert asked == ["GET http://search.test/search?q=a%20b&format=json&categories=general HTTP/1.1\r\n"]
+
+
+def test_no_proxy_of_the_environment_holds(web, tmp_path, monkeypatch):
+    with Canary() as canary:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{canary.port}")
+        monkeypatch.setenv("no_proxy", web.host.partition(":")[0])
+        assert "title:" in ask(opened(web, tmp_path)["search"], queries=["Bel Abo"]).text and canary.touched == 0
 
 
 @pytest.mark.parametrize("scheme", ["", "http://"])
