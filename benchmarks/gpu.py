@@ -3,7 +3,8 @@
 Each section is `python -m benchmarks.run` for the head, or `python -m benchmarks.step` for the training step, in a
 process of its own, writing into one file each: what a section has measured survives its end, a contender that kills its
 process is left out of the next attempt, and a section that is there already is not measured twice. When time runs out
-the rest is listed, not begun. The scoreboard's GPU rows are computed from those files.
+the rest is listed, not begun. The scoreboard's GPU rows are computed from those files. Rollouts by vLLM have a script
+of their own, `python -m benchmarks.rollout_vllm`: they need vLLM, and a GPU for nothing else.
 """
 
 from __future__ import annotations

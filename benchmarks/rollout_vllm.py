@@ -218,7 +218,7 @@ def main() -> None:
     p.add_argument("--generations", type=int, default=4, help="rollouts of each (default: %(default)s)")
     p.add_argument("--port", type=int, default=8077, help="of the server (default: %(default)s)")
     p.add_argument("--gpu-memory-utilization", type=float, default=0.45, help="of vLLM (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=None, help=f"(default: {RESULTS.relative_to(Path.cwd())})")
+    p.add_argument("--out", type=Path, default=None, help="(default: benchmarks/results/rollout_vllm.json)")
     p.add_argument("--dry-run", action="store_true", help="the whole flow on a CPU, without vLLM")
     args = p.parse_args()
     if not args.dry_run and not (vllm_installed() and torch.cuda.is_available()):

@@ -195,6 +195,7 @@ def test_rows_enter_and_leave_between_steps(policy):
     assert asyncio.run(main()) == [0, 1, 2, "long"]
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_who_comes_and_goes(pictures):
     policy = Policy.from_pretrained(start_path()).eval()  # random weights would draw between near-ties
     image = [policy.codec.image_pad_id] * policy.codec.image_tokens(policy.codec.image_grid(pictures[0]))

@@ -99,7 +99,7 @@ def client(policy, tmp_path):
     def connect(url: str, answers=None) -> VllmServerEngine:
         engine = VllmServerEngine(policy, [url], incidents=Incidents(), sync_dir=tmp_path / "w", patience_s=0.5)
         if answers:
-            engine._client = httpx.AsyncClient(transport=httpx.MockTransport(answers))
+            engine._http.client = httpx.AsyncClient(transport=httpx.MockTransport(answers))
         engine.open("a")
         engines.append(engine)
         return engine

@@ -616,7 +616,9 @@ def test_the_meter_counts_what_is_alive():
 
 
 @pytest.mark.parametrize("mode", ["logprob", "frozen", "entropy", "trainable", "objective", "main_grad"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))]
+)
 @pytest.mark.parametrize(("rows", "hidden", "vocabulary"), [(3_000, 64, 20_000), (1_200, 2_048, 2_000)])
 def test_peak_bytes_stay_below_the_formula(mode, dtype, rows, hidden, vocabulary):
     block, trains = 512, mode in ("trainable", "objective", "main_grad")

@@ -213,6 +213,7 @@ def test_loopback_only_without_a_key(capsys, monkeypatch):
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chat_through_the_openai_package(server, ask, pictures):
     from openai import BadRequestError, NotFoundError, OpenAI
 
@@ -372,6 +373,7 @@ def busy(client):
     return not client.post("/reset_prefix_cache").json()["success"]
 
 
+@pytest.mark.slow
 def test_pause_modes(ask, in_background):
     cut = in_background(answer, ask, PROMPT, params=SLOW)
     until(lambda: busy(ask))

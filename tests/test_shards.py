@@ -279,18 +279,18 @@ def test_vocabulary_parallel_gives_what_one_rank_gives(tmp_path, dtype, toleranc
     on_two_ranks(tmp_path, vocabulary_parallel, dtype, tolerance)
 
 
+@pytest.mark.slow
 def test_an_fsdp2_weight_is_gathered_once(tmp_path):
     on_two_ranks(tmp_path, fsdp2)
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "dtype"),
-    [pytest.param(10**6, D, marks=pytest.mark.slow), (90, D), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("max_tokens", "dtype"), [(10**6, D), (90, D), (90, torch.bfloat16)])
 def test_the_shared_pass_under_fsdp2_gathers_a_layer_once_each_way(tmp_path, max_tokens, dtype):
     on_two_ranks(tmp_path, shared_pass, max_tokens, dtype)
 
 
+@pytest.mark.slow
 def test_a_zero3_weight_is_gathered_by_deepspeed(tmp_path, monkeypatch):
     pytest.importorskip("deepspeed", reason="ZeRO-3 needs deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

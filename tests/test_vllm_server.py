@@ -135,6 +135,22 @@ def test_an_adapter_goes_alone_and_the_old_one_leaves(server, own, connected, pi
     assert engine.mismatches == 0 and engine.verified > 0
 
 
+def test_a_lost_adapter_and_a_version_that_another_run_set_are_mended(server, own, connected):
+    connected(own, server).update_weights(0)
+    add_lora(own, rank=2)
+    train(own, 0.05)
+    engine = connected(own, server)
+    engine.update_weights(1)
+    unload = {"lora_name": engine._label}
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json=unload, trust_env=False).status_code == 200
+    assert same(ask(engine, own), expected(own))
+    assert engine.incidents.take() == {"engine/stale_weights": 1}
+    changed = {"new_version": "another's"}
+    assert httpx.post(f"{server.url}/update_weight_version", json=changed, trust_env=False).status_code == 200
+    assert same(ask(engine, own, session="b"), expected(own))  # the adapter is there already
+    assert engine.incidents.take() == {"engine/stale_weights": 1}
+
+
 def test_an_adapter_can_be_merged(server, own, connected):
     add_lora(own, rank=2)
     train(own, 0.05)
@@ -170,7 +186,7 @@ def test_every_route_and_field_is_one_of_the_released_package(server, own, conne
         async def note(request):
             asked.append(request)
 
-        engine._client.event_hooks["request"].append(note)
+        engine._http.client.event_hooks["request"].append(note)
         for version in range(2):
             engine.update_weights(version)
             ask(engine, own, pictures[:1])
@@ -296,7 +312,7 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
         local = TransformersEngine(own, deterministic=False)
         assert same(go_on(engine, own, before, pictures[:1]), go_on(local, own, before, pictures[:1]))
 
-        honest = engine._command
+        honest = engine._http.command
 
         async def forgets_nothing(server, path, body=None):
             if path == "/reset_prefix_cache":
@@ -305,7 +321,7 @@ def test_stale_prefixes_are_dropped_by_the_client_itself(own, connected, monkeyp
 
         before = ask(engine, own, pictures[:1], session="b")
         train(own, 0.05)
-        monkeypatch.setattr(engine, "_command", forgets_nothing)
+        monkeypatch.setattr(engine._http, "command", forgets_nothing)
         engine.update_weights(2)
         stale = go_on(engine, own, before, pictures[:1], session="b")
         local.update_weights(2)

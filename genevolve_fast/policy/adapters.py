@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,7 @@ class SavedAdapters:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._layers: list[nn.Module] = []
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what this is for
 
     def add(self, name: str, folder: str | Path) -> None:
         """Raises AdapterError where the folder is no LoRA adapter of this policy; then nothing of it stays."""

@@ -10,7 +10,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,30 +22,12 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Generation, Sampling
 from genevolve_fast.rollout.exchange import MASK_TOP_K, SEEDS, DataUrls, check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.loop_thread import LoopThread
+from genevolve_fast.rollout.vllm_wire import Failure, Http, Server, message, one_choice
 from genevolve_fast.rollout.weights import HeadShape, differing, full_weights, write_folder, write_whole
 
 _AVOID_S = 2.0  # a server that failed is the last choice for this long
 _RESET_TRIES = 20
 _PROBE_TOKENS = 8
-
-
-class _Failure(Exception):
-    """One failed attempt that may be repeated."""
-
-    def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass
-class _Server:
-    url: str
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one weight update at a time
-    label: str | None = None  # of the weights that it was given last
-    updates: int = 0
-    down_until: float = 0.0
-    checked: bool = False  # its log-probs are of the distribution sampled from
-    top_k: bool = False  # vLLM with sampling masks wants a bound on their size, and says so when asked without
 
 
 class VllmServerEngine:
@@ -78,8 +59,6 @@ class VllmServerEngine:
         verify_every: int = 1,
         api_key: str | None = None,
     ) -> None:
-        import httpx
-
         if not urls:
             raise ValueError("urls is empty: name at least one server")
         if sync == "disk" and sync_dir is None:
@@ -95,19 +74,15 @@ class VllmServerEngine:
         if sync == "nccl":
             _refuse_nccl(self.adapter_only)
         self._senders: dict[str, Any] | None = {} if sync == "nccl" else None
-        self._servers = [_Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
+        self._servers = [Server(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._run_id = uuid.uuid4().hex[:12]  # no other run's weights carry our labels
         self._label: str | None = None
         self._updates = 0
         self._sessions: set[str] = set()
         self._urls = DataUrls()
-        self._key = api_key
         self._loop = LoopThread("vllm-client")
         atexit.register(self.shutdown)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
-        self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False)
+        self._http = Http(api_key, timeout_s)
 
     # --- protocols.TrainedEngine --------------------------------------------------------------------------------------
 
@@ -128,7 +103,7 @@ class VllmServerEngine:
         atexit.unregister(self.shutdown)
         if self._loop.closed:
             return
-        self._loop.run(self._client.aclose())
+        self._loop.run(self._http.close())
         self._loop.close()
         if self._label and self._senders is None:
             shutil.rmtree(self._folder(self._label), ignore_errors=True)
@@ -144,7 +119,7 @@ class VllmServerEngine:
             server = self._server_of(session_id)
             try:
                 return await self._attempt(server, session_id, body, ids, images, sampling)
-            except (_Failure, EngineError) as failure:
+            except (Failure, EngineError) as failure:
                 self._failed(server, failure)
                 raise
 
@@ -188,7 +163,7 @@ class VllmServerEngine:
             body["content_parts"] = [{"type": "image_url", "url": self._urls(pixels)} for pixels in images]
         return body
 
-    async def _attempt(self, server: _Server, session_id: str, body, ids, images, sampling: Sampling) -> Generation:
+    async def _attempt(self, server: Server, session_id: str, body, ids, images, sampling: Sampling) -> Generation:
         label = self._label
         if label is not None and server.label != label:
             await self._bring_up(server)
@@ -196,11 +171,11 @@ class VllmServerEngine:
             await self._check_mode(server)
         updates = server.updates
         answer = await self._ask(server, body, session_id, label)
-        choice = _one_choice(answer)
+        choice = one_choice(answer)
         if label is not None:
             self._refuse_stale(server, choice, label, updates)
         if choice.get("finish_reason") == "abort":
-            raise _Failure(f"{server.url} aborted the request", "server_error")
+            raise Failure(f"{server.url} aborted the request", "server_error")
         check_prompt(ids, answer.get("prompt_token_ids"), images, self.policy.codec)
         usage = answer.get("usage") or {}
         self.prompt_tokens += len(ids)
@@ -213,23 +188,23 @@ class VllmServerEngine:
         mask = choice.get("sampling_mask")
         return checked_generation(token_ids, logps, choice.get("finish_reason"), mask, sampling, self.policy.codec)
 
-    async def _ask(self, server: _Server, body: Mapping[str, Any], session_id: str, label: str | None) -> Any:
+    async def _ask(self, server: Server, body: Mapping[str, Any], session_id: str, label: str | None) -> Any:
         body = dict(body)
         if server.top_k:
             body["sampling_params"] = body["sampling_params"] | {"top_k": MASK_TOP_K}
         if label and self.adapter_only:
             body["model"] = label
-        status, answer = await self._post(server, "/inference/v1/generate", body, {"X-Session-ID": session_id})
+        status, answer = await self._http.post(server, "/inference/v1/generate", body, {"X-Session-ID": session_id})
         if status == 404 and "model" in body:
             if server.label == label:
                 server.label = None
-            raise _Failure(f"{server.url} has lost the adapter {label}", "stale_weights")
-        if status == 400 and not server.top_k and "requires top_k > 0" in _message(answer):
+            raise Failure(f"{server.url} has lost the adapter {label}", "stale_weights")
+        if status == 400 and not server.top_k and "requires top_k > 0" in message(answer):
             server.top_k = True
             return await self._ask(server, body, session_id, label)
-        return self._accepted(server, status, answer)
+        return self._http.accepted(server, status, answer)
 
-    def _refuse_stale(self, server: _Server, choice: Mapping[str, Any], label: str, updates: int) -> None:
+    def _refuse_stale(self, server: Server, choice: Mapping[str, Any], label: str, updates: int) -> None:
         spans = choice.get("weight_versions")
         if not spans:
             raise EngineError(
@@ -240,15 +215,15 @@ class VllmServerEngine:
         if any(span.get("version") != label for span in spans):
             if server.updates == updates:  # not mended since the question was asked
                 server.label = None
-            raise _Failure(f"{server.url} sampled with other weights than the last update's", "stale_weights")
+            raise Failure(f"{server.url} sampled with other weights than the last update's", "stale_weights")
 
-    async def _check_mode(self, server: _Server) -> None:
+    async def _check_mode(self, server: Server) -> None:
         """Refuse a server whose log-probs are not those of the distribution it samples from.
 
         vLLM says so under /server_info when it is started for training. Elsewhere a turn is sampled with a nucleus
         of one token: its log-probs are 0 after top-p, and those of the whole vocabulary before it.
         """
-        status, answer = await self._get(server, "/server_info?config_format=json")
+        status, answer = await self._http.get(server, "/server_info?config_format=json")
         config = (answer.get("vllm_config") or {}) if isinstance(answer, dict) else {}
         model = config.get("model_config") if status == 200 and isinstance(config, dict) else None
         if isinstance(model, dict) and "logprobs_mode" in model:
@@ -263,11 +238,11 @@ class VllmServerEngine:
             )
         server.checked = True
 
-    async def _probe(self, server: _Server) -> bool:
+    async def _probe(self, server: Server) -> bool:
         params = {"temperature": 1.0, "top_p": 1e-6, "max_tokens": _PROBE_TOKENS, "seed": 0, "logprobs": 0}
         prompt = self.policy.codec.encode("<|im_start|>user\n")
         body = {"token_ids": prompt, "sampling_params": params | {"ignore_eos": True}}
-        choice = _one_choice(await self._ask(server, body, "probe", None))
+        choice = one_choice(await self._ask(server, body, "probe", None))
         logps = sorted(c["logprob"] for c in (choice.get("logprobs") or {}).get("content") or [])
         return bool(logps) and abs(logps[len(logps) // 2]) < 1e-6  # the median: two tokens may tie for the nucleus
 
@@ -285,10 +260,10 @@ class VllmServerEngine:
     async def _update_all(self, previous: str | None, verify: bool) -> None:
         """Give the weights to every server; those that cannot be reached get them when they answer again."""
 
-        async def one(server: _Server) -> Exception | None:
+        async def one(server: Server) -> Exception | None:
             try:
                 await self._bring_up(server, previous, verify)
-            except _Failure as failure:
+            except Failure as failure:
                 self._failed(server, failure)
                 return failure
             return None
@@ -300,46 +275,46 @@ class VllmServerEngine:
 
         await self._patiently(some, "update_weights")
 
-    async def _bring_up(self, server: _Server, previous: str | None = None, verify: bool = True) -> None:
+    async def _bring_up(self, server: Server, previous: str | None = None, verify: bool = True) -> None:
         """Load, verify, forget what was cached, say the new version, resume. Single-flight for each server."""
         async with server.lock:
             label = self._label
             if label is None or server.label == label:
                 return
             verify = verify and bool(self.verify_every)
-            await self._command(server, "/pause?mode=wait")
+            await self._http.command(server, "/pause?mode=wait")
             try:
                 await self._load(server, label)
                 if verify:
                     await self._verify(server)
                 await self._forget(server)
-                await self._command(server, "/update_weight_version", {"new_version": label})
+                await self._http.command(server, "/update_weight_version", {"new_version": label})
             finally:
-                await self._command(server, "/resume")
+                await self._http.command(server, "/resume")
             server.label, server.updates = label, server.updates + 1
             if self.adapter_only and previous:
                 with contextlib.suppress(EngineError):  # a server that restarted does not have the old one
-                    await self._command(server, "/v1/unload_lora_adapter", {"lora_name": previous})
+                    await self._http.command(server, "/v1/unload_lora_adapter", {"lora_name": previous})
 
-    async def _load(self, server: _Server, label: str) -> None:
+    async def _load(self, server: Server, label: str) -> None:
         folder = str(self._folder(label)) if self.sync_dir else ""
         if self.adapter_only:
             body = {"lora_name": label, "lora_path": folder}
-            status, answer = await self._post(server, "/v1/load_lora_adapter", body)
-            if status == 400 and "already" in _message(answer):
+            status, answer = await self._http.post(server, "/v1/load_lora_adapter", body)
+            if status == 400 and "already" in message(answer):
                 return  # loaded by an attempt whose answer was lost
-            self._accepted(server, status, answer)
+            self._http.accepted(server, status, answer)
         elif self._senders is None:
             call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-            await self._command(server, "/collective_rpc", call)
+            await self._http.command(server, "/collective_rpc", call)
         else:
             await self._broadcast(server)
 
-    async def _broadcast(self, server: _Server) -> None:
+    async def _broadcast(self, server: Server) -> None:
         from genevolve_fast.rollout.vllm_transfer import nccl_sender, policy_source
 
-        status, answer = await self._get(server, "/get_world_size")
-        workers = self._accepted(server, status, answer)["world_size"]
+        status, answer = await self._http.get(server, "/get_world_size")
+        workers = self._http.accepted(server, status, answer)["world_size"]
 
         def send() -> None:
             if server.url not in self._senders:
@@ -354,12 +329,12 @@ class VllmServerEngine:
         try:
             await asyncio.to_thread(send)
         except Exception as error:
-            raise _Failure(f"{server.url}: {type(error).__name__}: {error}", "server_error") from error
+            raise Failure(f"{server.url}: {type(error).__name__}: {error}", "server_error") from error
 
-    async def _verify(self, server: _Server) -> None:
+    async def _verify(self, server: Server) -> None:
         """Raises EngineError where the server's parameters are not the policy's, byte for byte."""
-        status, answer = await self._post(server, "/weight_checker", {"action": "checksum"})
-        reported = self._accepted(server, status, answer)["checksums"]
+        status, answer = await self._http.post(server, "/weight_checker", {"action": "checksum"})
+        reported = self._http.accepted(server, status, answer)["checksums"]
         weights = full_weights(self.policy, merged=not self.adapter_only)
         heads = HeadShape.of(self.policy.model.config)
         wrong = await asyncio.to_thread(differing, reported, weights, heads, self.dtype)
@@ -374,17 +349,17 @@ class VllmServerEngine:
                 "bad_response",
             )
 
-    async def _forget(self, server: _Server) -> None:
+    async def _forget(self, server: Server) -> None:
         """Drop the prefix cache, and what an encoder that is trained has cached."""
         for _ in range(_RESET_TRIES):
-            if (await self._command(server, "/reset_prefix_cache")).get("success"):
+            if (await self._http.command(server, "/reset_prefix_cache")).get("success"):
                 break
             await asyncio.sleep(0.25)
         else:
             raise EngineError(f"{server.url} did not reset its prefix cache in {_RESET_TRIES} tries", "server_error")
         if not self.policy.vision_frozen:
-            await self._command(server, "/reset_mm_cache")
-            await self._command(server, "/reset_encoder_cache")
+            await self._http.command(server, "/reset_mm_cache")
+            await self._http.command(server, "/reset_encoder_cache")
 
     # --- attempts -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +369,7 @@ class VllmServerEngine:
 
         try:
             async for trial in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception_type(_Failure),
+                retry=tenacity.retry_if_exception_type(Failure),
                 wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
                 stop=tenacity.stop_after_delay(self.patience_s),
             ):
@@ -404,55 +379,15 @@ class VllmServerEngine:
             last = error.last_attempt.exception()
             raise EngineError(f"{what}: {last}; gave up after {self.patience_s:g} s", last.kind) from None
 
-    def _server_of(self, session_id: str) -> _Server:
+    def _server_of(self, session_id: str) -> Server:
         """The session's own server; while that one is failing, the next."""
         now = time.monotonic()
         return min(self._servers, key=lambda s: (s.down_until > now, _weight(s.url, session_id)))
 
-    def _failed(self, server: _Server, failure: _Failure | EngineError) -> None:
+    def _failed(self, server: Server, failure: Failure | EngineError) -> None:
         self.incidents.note("engine", failure.kind)
         if failure.kind in ("connect", "timeout", "server_error"):
             server.down_until = time.monotonic() + _AVOID_S
-
-    async def _command(self, server: _Server, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        answer = self._accepted(server, *await self._post(server, path, body))
-        return answer if isinstance(answer, dict) else {}
-
-    async def _post(self, server: _Server, path: str, body: Any = None, headers: Mapping[str, str] | None = None):
-        return await self._send(server, "POST", path, json=body, headers=headers)
-
-    async def _get(self, server: _Server, path: str):
-        return await self._send(server, "GET", path)
-
-    async def _send(self, server: _Server, method: str, path: str, **more) -> tuple[int, Any]:
-        """(status, decoded body). Raises _Failure where the attempt may be repeated."""
-        import httpx
-
-        where = f"{server.url}{path.partition('?')[0]}"
-        try:
-            answer = await self._client.request(method, server.url + path, **more)
-        except httpx.TimeoutException as error:
-            raise _Failure(f"{where}: no answer in {self.timeout_s:g} s", "timeout") from error
-        except httpx.TransportError as error:
-            raise _Failure(f"{where}: {type(error).__name__}: {error}", "connect") from error
-        try:
-            decoded = answer.json() if answer.content else {}
-        except ValueError:
-            decoded = answer.text
-        if answer.status_code == 429 or answer.status_code >= 500:
-            kind = "rate_limited" if answer.status_code == 429 else "server_error"
-            raise _Failure(f"{where}: HTTP {answer.status_code}: {self._said(decoded)}", kind)
-        return answer.status_code, decoded
-
-    def _accepted(self, server: _Server, status: int, answer: Any) -> Any:
-        if status != 200:
-            hint = ": start it by `genevolve-fast serve --training`" if status in (403, 404, 405) else ""
-            raise EngineError(f"{server.url}: HTTP {status}{hint}: {self._said(answer)}", "client_error")
-        return answer
-
-    def _said(self, answer: Any) -> str:
-        text = _message(answer)[:300]
-        return text.replace(self._key, "***") if self._key else text
 
 
 def _refuse_nccl(adapter_only: bool) -> None:
@@ -468,17 +403,3 @@ def _refuse_nccl(adapter_only: bool) -> None:
 
 def _weight(url: str, session_id: str) -> bytes:
     return hashlib.blake2b(f"{url}\0{session_id}".encode(), digest_size=8).digest()
-
-
-def _message(answer: Any) -> str:
-    if isinstance(answer, dict):
-        error = answer.get("error", answer.get("detail", answer))
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    return str(answer)
-
-
-def _one_choice(answer: Any) -> Mapping[str, Any]:
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not choices or not isinstance(choices[0], dict):
-        raise EngineError(f"the server answered without choices: {_message(answer)[:200]}", "bad_response")
-    return choices[0]
