@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        again = "; `--resume` continues from the last checkpoint" if hasattr(args, "resume") else ""
-        print(f"\ninterrupted{again}", file=sys.stderr)
+        how = "; `--resume` continues from the last checkpoint" if "resume" in args else ""
+        print(f"\ninterrupted{how}", file=sys.stderr)
         return 130
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
@@ -573,11 +573,12 @@ def run_rollout(args: argparse.Namespace) -> int:
     samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
     args.output_dir = args.output_dir.resolve()
     incidents = Incidents()
-    with closing(Journal(args.output_dir, samples, rollout_settings(args), args.fresh)) as journal:
-        try:
-            opening = open_runner(args, incidents)
-        except ValueError as error:  # the tools' and the agent's, which name what is missing
-            raise BatchError(str(error)) from None
+    settings = rollout_settings(args)
+    try:
+        opening = open_runner(args, incidents)  # before --fresh forgets anything
+    except ValueError as error:  # the tools' and the agent's, which name what is missing
+        raise BatchError(str(error)) from None
+    with closing(Journal(args.output_dir, samples, settings, args.fresh)) as journal:
         if journal.adopted:
             print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
         samples = samples[: args.max_samples]
@@ -697,7 +698,10 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError("--tool-set takes FIELD=VALUE")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
     try:
         return open_tools(ToolsConfig(**fields), incidents), None
     except ValidationError as error:

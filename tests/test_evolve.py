@@ -151,6 +151,8 @@ def test_overrides_and_fields(tmp_path):
     assert config.optim.lr == 0.5 and config.objective.sdl_coef == 1
     with pytest.raises(ConfigError, match="section.field=value"):
         load_config(EvolveConfig, None, ["steps"])
+    with pytest.raises(ConfigError, match="override of tools: its value is not YAML"):
+        load_config(EvolveConfig, None, ["tools={kind: serper"])
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(EvolveConfig, tmp_path / "none.yaml")
     for kind in (EvolveConfig, SftConfig):

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from loopback.chat import ROOT, LoopbackChat
 
 from genevolve_fast import Agent
-from genevolve_fast.agent.chat import ChatConversation, ChatEndpoint, data_url
+from genevolve_fast.agent.chat import ChatConversation, ChatEndpoint, _retry_after, data_url
 from genevolve_fast.agent.session import Session, SessionSettings
 from genevolve_fast.protocols import EngineError, Sampling
 from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
@@ -84,6 +86,13 @@ def test_one_agent_runs_again_and_in_another_loop(server):
     ] * 4
 
 
+def test_one_agent_runs_in_several_threads(server):
+    a = agent(server, attempts=1)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(a.run, [r.question for r in WORLD.requests("train", 24)]))
+    assert {r.error for r in found} == {None} and a.incidents.take() == {}
+
+
 def test_address_and_key_come_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -135,6 +144,28 @@ def test_a_slow_answer_is_a_timeout(server):
     assert a.incidents.take() == {"engine/timeout": 1}
 
 
+def test_an_answer_that_never_ends_is_a_timeout():
+    async def drip(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(60):  # each read finds a byte within the client's own timeout
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+
+    async def main() -> str:
+        slow = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}/v1"
+        async with Agent("m", url, tools={}, attempts=1, request_timeout=0.3) as endless:
+            result = await endless.arun("x")
+        slow.close()
+        return result.error
+
+    assert "gave no answer within 0.3 s" in asyncio.run(main())
+
+
 def test_keys_never_come_out(server, caplog):
     caplog.set_level("DEBUG")
     for fault in ({"status": 401, "message": "bad key KEY"}, {"status": 500, "message": "KEY", "retry_after": 0}):
@@ -158,6 +189,35 @@ def test_keys_never_come_out(server, caplog):
         return f"{caught.value!r} {caught.value.__cause__} {caught.value.__dict__}"
 
     assert KEY not in asyncio.run(raised())
+
+
+def test_a_login_in_the_address_reaches_the_server_and_nothing_else(server, caplog):
+    caplog.set_level("DEBUG")
+    login, address = base64.b64encode(f"user:user/{KEY}".encode()).decode(), server.url.partition("://")[2]
+    endpoint = f"http://user:user%2F{KEY}@{address}"
+    server.faults({"status": 401, "message": f"KEY and user/{KEY}"})
+    result = Agent("tiny", endpoint, "other-key", tools={}, attempts=1).run("x")
+    assert server.seen()[-1]["key"] == f"Basic {login}" and "Basic *** and ***" in result.error
+    assert not any(secret in f"{result}{caplog.text}" for secret in (KEY, login))
+
+
+def test_a_key_read_from_a_file_may_end_with_its_newline(server):
+    assert agent(server, api_key=f"{KEY}\r\n").run(EMBLEM.question).error is None
+    assert server.seen()[-1]["key"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"ключ{KEY}", f"{KEY}\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_told(server, key):
+    with pytest.raises(ValueError, match="api_key") as refused:
+        agent(server, api_key=key)
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "after", ["Fri, 31 Dec 99999999999999999999 23:59:59 GMT", "Fri, 31 Dec 2027 0:0:0 +9999999999"]
+)
+def test_a_retry_after_that_no_clock_holds_is_none(after):
+    assert _retry_after({"retry-after": after}) is None
 
 
 @pytest.mark.slow
@@ -259,6 +319,8 @@ def test_what_cannot_be_is_refused_by_name(server, monkeypatch):
             agent(server, **{name: value})
     with pytest.raises(ValueError, match="base_url"):
         Agent(base_url="localhost:8000", tools={})
+    with pytest.raises(ValueError, match="what follows"):
+        Agent(base_url="http://localhost:8000/v1?api-version=1", tools={})
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
         Agent()

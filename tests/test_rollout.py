@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -15,7 +16,10 @@ import pytest
 from loopback.chat import ROOT, LoopbackChat
 from loopback.web import LoopbackWeb
 
-from genevolve_fast.agent.journal import BatchError, Journal, read_samples
+from genevolve_fast import cli
+from genevolve_fast.agent.batch import run_batch
+from genevolve_fast.agent.journal import BatchError, Finished, Journal, read_samples
+from genevolve_fast.agent.results import AgentResult
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.world import SandboxWorld
 
@@ -164,6 +168,27 @@ def test_hostile_ids_and_half_characters_stay_data(server, tmp_path):
     ]  # fmt: skip
 
 
+def test_half_a_picture_is_drawn_again(tmp_path, monkeypatch):
+    from PIL import Image
+
+    program = {"gen_prompt": "A red field.", "reference_images": []}
+    (tmp_path / "results.json").write_text(json.dumps([{"id": "a"} | program]))
+    whole = Image.Image.save
+
+    def cut(picture, to, *rest):
+        whole(picture, to, *rest)
+        Path(to).write_bytes(Path(to).read_bytes()[:40])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    command = ["render", "--input", str(tmp_path / "results.json"), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 130
+    monkeypatch.setattr(Image.Image, "save", whole)
+    assert main(command) == 0
+    Image.open(tmp_path / "out" / "a.png").load()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "results.json"]
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +244,15 @@ def test_another_batch_in_the_folder_is_refused_with_the_reason(server, tmp_path
     assert [r["prompt"] for r in rows_of(folder)] == ["something else"]
 
 
+def test_a_refused_command_forgets_nothing(server, tmp_path, monkeypatch, capsys):
+    source, folder = batch_of(tmp_path, 1), tmp_path / "out"
+    assert main(arguments(server, source, folder)) == 0
+    before = (folder / "rollouts.jsonl").read_bytes()
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    assert main(arguments(server, source, folder, "--fresh", "--tools", "serper")) == 2
+    assert "SERPER_API_KEY" in capsys.readouterr().err and (folder / "rollouts.jsonl").read_bytes() == before
+
+
 def test_one_process_at_a_time_holds_a_folder(server, tmp_path, capsys):
     source, folder = batch_of(tmp_path, 1), tmp_path / "out"
     with closing(Journal(folder, read_samples(source), {}, fresh=False)):
@@ -235,6 +269,7 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
         (("--tools", "serper", "--tool-cache", "record"), "--tool-cache and --tool-cache-dir go together"),
         (("--tools", "serper", "--tool-set", "top_k=0"), "top_k: Input should be greater than"),
         (("--tools", "searxng"), "tools: kind searxng needs base_url"),
+        (("--tools", "serper", "--tool-set", "allow_hosts=[a"), "--tool-set allow_hosts: its value is not YAML"),
         (("--base-url", "localhost"), "base_url must be a URL"),
         (("--output-dir", str(source)), "cannot be written"),
         (("--parallel", "0"), "--parallel must be at least 1"),
@@ -242,6 +277,33 @@ def test_flags_without_effect_are_refused(server, tmp_path, capsys):
     ]:
         assert main(arguments(server, source, tmp_path / "out", *extra)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_an_interruption_before_the_first_row_says_nothing_false(server, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_runner", interrupted)
+    assert main(arguments(server, batch_of(tmp_path, 1), tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"  # a batch has no --resume
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert main(["evolve", "--config", "demo"]) == 130 and "--resume" in capsys.readouterr().err
+
+
+def test_a_bug_in_one_row_does_not_end_the_others(tmp_path):
+    samples = read_samples(batch_of(tmp_path, 4))
+
+    async def runner(sample):
+        if sample.position == 1:
+            raise RuntimeError("a bug")
+        return Finished(AgentResult(sample.prompt, "p", [], [], "answer", 1))
+
+    with closing(Journal(tmp_path / "out", samples, {}, fresh=False)) as journal:
+        batch = asyncio.run(run_batch(samples, journal, runner, parallel=2))
+    assert (
+        batch.ends == {"answer": 3, "rollout/other": 1}
+        and rows_of(tmp_path / "out")[1]["error"] == "RuntimeError: a bug"
+    )
 
 
 def test_a_line_cut_by_a_crash_runs_again(server, tmp_path):

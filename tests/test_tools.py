@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import hashlib
 import io
 import ipaddress
@@ -11,13 +12,17 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import tracemalloc
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import httpcore
@@ -34,6 +39,7 @@ from genevolve_fast.agent import fetch
 from genevolve_fast.agent.fetch import FetchError, FetchLimits, ImageFetcher, decode_image, is_public
 from genevolve_fast.agent.harmless import harmless
 from genevolve_fast.agent.protocol import FormatError, parse_reply
+from genevolve_fast.agent.search import SearXNG
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.agent.tool_cache import ToolCache
 from genevolve_fast.agent.tools import ToolsConfig, open_tools
@@ -229,6 +235,43 @@ def test_keys_reach_the_service_and_nothing_else(web, tmp_path, monkeypatch, cap
     assert KEY not in "\n".join(map(str, out)) and KEY.encode() not in stored and "connect_tcp" in caplog.text
 
 
+def test_a_runs_folder_and_its_errors_hold_no_keys(tmp_path):
+    import torch
+
+    from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config
+    from genevolve_fast.train.run import Run
+
+    address, asked = f"https://user:p@ss{KEY}@e.org/v1", "q={query}&n=3&token={key}"
+    for tools in (
+        {"kind": "searxng", "base_url": address},
+        {
+            "kind": "template",
+            "text_template": {"url": f"{address}?{asked}&api_key={KEY}&safe=1"},
+            "image_template": {"url": f"{address}?{asked}&client_secret={KEY}"},
+        },
+    ):
+        config = load_config(EvolveConfig, None, [f"tools={json.dumps(tools)}"])
+        for _ in range(2):  # resumed
+            Run(tmp_path / tools["kind"], config, device=torch.device("cpu"), total=1, resume=True)
+        kept = (tmp_path / tools["kind"] / "config.yaml").read_text()
+        assert KEY not in kept and "user" not in kept and "https://***@e.org/v1" in kept
+    assert f"?{asked}&api_key=***&safe=1" in kept
+    login = f"http://user:{KEY}@e.org:8000"
+    for wrong in (
+        f"tools={{kind: serper, api_key: {KEY}}}",
+        f"rollout={{engine: server, server: {{urls: ['http://e.org', '{login}'], sync_dir: w}}}}",
+        f"rollout={{engine: server, server: {{urls: ['{login[7:]}'], sync_dir: w}}}}",
+    ):
+        with pytest.raises(ConfigError, match="tools.api_key|urls.1 holds a user|urls.0 does not begin") as error:
+            load_config(EvolveConfig, None, [wrong])
+        assert KEY not in "".join(traceback.format_exception(error.value))
+
+
+def test_pictures_that_an_instance_proxies_do_not_carry_its_login():
+    found = SearXNG(f"http://user:{KEY}@e.org/x").hits("images", {"results": [{"img_src": "image_proxy?u=1"}]})
+    assert [hit.image_url for hit in found] == ["http://e.org/x/image_proxy?u=1"]
+
+
 def test_a_missing_key_names_its_variable(web, tmp_path, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY")
     with pytest.raises(ValueError, match="SERPER_API_KEY is not set"):
@@ -308,14 +351,14 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch):
     """A name that resolves to a public address when checked and to a private one afterwards."""
     answers, connected = [["93.184.216.34", "10.0.0.1"], ["127.0.0.1"]], []
 
-    async def resolve(self, host, port, **_):
+    def resolve(host, port, **_):
         return [(2, 1, 6, "", (address, port)) for address in answers.pop(0)]
 
     async def connect(self, host, *_):
         connected.append(host)
         raise httpcore.ConnectError("no network here")
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
     fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents())
     with pytest.raises(FetchError) as error:
@@ -324,6 +367,31 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch):
     with pytest.raises(FetchError) as error:
         asyncio.run(fetcher.download("http://rebinding.test/x.png"))
     assert error.value.kind == "refused_address" and connected == ["93.184.216.34"]
+
+
+def test_names_that_nobody_answers_for_do_not_hold_up_the_cache(tmp_path, monkeypatch):
+    answered = threading.Event()
+
+    def resolve(*_, **__):
+        answered.wait(5)
+        raise OSError
+
+    async def network() -> bytes:
+        return b"known"
+
+    async def main() -> list[str]:
+        cache = ToolCache(tmp_path, "record", Incidents())
+        await cache.get("search", {"q": "q"}, network)
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        fetcher = ImageFetcher(FetchLimits(attempts=1, timeout_s=0.2), Incidents())
+        waiting = [asyncio.ensure_future(fetcher.download(f"http://{i}.test/x.png")) for i in range(40)]
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(cache.get("search", {"q": "q"}, network), 2) == b"known"
+        kinds = [error.kind for error in await asyncio.gather(*waiting, return_exceptions=True)]
+        answered.set()
+        return kinds
+
+    assert asyncio.run(main()) == ["timeout"] * 40
 
 
 def test_loopback_is_refused_unless_allowed_and_at_every_hop(web, tmp_path):
@@ -339,6 +407,25 @@ def test_loopback_is_refused_unless_allowed_and_at_every_hop(web, tmp_path):
             assert error.value.kind == "refused_address" and error.value.permanent
         assert canary.touched == 0 and incidents.take() == {"image_download/refused_address": 2}
         assert asyncio.run(fetcher.download(f"{web.url}/img/1.png?fault=redirect:/img/0.png")).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("target", ["ftp://e.org/a.png", "file:///etc/passwd", "data:image/png;base64,AA"])
+def test_only_web_addresses_are_fetched_at_every_hop(web, target):
+    fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents(), (web.host,))
+    for url in (target, f"{web.url}/img/0.png?fault=redirect:{target}"):
+        with pytest.raises(FetchError, match="only http and https") as error:
+            asyncio.run(fetcher.download(url))
+        assert error.value.kind == "refused_address"
+
+
+def test_an_answer_that_inflates_costs_no_more_than_its_limit():
+    bomb = gzip.compress(bytes(64 << 20))
+    tracemalloc.start()
+    with pytest.raises(FetchError) as error:
+        fetch._decoded(bomb, "gzip", "e.org", 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.value.kind == "too_large" and peak < 4 << 20
 
 
 def test_proxies_of_the_environment_are_not_used_for_downloads(web, monkeypatch):
@@ -370,6 +457,31 @@ def test_the_search_service_is_asked_through_the_proxy_of_the_environment(tmp_pa
 
     assert "by proxy" in asyncio.run(main())
     assert asked == ["GET http://search.test/search?q=a%20b&format=json&categories=general HTTP/1.1\r\n"]
+
+
+def test_no_proxy_of_the_environment_holds(web, tmp_path, monkeypatch):
+    with Canary() as canary:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{canary.port}")
+        monkeypatch.setenv("no_proxy", web.host.partition(":")[0])
+        assert "title:" in ask(opened(web, tmp_path)["search"], queries=["Bel Abo"]).text and canary.touched == 0
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_the_proxy_of_the_environment_needs_no_scheme(web, tmp_path, monkeypatch, scheme):
+    with Canary() as canary:
+        monkeypatch.setenv("http_proxy", f"{scheme}user:{KEY}@127.0.0.1:{canary.port}")
+        search = opened(web, tmp_path, kind="searxng", base_url="http://search.test", attempts=1)["search"]
+        with pytest.raises(ToolError):
+            ask(search, queries=["a"])
+        assert canary.touched == 1
+
+
+@pytest.mark.parametrize("proxy", [f"ftp://user:{KEY}@proxy.test:1", f"socks9://user:{KEY}@proxy.test:1"])
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(web, tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(ToolError, match="set http_proxy") as error:
+        ask(opened(web, tmp_path, kind="searxng", base_url="http://search.test")["search"], queries=["a"])
+    assert KEY not in "".join(traceback.format_exception(error.value)) and error.value.kind == "other"
 
 
 def test_event_loops_come_and_go_without_leaving_connections_open(web, tmp_path):
@@ -493,6 +605,23 @@ def test_pictures_are_upright_opaque_and_bounded():
     with pytest.raises(FetchError) as error:
         decode_image(png_of(2000, 2000), **limits)
     assert error.value.kind == "too_large"
+    with pytest.raises(FetchError, match="no picture") as error:
+        decode_image(png_of(1010, 10), **limits)
+    assert error.value.kind == "not_an_image" and error.value.permanent
+
+
+def test_a_jpeg_of_endless_scans_is_refused():
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("L", (64, 64)).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    limits = dict(max_pixels=1_000_000, max_side=64)
+    assert decode_image(whole[:-2] + last * 20 + whole[-2:], **limits).pixels.shape == (64, 64, 3)
+    with pytest.raises(FetchError, match="scans") as error:
+        decode_image(whole[:-2] + last * 500 + whole[-2:], **limits)
+    assert error.value.kind == "too_large" and error.value.permanent
 
 
 def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):
@@ -507,6 +636,14 @@ def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):
     assert len(asyncio.run(main())) == 12
     assert time.monotonic() - started > 0.39  # four rounds: waiting does not use up a file's own seconds
     assert before > 3 or web.peak()["img"] <= 3
+
+
+def test_redirects_are_followed_five_times(web):
+    fetcher = ImageFetcher(FetchLimits(attempts=1), Incidents(), (web.host,))
+    before = web.seen().get("/img/0.png", 0)
+    with pytest.raises(FetchError, match="more than 5 redirects") as error:
+        asyncio.run(fetcher.download(f"{web.url}/img/0.png?fault=loop"))
+    assert error.value.kind == "bad_response" and web.seen()["/img/0.png"] - before == 6
 
 
 def test_all_redirects_of_a_file_share_its_seconds(web):
@@ -574,6 +711,15 @@ def test_only_what_stays_true_is_recorded(web, tmp_path):
     assert "title:" in ask(tools["search"], queries=["Bel Abo"]).text
 
 
+def test_two_services_of_one_host_do_not_answer_for_each_other(web, tmp_path):
+    both = [template(web), template(web)]
+    both[1]["text_template"]["url"] += "&pics=1"
+    record = dict(cache=tmp_path / "c", cache_mode="record")
+    texts = [ask(opened(web, tmp_path, **each, **record)["search"], queries=["Bel Abo"]).text for each in both]
+    assert texts[0] != texts[1]
+    assert [ask(opened(web, tmp_path, **each, **record)["search"], queries=["Bel Abo"]).text for each in both] == texts
+
+
 def cached(folder: Path, mode: str, answer: bytes | Exception, asked: str = "q") -> bytes:
     async def network() -> bytes:
         if isinstance(answer, Exception):
@@ -581,6 +727,44 @@ def cached(folder: Path, mode: str, answer: bytes | Exception, asked: str = "q")
         return answer
 
     return asyncio.run(ToolCache(folder, mode, Incidents()).get("search", {"q": asked}, network))
+
+
+def test_who_stops_waiting_stops_nobody_else(tmp_path):
+    cache, asked = ToolCache(tmp_path, "record", Incidents()), []
+
+    async def network() -> bytes:
+        asked.append(1)
+        await asyncio.sleep(0.1)
+        return b"answer"
+
+    async def main() -> bytes:
+        first, second = (asyncio.ensure_future(cache.get("search", {"q": "q"}, network)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(main()) == b"answer" and asked == [1]
+
+
+def test_the_first_answer_of_two_processes_stays(tmp_path):
+    caches = [ToolCache(tmp_path, "record", Incidents()) for _ in range(2)]
+
+    async def main() -> list[bytes]:
+        second_asked = asyncio.Event()
+
+        async def network(answer: bytes, wait: float) -> bytes:
+            if answer == b"second":
+                second_asked.set()
+            await second_asked.wait()
+            await asyncio.sleep(wait)
+            return answer
+
+        asked = [(b"first", 0.0), (b"second", 0.2)]
+        return await asyncio.gather(
+            *(c.get("search", {}, partial(network, *a)) for c, a in zip(caches, asked, strict=True))
+        )
+
+    assert asyncio.run(main()) == [b"first"] * 2
 
 
 def test_damaged_files_are_noticed(tmp_path):

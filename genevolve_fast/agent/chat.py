@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import numpy as np
 
@@ -56,7 +56,24 @@ def checked_base_url(base_url: str) -> str:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"base_url must be a URL such as {DEFAULT_BASE_URL}")
+    if parts.query or parts.fragment:  # the client would append the endpoint's path to them
+        raise ValueError(f"base_url ends with its path, such as {DEFAULT_BASE_URL}: what follows ? or # has no effect")
     return base_url
+
+
+def checked_key(api_key: str) -> str:
+    """`api_key` without the newline of a file's end. Raises ValueError, without quoting it."""
+    key = api_key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("api_key (or OPENAI_API_KEY) holds characters that cannot be sent in a header")
+    return key
+
+
+def _login(parts: SplitResult) -> str:
+    """User and password of an address as HTTP's basic authentication sends them, or ""."""
+    if parts.username is None:
+        return ""
+    return base64.b64encode(f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()).decode()
 
 
 class ChatEndpoint:
@@ -81,17 +98,24 @@ class ChatEndpoint:
         from openai import AsyncOpenAI, Timeout
 
         parts = urlsplit(checked_base_url(base_url))
+        api_key, login = checked_key(api_key), _login(parts)
         self.model = model
-        self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # no userinfo, no query
+        self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # no userinfo
         self.request_timeout = request_timeout
         self.attempts = attempts
         self.patience_s = patience_s
         self.incidents = incidents or Incidents()
-        secrets = (api_key, parts.username, parts.password, *(value for _, value in parse_qsl(parts.query)))
-        self._secrets = [s for s in secrets if s and s != NO_KEY and len(s) > 3]
+        secrets = {api_key, login, *(unquote(s) for s in (parts.username, parts.password) if s)} - {NO_KEY}
+        self._secrets = sorted((s for s in secrets if len(s) > 3), key=len, reverse=True)  # one may begin another
         timeout = Timeout(request_timeout, connect=min(_CONNECT_S, request_timeout))
         # Retries are ours: the client's own would not be counted.
-        self._client = AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
+        self._client = AsyncOpenAI(
+            base_url=self.address,  # the client logs it
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=0,
+            default_headers={"Authorization": f"Basic {login}"} if login else None,
+        )
 
     async def close(self) -> None:
         await self._client.close()
@@ -275,7 +299,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

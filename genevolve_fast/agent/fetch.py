@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import httpcore
@@ -34,6 +34,7 @@ logging.getLogger("hpack").setLevel(logging.INFO)  # at DEBUG it writes every he
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 10.0
 MAX_ASPECT = 100  # image processors refuse longer strips, and no picture is one
+MAX_SCANS = 500  # of a JPEG; progressive ones have about ten, and each passes all pixels though it may hold no byte
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 _IMAGE_TYPES = re.compile(r"image/(jpe?g|pjpeg|png|x-png|apng|webp|gif)$|(application|binary)/octet-stream$|$")
 _TRANSIENT = {"connect", "timeout", "rate_limited", "server_error"}
@@ -56,6 +57,7 @@ class FetchError(ToolError):
 
 # --- addresses --------------------------------------------------------------------------------------------------------
 
+_RESOLVERS = ThreadPoolExecutor(16, "resolve")  # names that nobody answers for must not hold up files and the cache
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -100,7 +102,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
     async def _addresses(self, host: str, port: int, timeout: float | None) -> list[str]:
-        lookup = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        lookup = asyncio.get_running_loop().run_in_executor(_RESOLVERS, ask)
         try:
             found = [entry[4][0] for entry in await asyncio.wait_for(lookup, timeout)]
         except asyncio.TimeoutError:
@@ -149,8 +152,8 @@ class PerLoop(Generic[T]):
     def __call__(self) -> T:
         loop = asyncio.get_running_loop()
         if loop not in self._values:
-            for ended in [other for other in self._values if other.is_closed()]:
-                del self._values[ended]  # and with it the sockets of its connections
+            for ended in [other for other in list(self._values) if other.is_closed()]:  # loops may run in other threads
+                self._values.pop(ended, None)  # and with it the sockets of its connections
             self._values[loop] = self._make()
         return self._values[loop]
 
@@ -424,6 +427,8 @@ def decode_image(data: bytes, max_pixels: int, max_side: int) -> Picture:
     form = sniff(data)
     if form is None:
         raise FetchError("neither JPEG, PNG, WEBP nor GIF", "not_an_image", permanent=True)
+    if form == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise FetchError(f"a JPEG of more than {MAX_SCANS} scans", "too_large", permanent=True)
     try:
         with Image.open(io.BytesIO(data), formats=(form,)) as image:
             _check_size(image.size, max_pixels)

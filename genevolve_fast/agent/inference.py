@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from genevolve_fast.agent.chat import DEFAULT_BASE_URL, NO_KEY, ChatConversation, ChatEndpoint, checked_base_url
+from genevolve_fast.agent.chat import (
+    DEFAULT_BASE_URL,
+    NO_KEY,
+    ChatConversation,
+    ChatEndpoint,
+    checked_base_url,
+    checked_key,
+)
 from genevolve_fast.agent.prompts import system_prompt as default_prompt
 from genevolve_fast.agent.results import AgentResult, with_files
 from genevolve_fast.agent.session import Session, SessionSettings
@@ -72,10 +79,9 @@ class Agent:
         self.seed = seed
         self._tools = tools if tools is not None else default_tools(self.incidents)
         self._system_prompt = system_prompt
-        self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._api_key = checked_key(api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY)
         self._limits = {"request_timeout": request_timeout, "attempts": attempts, "patience_s": patience}
-        self._endpoint: ChatEndpoint | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._endpoints: dict[asyncio.AbstractEventLoop, ChatEndpoint] = {}
 
     @property
     def system_prompt(self) -> str:
@@ -105,7 +111,7 @@ class Agent:
 
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
-        endpoint, self._endpoint = self._endpoint, None
+        endpoint = self._endpoints.pop(asyncio.get_running_loop(), None)
         if endpoint is not None:
             await endpoint.close()
 
@@ -124,12 +130,13 @@ class Agent:
     def _connect(self) -> ChatEndpoint:
         """The endpoint of the running event loop; one of a loop that is gone cannot be used again."""
         loop = asyncio.get_running_loop()
-        if self._endpoint is None or self._loop is not loop:
-            self._endpoint = ChatEndpoint(
+        if loop not in self._endpoints:
+            for ended in [other for other in list(self._endpoints) if other.is_closed()]:
+                self._endpoints.pop(ended, None)
+            self._endpoints[loop] = ChatEndpoint(
                 self.model, self.base_url, self._api_key, incidents=self.incidents, **self._limits
             )
-            self._loop = loop
-        return self._endpoint
+        return self._endpoints[loop]
 
 
 def session_settings(

@@ -150,7 +150,9 @@ class Template:
 
     @property
     def identity(self) -> str:
-        return f"template:{httpx.URL(re.sub('[{}]', '', self.text_url)).host}"
+        text, image = (httpx.URL(re.sub("[{}]", "", url)) for url in (self.text_url, self.image_url))
+        asked = hashlib.sha256(text.raw_path + b"\n" + image.raw_path).hexdigest()[:12]  # what they ask may hold a key
+        return f"template:{text.host}/{asked}"
 
     def ask(self, what: What, query: str, count: int) -> Ask:
         values = {"{query}": query, "{count}": str(count), "{key}": self.key}
@@ -298,8 +300,14 @@ def _transport(backend: SearchBackend, connections: int) -> httpx.AsyncHTTPTrans
     url = httpx.URL(backend.ask("text", "", 1).url)
     proxies = {} if proxy_bypass(url.host) else getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
     limits = httpx.Limits(max_connections=connections, keepalive_expiry=15.0)
-    return httpx.AsyncHTTPTransport(verify=ssl_context(), http2=True, limits=limits, proxy=proxy)
+    try:
+        return httpx.AsyncHTTPTransport(verify=ssl_context(), http2=True, limits=limits, proxy=proxy)
+    except (ValueError, ImportError):  # they quote the proxy's address
+        message = f"the environment's proxy for {url.scheme} cannot be used: set {url.scheme}_proxy to http://host:port"
+        raise FetchError(message, "other") from None
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def render_results(source: Path, folder: Path, renderer: Renderer, seed: int = 0
             program = Program(row["gen_prompt"], references)
             program.validate(min_references=renderer.min_references, max_references=renderer.max_references)
             pixels = [_read(source.parent, r) for r in references]
-            Image.fromarray(event_loop.run(renderer.render(program, pixels, seed))).save(target)
+            partial = target.with_name(f".{target.name}.tmp")  # half a picture must not count as finished
+            Image.fromarray(event_loop.run(renderer.render(program, pixels, seed))).save(partial, "PNG")
+            partial.replace(target)
             row["success"] = True
         except (InvariantError, RenderError, OSError, KeyError, TypeError) as error:
             row |= {"render_error": f"{type(error).__name__}: {error}", "output_path": ""}

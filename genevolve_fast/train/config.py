@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +24,9 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(  # inputs may hold keys
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
 
 class LoraConfig(_Section):
@@ -95,8 +98,11 @@ class ServerConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> ServerConfig:
-        if wrong := [u for u in self.urls if not u.startswith(("http://", "https://"))]:
-            raise ValueError(f"urls: {wrong[0]!r} does not begin with http:// or https://")
+        for i, url in enumerate(self.urls):
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"urls.{i} does not begin with http:// or https://")
+            if urlsplit(url).username is not None:
+                raise ValueError(f"urls.{i} holds a user name or password: name their variable in api_key_env instead")
         if self.urls and self.sync == "disk" and not self.sync_dir:
             raise ValueError("sync 'disk' needs sync_dir: a folder that trainer and servers see under the same path")
         if self.sync == "nccl" and self.sync_dir:
@@ -359,7 +365,10 @@ def load_config(cls: type[C], path: str | Path | None, overrides: list[str] | No
         name, sep, value = override.partition("=")
         if not sep:
             raise ConfigError(f"override {override!r} is not of the form section.field=value")
-        _set(data, name.strip(), yaml.safe_load(value))
+        try:
+            _set(data, name.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ConfigError(f"override of {name.strip()}: its value is not YAML") from None
     return parse_config(cls, data, str(path or "config"))
 
 

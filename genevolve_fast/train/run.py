@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -136,8 +137,23 @@ class Run:
             self._board.close()
 
 
+_LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
+_KEY = re.compile(r"(?i)(?<=[?&])([^=&#]*(?:key|token|secret|passw|auth)[^=&#]*=)(?!\{key\})[^&#]+")
+
+
 def _plain(config: BaseModel) -> dict[str, Any]:
-    return json.loads(config.model_dump_json())
+    """The configuration as JSON holds it; what opens somebody's service is left out of its addresses."""
+    return _without_keys(json.loads(config.model_dump_json()))
+
+
+def _without_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_keys(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_keys(each) for each in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return _KEY.sub(r"\1***", _LOGIN.sub("***@", value))
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
