@@ -271,6 +271,11 @@ class EvolveConfig(_Section):
             raise ValueError("policy.path 'sandbox:new' is random: run `genevolve-fast sft` first")
         if self.tools.kind != "sandbox" and self.tools.timeout_s > r.tool_timeout_s:
             raise ValueError("tools.timeout_s exceeds rollout.tool_timeout_s: the session would stop waiting first")
+        adapter_alone = self.policy.lora.rank and not r.vllm.merge_lora
+        if r.vllm.bucket_mb != _plain(VllmConfig, "bucket_mb") and (adapter_alone or r.vllm.tensor_parallel_size > 1):
+            raise ValueError(
+                "rollout.vllm.bucket_mb would do nothing: an adapter alone, and tensor_parallel_size > 1, go by files"
+            )
         for name in ("server", "vllm"):
             if getattr(r, name).merge_lora and not self.policy.lora.rank:
                 raise ValueError(f"rollout.{name}.merge_lora without policy.lora.rank: there is no adapter to merge")
