@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -208,8 +209,13 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
     p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
     p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
-    p.add_argument("--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (6144)")
-    p.add_argument("--max-response-length", type=int, default=30000, help="tokens after the request (30000)")
+    p.add_argument(
+        "--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-response-length", type=int, default=30000, help="tokens after the request (default: %(default)s)"
+    )
+    p.add_argument("--system-prompt", type=Path, help="file of the system prompt your policy was trained with")
     p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
     p.add_argument(
@@ -629,7 +635,24 @@ def rollout_settings(args: argparse.Namespace) -> dict:
     if bool(args.tool_cache) != bool(args.tool_cache_dir):
         raise BatchError("--tool-cache and --tool-cache-dir go together: record or replay, and the folder")
     who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
+    if prompt := given_prompt(args):
+        who["system_prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
     return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
+
+
+def given_prompt(args: argparse.Namespace) -> str | None:
+    """The text of --system-prompt. Raises BatchError where the file holds none."""
+    from genevolve_fast.agent.journal import BatchError
+
+    if args.system_prompt is None:
+        return None
+    try:
+        text = args.system_prompt.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"--system-prompt {args.system_prompt} cannot be read: {error}") from error
+    if not text:
+        raise BatchError(f"--system-prompt {args.system_prompt} is empty")
+    return text
 
 
 def rollout_model(args: argparse.Namespace) -> str:
@@ -645,6 +668,7 @@ def open_runner(args: argparse.Namespace, incidents):
     pictures = args.output_dir / "images"
     settings = session_settings(**rollout_limits(args))
     tools, prompt = open_rollout_tools(args, pictures, incidents)
+    prompt = given_prompt(args) or prompt
     if args.policy:
         from genevolve_fast.rollout.transformers_engine import TransformersEngine
 

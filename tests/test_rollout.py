@@ -67,6 +67,19 @@ def journal_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
 
 
+def test_a_system_prompt_of_your_own(server, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    command = arguments(server, batch_of(tmp_path, 1), tmp_path / "out", "--system-prompt", str(prompt))
+    assert main(command) == 2  # not there
+    prompt.write_text(" \n")
+    assert main(command) == 2  # empty
+    prompt.write_text("Draw as you were taught.\n")
+    assert main(command) == 0
+    assert rows_of(tmp_path / "out")[0]["messages"][0] == {"role": "system", "content": "Draw as you were taught."}
+    prompt.write_text("Draw otherwise.")
+    assert main(command) == 2  # other rollouts than those the folder holds
+
+
 # --- the released formats ---------------------------------------------------------------------------------------------
 
 
