@@ -45,8 +45,8 @@ class Outage:
 
 OUTAGES = (
     Outage("engine", 1, "rollout"),
-    Outage("search", 2, "rollout", after=0.1),
-    Outage("images", 3, "rollout", after=0.1),
+    Outage("images", 2, "rollout", after=0.1),
+    Outage("search", 3, "rollout", after=0.1),  # last of the two: without search nobody finds a picture
     Outage("engine", 3, "update_actor", after=0.0, seconds=6.0),  # the new weights find nobody
 )
 
@@ -116,28 +116,30 @@ def _run(command, servers, outages: Sequence[Outage], folder: Path, log: Path, t
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SERPER_API_KEY": "loopback", "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-    breaker = threading.Thread(target=_break, args=(folder / "phases.jsonl", outages, servers, process))
-    breaker.start()
+    phases = folder / "phases.jsonl"
+    breakers = [threading.Thread(target=_break, args=(phases, o, servers[o.server], process)) for o in outages]
+    for breaker in breakers:
+        breaker.start()
     try:
         status = process.wait(timeout)
     finally:
         process.kill()
-        breaker.join()
+        for breaker in breakers:
+            breaker.join()
     if status:
         raise RuntimeError(f"evolve ended with status {status}:\n{log.read_text()[-4000:]}")
 
 
-def _break(phases: Path, outages: Sequence[Outage], servers: Mapping, process: subprocess.Popen) -> None:
-    """Wait for each outage's phase, in order, and let its server die and come back."""
-    for outage in outages:
-        while not _began(phases, outage):
-            if process.poll() is not None:
-                return
-            time.sleep(0.02)
-        time.sleep(outage.after)
-        servers[outage.server].kill()
-        time.sleep(outage.seconds)
-        servers[outage.server].start()
+def _break(phases: Path, outage: Outage, server, process: subprocess.Popen) -> None:
+    """Wait for the outage's phase, let the server die and come back."""
+    while not _began(phases, outage):
+        if process.poll() is not None:
+            return
+        time.sleep(0.02)
+    time.sleep(outage.after)
+    server.kill()
+    time.sleep(outage.seconds)
+    server.start()
 
 
 def _began(phases: Path, outage: Outage) -> bool:
