@@ -352,9 +352,5 @@ def _refuse_without_vllm() -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         raise ValueError("vllm is not installed: pip install 'genevolve-fast[vllm]'") from error
-    if not _gpu():
+    if not torch.cuda.is_available():
         raise ValueError("vLLM needs a GPU, and this machine has none: use rollout.engine transformers or server")
-
-
-def _gpu() -> bool:
-    return torch.cuda.is_available()
