@@ -38,7 +38,7 @@ def folder(policy, tmp_path) -> Path:
 def opened(folder, monkeypatch):
     """(policy, engine) with the policy's own copy of the start, and what opens it."""
     vllm_stand_in.install(monkeypatch)
-    monkeypatch.setattr(vllm_colocated, "_gpu", lambda: True)
+    monkeypatch.setattr(vllm_colocated, "_refuse_without_vllm", lambda: None)  # the stand-in needs no GPU
     engines = []
 
     def open_(lora: int = 0, **more) -> tuple[Policy, VllmEngine]:
@@ -309,7 +309,7 @@ def test_evolution_wakes_and_sleeps_it_around_the_rollouts(monkeypatch, tmp_path
     from genevolve_fast.train.evolve import evolve
 
     vllm_stand_in.install(monkeypatch)
-    monkeypatch.setattr(vllm_colocated, "_gpu", lambda: True)
+    monkeypatch.setattr(vllm_colocated, "_refuse_without_vllm", lambda: None)  # the stand-in needs no GPU
     small = "steps=2 checkpoint.every=1 pool_size=40 rollout.prompts_per_step=2 rollout.num_generations=3 threads=1"
     masked = "rollout.engine=vllm rollout.top_p=0.95 rollout.replay_sampling_mask=true evaluate.requests=0"
     config = load_config(EvolveConfig, config_path("demo"), f"{small} {masked}".split())
