@@ -159,11 +159,19 @@ class Tool(Protocol):
 
 
 class RenderError(RuntimeError):
-    """The renderer failed (its fault, not the program's)."""
+    """The renderer failed (its fault, not the program's). `kind` is one of incidents.KINDS."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class JudgeError(RuntimeError):
-    """The judge failed to give a verdict."""
+    """The judge failed to give a verdict. `kind` is one of incidents.KINDS."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Renderer(Protocol):

@@ -8,8 +8,9 @@ import pytest
 from loopback.hostile import Arena, Canary, PeakMemory, cases
 from loopback.web import LoopbackWeb
 
-from genevolve_fast.agent.fetch import FetchError, FetchLimits, ImageFetcher
+from genevolve_fast.agent.fetch import FetchLimits, ImageFetcher
 from genevolve_fast.incidents import KINDS, Incidents
+from genevolve_fast.net.web import FetchError
 
 CASES = cases()
 MEMORY_LIMIT = 400 << 20

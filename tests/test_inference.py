@@ -19,8 +19,10 @@ import pytest
 from loopback.chat import ROOT, LoopbackChat
 
 from genevolve_fast import Agent
-from genevolve_fast.agent.chat import ChatConversation, ChatEndpoint, _retry_after, data_url
+from genevolve_fast.agent.chat import ChatConversation
 from genevolve_fast.agent.session import Session, SessionSettings
+from genevolve_fast.net.chat import ChatEndpoint, _retry_after
+from genevolve_fast.net.pictures import data_url
 from genevolve_fast.protocols import EngineError, Sampling
 from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
 

@@ -14,8 +14,9 @@ import pytest
 from genevolve_fast.cli import main, parser
 
 ROOT = Path(__file__).parents[1]
-FLOOR = {"trajectory", "protocols", "incidents"}
+FLOOR = {"trajectory", "protocols", "incidents", "event_loop", "net"}
 ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
+    "net": set(),
     "kernels": set(),
     "ops": {"kernels"},
     "policy": {"ops"},
@@ -34,7 +35,7 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "sandbox": {"agent", "data", "experience", "policy", "train"},
 }
 OPTIONAL = {"flash_attn"}  # of the operations: imported where it is asked for, never when they are
-NO_TORCH = {"agent", "reward", "experience", "report", "render"}
+NO_TORCH = {"net", "agent", "reward", "experience", "report", "render"}
 
 
 def modules():

@@ -35,15 +35,17 @@ from loopback.hostile import IDS, Canary, picture, png_of
 from loopback.web import LoopbackWeb, free_port
 from pydantic import ValidationError
 
-from genevolve_fast.agent import fetch
-from genevolve_fast.agent.fetch import FetchError, FetchLimits, ImageFetcher, decode_image, is_public
-from genevolve_fast.agent.harmless import harmless
+from genevolve_fast.agent.fetch import FetchLimits, ImageFetcher, is_public
 from genevolve_fast.agent.protocol import FormatError, parse_reply
 from genevolve_fast.agent.search import SearXNG
 from genevolve_fast.agent.session import SessionSettings, run_session
-from genevolve_fast.agent.tool_cache import ToolCache
 from genevolve_fast.agent.tools import ToolsConfig, open_tools
 from genevolve_fast.incidents import Incidents
+from genevolve_fast.net import web as net_web
+from genevolve_fast.net.cache import AnswerCache
+from genevolve_fast.net.harmless import harmless
+from genevolve_fast.net.pictures import decode_image
+from genevolve_fast.net.web import FetchError
 from genevolve_fast.protocols import ToolError
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.trajectory import Request, json_text, safe_name
@@ -146,9 +148,9 @@ def test_a_failing_service_is_asked_again_and_counted(web, tmp_path):
 
 def test_retry_after_is_bounded():
     state = type("State", (), {"outcome": type("Outcome", (), {"exception": lambda self: error})()})
-    error = FetchError("slow down", "rate_limited", retry_after=fetch._seconds("99999"))
-    assert fetch._pause(state) == fetch.MAX_RETRY_AFTER_S
-    assert fetch._seconds("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and fetch._seconds("soon") is None
+    error = FetchError("slow down", "rate_limited", retry_after=net_web._seconds("99999"))
+    assert net_web._pause(state) == net_web.MAX_RETRY_AFTER_S
+    assert net_web._seconds("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and net_web._seconds("soon") is None
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_names_that_nobody_answers_for_do_not_hold_up_the_cache(tmp_path, monkey
         return b"known"
 
     async def main() -> list[str]:
-        cache = ToolCache(tmp_path, "record", Incidents())
+        cache = AnswerCache(tmp_path, "record", Incidents())
         await cache.get("search", {"q": "q"}, network)
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
         fetcher = ImageFetcher(FetchLimits(attempts=1, timeout_s=0.2), Incidents())
@@ -422,7 +424,7 @@ def test_an_answer_that_inflates_costs_no_more_than_its_limit():
     bomb = gzip.compress(bytes(64 << 20))
     tracemalloc.start()
     with pytest.raises(FetchError) as error:
-        fetch._decoded(bomb, "gzip", "e.org", 1 << 20)
+        net_web._decoded(bomb, "gzip", "e.org", 1 << 20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.value.kind == "too_large" and peak < 4 << 20
@@ -511,9 +513,9 @@ def tls(tmp_path, monkeypatch):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    fetch.ssl_context.cache_clear()
+    net_web.ssl_context.cache_clear()
     yield context
-    fetch.ssl_context.cache_clear()
+    net_web.ssl_context.cache_clear()
 
 
 @pytest.mark.slow
@@ -726,11 +728,11 @@ def cached(folder: Path, mode: str, answer: bytes | Exception, asked: str = "q")
             raise answer
         return answer
 
-    return asyncio.run(ToolCache(folder, mode, Incidents()).get("search", {"q": asked}, network))
+    return asyncio.run(AnswerCache(folder, mode, Incidents()).get("search", {"q": asked}, network))
 
 
 def test_who_stops_waiting_stops_nobody_else(tmp_path):
-    cache, asked = ToolCache(tmp_path, "record", Incidents()), []
+    cache, asked = AnswerCache(tmp_path, "record", Incidents()), []
 
     async def network() -> bytes:
         asked.append(1)
@@ -747,7 +749,7 @@ def test_who_stops_waiting_stops_nobody_else(tmp_path):
 
 
 def test_the_first_answer_of_two_processes_stays(tmp_path):
-    caches = [ToolCache(tmp_path, "record", Incidents()) for _ in range(2)]
+    caches = [AnswerCache(tmp_path, "record", Incidents()) for _ in range(2)]
 
     async def main() -> list[bytes]:
         second_asked = asyncio.Event()
@@ -809,7 +811,7 @@ def test_processes_share_a_cache_and_agree(tmp_path):
 _CRASHING = """
 import asyncio, os, sys
 from pathlib import Path
-from genevolve_fast.agent import tool_cache
+from genevolve_fast.net import cache
 from genevolve_fast.incidents import Incidents
 left = int(sys.argv[2])
 def counted(name, inner):
@@ -820,11 +822,11 @@ def counted(name, inner):
             os._exit(9)
         return inner(*a, **k)
     return call
-for owner, name in ((tool_cache.os, "replace"), (tool_cache.Path, "write_bytes"), (tool_cache.ToolCache, "_write")):
+for owner, name in ((cache.os, "replace"), (cache.Path, "write_bytes"), (cache.AnswerCache, "_write")):
     setattr(owner, name, counted(name, getattr(owner, name)))
 async def network(): return b"answer"
-cache = tool_cache.ToolCache(Path(sys.argv[1]), "record", Incidents())
-asyncio.run(cache.get("search", {"q": "q"}, network))
+answers = cache.AnswerCache(Path(sys.argv[1]), "record", Incidents())
+asyncio.run(answers.get("search", {"q": "q"}, network))
 os._exit(0)
 """
 

@@ -8,18 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from genevolve_fast.agent.chat import (
-    DEFAULT_BASE_URL,
-    NO_KEY,
-    ChatConversation,
-    ChatEndpoint,
-    checked_base_url,
-    checked_key,
-)
+from genevolve_fast.agent.chat import ChatConversation
 from genevolve_fast.agent.prompts import system_prompt as default_prompt
 from genevolve_fast.agent.results import AgentResult, with_files
 from genevolve_fast.agent.session import Session, SessionSettings
 from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.chat import DEFAULT_BASE_URL, NO_KEY, ChatEndpoint, checked_base_url, checked_key
 from genevolve_fast.protocols import Tool
 from genevolve_fast.trajectory import Request
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
 import re
@@ -13,14 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import quote
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from genevolve_fast.agent.fetch import Exchange, FetchError, ImageFetcher, check_status, persist, ssl_context
-from genevolve_fast.agent.harmless import one_line
-from genevolve_fast.agent.tool_cache import ToolCache, write_once
+from genevolve_fast.agent.fetch import ImageFetcher
 from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.cache import AnswerCache, write_once
+from genevolve_fast.net.harmless import one_line
+from genevolve_fast.net.web import (
+    Exchange,
+    FetchError,
+    check_status,
+    login_of,
+    open_transport,
+    persist,
+    where_of,
+)
 from genevolve_fast.protocols import FoundImage, Observation, ToolError
 
 SERPER_BASE_URL = "https://google.serper.dev"
@@ -235,10 +242,10 @@ class SearchClient:
     """Asks a backend: retries, deadline, cache, typed failures."""
 
     def __init__(
-        self, backend: SearchBackend, limits: SearchLimits, incidents: Incidents, cache: ToolCache | None = None
+        self, backend: SearchBackend, limits: SearchLimits, incidents: Incidents, cache: AnswerCache | None = None
     ) -> None:
         self.backend, self.limits, self.incidents, self.cache = backend, limits, incidents, cache
-        self._exchange = Exchange(lambda: _transport(backend, limits.connections))
+        self._exchange = Exchange(lambda: open_transport(httpx.URL(backend.ask("text", "", 1).url), limits.connections))
 
     async def find(self, what: What, query: str, count: int) -> list[Hit]:
         """At most `count` results. Raises FetchError; a failed attempt counts as one of the tool."""
@@ -263,9 +270,9 @@ class SearchClient:
     async def _once(self, what: What, query: str, count: int, left_s: float) -> bytes:
         ask = self.backend.ask(what, query, count)
         url = httpx.URL(ask.url)
-        headers = dict(ask.headers) | _login(url)
+        headers = dict(ask.headers) | login_of(url)
         request = httpx.Request(ask.method, url.copy_with(userinfo=b""), headers=headers, json=ask.body)
-        where = _where(url)
+        where = where_of(url)
         try:
             answer = await self._exchange(
                 request, where=where, max_bytes=self.limits.max_response_bytes, timeout_s=max(left_s, 0.001)
@@ -283,31 +290,6 @@ class SearchClient:
             return self.backend.hits(what, json.loads(body.decode("utf-8", "replace")))
         except (ValueError, RecursionError):
             raise FetchError("the search service did not answer with its JSON", "bad_response") from None
-
-
-def _where(url: httpx.URL) -> str:
-    return f"{url.host}:{url.port}" if url.port else url.host
-
-
-def _login(url: httpx.URL) -> dict[str, str]:
-    if not url.userinfo:
-        return {}
-    return {"Authorization": "Basic " + base64.b64encode(f"{url.username}:{url.password}".encode()).decode()}
-
-
-def _transport(backend: SearchBackend, connections: int) -> httpx.AsyncHTTPTransport:
-    """HTTP/2 where offered, through the proxy of the environment: the service is the operator's own choice."""
-    url = httpx.URL(backend.ask("text", "", 1).url)
-    proxies = {} if proxy_bypass(url.host) else getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
-    limits = httpx.Limits(max_connections=connections, keepalive_expiry=15.0)
-    try:
-        return httpx.AsyncHTTPTransport(verify=ssl_context(), http2=True, limits=limits, proxy=proxy)
-    except (ValueError, ImportError):  # they quote the proxy's address
-        message = f"the environment's proxy for {url.scheme} cannot be used: set {url.scheme}_proxy to http://host:port"
-        raise FetchError(message, "other") from None
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------

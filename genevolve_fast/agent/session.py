@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 
 from genevolve_fast.agent.conversation import IMAGE_MARK, Conversation, TokenConversation
-from genevolve_fast.agent.harmless import harmless
 from genevolve_fast.agent.images import ImageIds, SeenImage
 from genevolve_fast.agent.protocol import (
     APPLY_GUIDANCE,
@@ -24,6 +23,7 @@ from genevolve_fast.agent.protocol import (
     format_error,
     parse_reply,
 )
+from genevolve_fast.net.harmless import harmless
 from genevolve_fast.protocols import Codec, Engine, EngineError, Observation, Sampling, Tool, ToolError
 from genevolve_fast.trajectory import (
     Failed,

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genevolve_fast.agent.fetch import FetchLimits, ImageFetcher
@@ -23,8 +22,9 @@ from genevolve_fast.agent.search import (
     WebImageSearch,
     WebSearch,
 )
-from genevolve_fast.agent.tool_cache import ToolCache
 from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.cache import AnswerCache
+from genevolve_fast.net.web import check_address
 from genevolve_fast.protocols import Tool
 
 
@@ -97,7 +97,7 @@ class ToolsConfig(_Section):
         if self.kind == "searxng" and not self.base_url:
             raise ValueError("kind searxng needs base_url, the address of the instance")
         if self.base_url:
-            _check_address("base_url", self.base_url)
+            check_address("base_url", self.base_url)
         if self.top_k > self.max_top_k:
             raise ValueError("top_k is above max_top_k")
         if self.download_timeout_s > self.timeout_s:
@@ -113,19 +113,9 @@ class ToolsConfig(_Section):
         if self.base_url:
             raise ValueError("base_url with kind template would do nothing: the templates hold the addresses")
         for name, template in (("text_template", self.text_template), ("image_template", self.image_template)):
-            _check_address(f"{name}.url", template.url.replace("{", "").replace("}", ""))
+            check_address(f"{name}.url", template.url.replace("{", "").replace("}", ""))
             if "{query}" not in template.url:
                 raise ValueError(f"{name}.url has no {{query}}")
-
-
-def _check_address(name: str, address: str) -> None:
-    """Raise ValueError, which does not repeat the address: it may hold a key."""
-    try:
-        url = httpx.URL(address)
-    except (httpx.InvalidURL, ValueError):
-        url = None
-    if url is None or url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"{name} is no http or https address")
 
 
 def open_tools(config: ToolsConfig, incidents: Incidents) -> dict[str, Tool]:
@@ -134,7 +124,7 @@ def open_tools(config: ToolsConfig, incidents: Incidents) -> dict[str, Tool]:
         raise ValueError("tools.kind sandbox: the sandbox brings its own tools, there is nothing to open")
     cache = None
     if config.cache is not None and config.cache_mode != "off":
-        cache = ToolCache(config.cache, config.cache_mode, incidents)
+        cache = AnswerCache(config.cache, config.cache_mode, incidents)
     backend = _backend(config)
     client = SearchClient(backend, _search_limits(config), incidents, cache)
     fetcher = ImageFetcher(_fetch_limits(config), incidents, config.allow_hosts)
@@ -147,7 +137,7 @@ def _backend(config: ToolsConfig) -> SearchBackend:
         return SearXNG(config.base_url.rstrip("/"))
     if config.kind == "serper":
         base = config.base_url or os.environ.get("SERPER_BASE_URL", "").strip() or SERPER_BASE_URL
-        _check_address("SERPER_BASE_URL", base)
+        check_address("SERPER_BASE_URL", base)
         return Serper(_key("SERPER_API_KEY", config), base.rstrip("/"))
     text, image = config.text_template, config.image_template
     return Template(

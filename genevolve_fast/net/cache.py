@@ -1,4 +1,4 @@
-"""What the tools were answered, kept by content: who asks the same again reads the same, also without a network."""
+"""What services answered, kept by content: who asks the same again reads the same, also without a network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
-from genevolve_fast.agent.fetch import FetchError, PerLoop
-from genevolve_fast.agent.harmless import readable
 from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.harmless import readable
+from genevolve_fast.net.web import FetchError, PerLoop
 
 FORMAT_VERSION = 1
 _SCHEMA = """
@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS answers (
 )"""
 
 
-class ToolCache:
+class AnswerCache:
     """`folder/index.sqlite3` and `folder/files/`; several processes may share it.
 
     record: answers what is known, asks for the rest and keeps it. replay: answers what is known, never asks.
@@ -35,15 +35,17 @@ class ToolCache:
     hash of its name counts as unknown.
     """
 
-    def __init__(self, folder: Path, mode: Literal["record", "replay"], incidents: Incidents) -> None:
-        """Raises ValueError when there is nothing to replay or another release wrote the folder."""
-        self.folder, self.mode = folder.absolute(), mode
+    def __init__(
+        self, folder: Path, mode: Literal["record", "replay"], incidents: Incidents, name: str = "tools.cache"
+    ) -> None:
+        """Raises ValueError, beginning with `name`, when nothing can be replayed or another release wrote `folder`."""
+        self.folder, self.mode, self._name = folder.absolute(), mode, name
         self._incidents = incidents
         self._lock = threading.Lock()
         self._flights: PerLoop[dict[str, asyncio.Task[bytes]]] = PerLoop(dict)
         index = self.folder / "index.sqlite3"
         if mode == "replay" and not index.exists():
-            raise ValueError(f"tools.cache: nothing is recorded in {folder}; run with cache_mode record first")
+            raise ValueError(f"{name}: nothing is recorded in {folder}; run with cache_mode record first")
         (self.folder / "files").mkdir(parents=True, exist_ok=True)
         self._index = sqlite3.connect(index, timeout=30, check_same_thread=False, isolation_level=None)
         _patiently(self._prepare)
@@ -51,7 +53,7 @@ class ToolCache:
     def _prepare(self) -> None:
         version = self._index.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, FORMAT_VERSION):
-            raise ValueError(f"tools.cache: {self.folder} has format {version}, this release reads {FORMAT_VERSION}")
+            raise ValueError(f"{self._name}: {self.folder} has format {version}, this release reads {FORMAT_VERSION}")
         self._index.execute("PRAGMA journal_mode=WAL")
         self._index.execute("PRAGMA synchronous=NORMAL")
         self._index.execute(_SCHEMA)

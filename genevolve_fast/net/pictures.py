@@ -1,0 +1,103 @@
+"""Pictures from files that nobody vouches for, and pictures as bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from genevolve_fast.net.web import FetchError
+
+MAX_ASPECT = 100  # image processors refuse longer strips, and no picture is one
+MAX_SCANS = 500  # of a JPEG; progressive ones have about ten, and each passes all pixels though it may hold no byte
+EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
+_MAX_IMAGE_SIDE = 1024
+_LOSSLESS_SIDE = 256  # small pictures travel as PNG
+
+
+@dataclass(frozen=True)
+class Picture:
+    pixels: np.ndarray  # uint8 [height, width, 3]
+    extension: str
+
+
+def sniff(data: bytes) -> str | None:
+    """JPEG, PNG, WEBP or GIF by the first bytes, or None."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def decode_image(data: bytes, max_pixels: int, max_side: int) -> Picture:
+    """First frame, upright, transparency on white, the longest side at most `max_side`. Raises FetchError."""
+    from PIL import Image
+
+    form = sniff(data)
+    if form is None:
+        raise FetchError("neither JPEG, PNG, WEBP nor GIF", "not_an_image", permanent=True)
+    if form == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise FetchError(f"a JPEG of more than {MAX_SCANS} scans", "too_large", permanent=True)
+    try:
+        with Image.open(io.BytesIO(data), formats=(form,)) as image:
+            _check_size(image.size, max_pixels)
+            image.load()
+            return Picture(_rgb(_upright(image), max_side), EXTENSIONS[form])
+    except FetchError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise FetchError(f"more than {max_pixels} pixels", "too_large", permanent=True) from None
+    except Exception as error:  # decoders raise anything on broken files
+        message = f"a broken {form} file: {type(error).__name__}"
+        raise FetchError(message, "not_an_image", permanent=True) from None
+
+
+def _check_size(size: Iterable[int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        message = f"{width} × {height} pixels, the limit is {max_pixels}"
+        raise FetchError(message, "too_large", permanent=True)
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise FetchError(f"{width} × {height} pixels are no picture", "not_an_image", permanent=True)
+
+
+def _upright(image):
+    """Turned as its EXIF orientation says; a picture with broken EXIF stays as it is."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the parser raises anything
+        return image
+
+
+def _rgb(image, max_side: int) -> np.ndarray:
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return np.asarray(image).copy()
+
+
+def data_url(pixels: np.ndarray) -> str:
+    """uint8 [height, width, 3] as a data URL: PNG when small, else JPEG with the longest side at most 1024."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    kind = "png" if max(picture.size) <= _LOSSLESS_SIDE else "jpeg"
+    picture.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
+    out = io.BytesIO()
+    picture.save(out, format=kind.upper(), **({"quality": 95} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
