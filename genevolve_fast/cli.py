@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RUNS = Path("runs")
+from genevolve_fast.commands import bench, render, rollout
+from genevolve_fast.commands.bench import bench_once
+from genevolve_fast.commands.opening import (
+    RUNS,
+    device,
+    load,
+    open_policy,
+    open_world,
+    policy_path,
+    set_threads,
+    show_fields,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,18 +163,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--config", required=True, help="YAML file, or a built-in name")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
 
-    p = command(
-        "bench",
-        run_bench_command,
-        "Judge a policy on held-out sandbox requests; the same seeds for every policy.",
-        "genevolve-fast bench --policy runs/demo/policy --name after --out runs/demo/bench/after",
-    )
-    p.add_argument("--policy", default="sandbox:start", help="folder of a policy (default: %(default)s)")
-    p.add_argument("--name", default=None, help="how the table names it (default: the policy)")
-    p.add_argument("--requests", type=int, default=200, help="held-out requests (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=None, help="folder for bench.json, results.json and pictures")
-    p.add_argument("--config", default="demo", help="configuration whose rollout and evaluate sections are used")
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
+    bench.add(command)
 
     p = command(
         "serve",
@@ -187,53 +186,8 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the command and stop; vLLM need not be installed then")
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
-    p = command(
-        "rollout",
-        run_rollout,
-        "Answer prompts with an agent: search, references, a program each; finished rows survive a crash.",
-        "genevolve-fast rollout --input prompts.jsonl --output-dir runs/batch --base-url http://localhost:8000/v1",
-    )
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", type=Path, help="JSON list or JSON lines with `prompt` or `question`")
-    source.add_argument("--prompt", help="a single prompt")
-    p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
-    p.add_argument("--max-samples", type=int, help="only the first rows")
-    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
-    p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
-    p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
-    p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
-    p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
-    p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
-    p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
-    p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
-    p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
-    p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
-    p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
-    p.add_argument(
-        "--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (default: %(default)s)"
-    )
-    p.add_argument(
-        "--max-response-length", type=int, default=30000, help="tokens after the request (default: %(default)s)"
-    )
-    p.add_argument("--system-prompt", type=Path, help="file of the system prompt your policy was trained with")
-    p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
-    p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
-    p.add_argument(
-        "--tools", choices=["serper", "searxng", "template", "sandbox"], default="serper", help="(default: %(default)s)"
-    )
-    p.add_argument("--tool-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the tools")
-    p.add_argument("--tool-cache", choices=["record", "replay"], help="keep what the web answered, or answer from it")
-    p.add_argument("--tool-cache-dir", type=Path, help="folder of the cache")
-
-    p = command(
-        "render",
-        run_render,
-        "Draw the programs of a results.json with the sandbox's canvas; finished rows are skipped.",
-        "genevolve-fast render --input runs/demo/bench/after/results.json --output-dir runs/pictures",
-    )
-    p.add_argument("--input", type=Path, required=True, help="results.json of a bench or a rollout")
-    p.add_argument("--output-dir", type=Path, required=True, help="folder for the pictures and their results.json")
-    p.add_argument("--seed", type=int, default=0, help="seed of the renderer (default: %(default)s)")
+    rollout.add(command)
+    render.add(command)
 
     p = command(
         "report",
@@ -253,100 +207,6 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--file", type=Path, default=Path("benchmarks/results/scoreboard.json"), help="(default: %(default)s)"
     )
     return top
-
-
-# --- opening what a configuration names -------------------------------------------------------------------------------
-
-
-def config_path(name: str) -> Path:
-    """A YAML file, or one of the built-in configurations by its bare name."""
-    path = Path(name)
-    if path.exists():
-        return path
-    built_in = Path(__file__).parent / "configs" / f"{name}.yaml"
-    if not built_in.exists():
-        known = ", ".join(sorted(p.stem for p in built_in.parent.glob("*.yaml")))
-        raise FileNotFoundError(f"no configuration {name!r}: neither a file nor one of {known}")
-    return built_in
-
-
-def set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def open_policy(config):
-    """The policy that a configuration names, on the GPU where there is one."""
-    import torch
-
-    from genevolve_fast.policy.model import Policy
-
-    return Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype)).to(device())
-
-
-def policy_path(config) -> str | Path:
-    """Folder of the weights that a policy section names; a hub id that is not cached yet gets its config.json."""
-    from genevolve_fast.policy.model import no_policy
-    from genevolve_fast.sandbox.tiny_policy import start_path
-
-    if config.path == "sandbox:start":
-        return start_path()
-    if config.path.count("/") == 1 and not Path(config.path).exists():
-        from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(config.path, "config.json"), str):
-            try:
-                snapshot_download(config.path, allow_patterns=["config.json"])
-            except OSError as error:
-                raise no_policy(config.path) from error
-    return config.path
-
-
-def device():
-    """The GPU where there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def open_world(config):
-    """(SandboxWorld, World) of a configuration: the sandbox, with tools from the web where `tools` names a service."""
-    from dataclasses import replace
-
-    from genevolve_fast.agent.prompts import system_prompt
-    from genevolve_fast.agent.tools import open_tools
-    from genevolve_fast.sandbox import world as sandbox
-    from genevolve_fast.train.config import ConfigError
-
-    embedded = sandbox.SandboxWorld(sandbox.WorldConfig(seed=config.world.seed))
-    world = sandbox.open_world(embedded)
-    if config.tools.kind != "sandbox":
-        try:
-            live = open_tools(config.tools, world.incidents)
-        except ValueError as error:
-            raise ConfigError(f"tools: {error}") from error
-        if config.world.system_prompt == "short":
-            live["query_knowledge"] = world.tools["query_knowledge"]  # the short guidance goes with the short prompt
-        world = replace(world, tools=live)
-    if config.world.system_prompt == "full":
-        world = replace(world, system_prompt=system_prompt(world.tools))
-    return embedded, world
-
-
-def load(args: argparse.Namespace, kind):
-    from genevolve_fast.train.config import load_config
-
-    return load_config(kind, config_path(args.config), args.set)
-
-
-def show_fields(kind) -> int:
-    from genevolve_fast.train.config import describe
-
-    for name, default, text in describe(kind):
-        print(f"{name:36} {json.dumps(default, default=str):24} {text}".rstrip())
-    return 0
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -513,233 +373,11 @@ def run_demo(args: argparse.Namespace) -> int:
     after = bench_once(folder / "bench" / "after", "evolved", policy, sandbox, world, config)
     gain = paired_gain(before, after)
     summary = {"before": before.summary(), "after": after.summary(), "gain": gain.__dict__, "categories": {}}
-    for side, bench in (("before", before), ("after", after)):
-        summary["categories"][side] = bench.by_category()
+    for side, of in (("before", before), ("after", after)):
+        summary["categories"][side] = of.by_category()
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{table([before, after])}\n\nreward, after - before, 95 % interval: {gain}")
     return write_report(folder, policy)
-
-
-def bench_once(folder: Path, name: str, policy, sandbox, world, config):
-    """The bench of `policy`, or the one already in `folder`."""
-    from tqdm import tqdm
-
-    from genevolve_fast.evaluate.bench import load_bench, run_bench, save_bench, save_truth
-    from genevolve_fast.rollout.transformers_engine import TransformersEngine
-    from genevolve_fast.train.evolve import session_settings
-
-    if (folder / "bench.json").exists():
-        return load_bench(folder)
-    requests = sandbox.requests("bench", config.evaluate.requests)
-    settings = session_settings(config.rollout, world, config.evaluate.temperature, config.evaluate.top_p)
-    with tqdm(total=len(requests), desc=f"bench {name}", unit="request", dynamic_ncols=True) as bar:
-        bench = run_bench(
-            name,
-            requests,
-            world=world,
-            engine=TransformersEngine(policy, max_batch=config.rollout.max_batch),
-            codec=policy.codec,
-            settings=settings,
-            on_done=lambda: bar.update(1),
-        )
-    save_truth(requests, world, folder.parent / "truth")
-    save_bench(bench, requests, folder)
-    return bench
-
-
-def run_bench_command(args: argparse.Namespace) -> int:
-    from genevolve_fast.evaluate.bench import table
-    from genevolve_fast.train.config import EvolveConfig
-
-    overrides = [f"evaluate.requests={args.requests}", f"policy.path={args.policy}", *args.set]
-    args.set = overrides
-    config = load(args, EvolveConfig)
-    set_threads(config.threads)
-    sandbox, world = open_world(config)
-    name = args.name or args.policy
-    folder = args.out or RUNS / "bench" / name.replace("/", "_").replace(":", "_")
-    bench = bench_once(folder, name, open_policy(config.policy), sandbox, world, config)
-    print(f"{table([bench])}\nwritten to {folder}")
-    return 0
-
-
-def run_rollout(args: argparse.Namespace) -> int:
-    """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
-    import asyncio
-    from collections import Counter
-    from contextlib import closing
-
-    from tqdm import tqdm
-
-    from genevolve_fast.agent.batch import run_batch
-    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
-    from genevolve_fast.incidents import Incidents
-
-    one = {"id": "single", "prompt": args.prompt}
-    samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
-    args.output_dir = args.output_dir.resolve()
-    incidents = Incidents()
-    settings = rollout_settings(args)
-    try:
-        opening = open_runner(args, incidents)  # before --fresh forgets anything
-    except ValueError as error:  # the tools' and the agent's, which name what is missing
-        raise BatchError(str(error)) from None
-    with closing(Journal(args.output_dir, samples, settings, args.fresh)) as journal:
-        if journal.adopted:
-            print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
-        samples = samples[: args.max_samples]
-        with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
-
-            def progress(ends: Counter[str]) -> None:
-                bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
-                bar.update(ends.total() - bar.n)
-
-            async def whole():
-                async with opening as runner:
-                    return await run_batch(samples, journal, runner, parallel=args.parallel, progress=progress)
-
-            batch = asyncio.run(whole())
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    print(f"{batch.line()}, {args.output_dir / RESULTS}")
-    if not batch.stopped:
-        for failure, reason in sorted(batch.reasons.items()):
-            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    if batch.signal is not None:
-        return 128 + batch.signal
-    return 0 if batch.answered and not batch.stopped else 1
-
-
-_LIMITS = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
-
-
-def rollout_limits(args: argparse.Namespace) -> dict:
-    """Limits and sampling under the agent's names."""
-    return {name: getattr(args, name) for name in _LIMITS.split()} | {"max_tokens_per_round": args.max_tokens}
-
-
-def rollout_settings(args: argparse.Namespace) -> dict:
-    """What rollouts of one folder must share. Raises BatchError for flags that would do nothing."""
-    from genevolve_fast.agent.journal import BatchError
-
-    for name in ("parallel", "max_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BatchError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("model", "base_url", "patience"):
-        if args.policy and getattr(args, name) is not None:
-            raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
-    if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
-        raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
-    if bool(args.tool_cache) != bool(args.tool_cache_dir):
-        raise BatchError("--tool-cache and --tool-cache-dir go together: record or replay, and the folder")
-    who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
-    if prompt := given_prompt(args):
-        who["system_prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-    return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
-
-
-def given_prompt(args: argparse.Namespace) -> str | None:
-    """The text of --system-prompt. Raises BatchError where the file holds none."""
-    from genevolve_fast.agent.journal import BatchError
-
-    if args.system_prompt is None:
-        return None
-    try:
-        text = args.system_prompt.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BatchError(f"--system-prompt {args.system_prompt} cannot be read: {error}") from error
-    if not text:
-        raise BatchError(f"--system-prompt {args.system_prompt} is empty")
-    return text
-
-
-def rollout_model(args: argparse.Namespace) -> str:
-    return args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve"
-
-
-def open_runner(args: argparse.Namespace, incidents):
-    """What answers rows, opened by `async with`: an agent over a chat server, or a policy in this process."""
-    from genevolve_fast.agent.batch import chat_runner, policy_runner
-    from genevolve_fast.agent.inference import Agent, session_settings
-    from genevolve_fast.agent.prompts import system_prompt
-
-    pictures = args.output_dir / "images"
-    settings = session_settings(**rollout_limits(args))
-    tools, prompt = open_rollout_tools(args, pictures, incidents)
-    prompt = given_prompt(args) or prompt
-    if args.policy:
-        from genevolve_fast.rollout.transformers_engine import TransformersEngine
-
-        policy = open_rollout_policy(args.policy)
-        engine = TransformersEngine(policy, max_batch=args.parallel, deterministic=False)
-        prompt = prompt or system_prompt(tools)
-        return policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
-    agent = Agent(
-        rollout_model(args),
-        args.base_url or None,
-        tools=tools,
-        system_prompt=prompt,
-        patience=120.0 if args.patience is None else args.patience,
-        seed=args.seed,
-        incidents=incidents,
-        **rollout_limits(args),
-    )
-    return chat_runner(agent, pictures)
-
-
-def open_rollout_policy(path: str):
-    """A policy for sampling: bfloat16 on a GPU, float32 elsewhere."""
-    import torch
-
-    from genevolve_fast.policy.model import Policy
-    from genevolve_fast.sandbox.tiny_policy import start_path
-
-    where = device()
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    return Policy.from_pretrained(start_path() if path == "sandbox:start" else path, dtype).to(where).eval()
-
-
-def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
-    """(tools, the system prompt that belongs to them or None); found pictures are kept in the folder `pictures`."""
-    if args.tools == "sandbox":
-        from genevolve_fast.agent.results import Filed
-        from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
-
-        tools = SandboxWorld().tools()
-        return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
-    import yaml
-    from pydantic import ValidationError
-
-    from genevolve_fast.agent.tools import ToolsConfig, open_tools
-    from genevolve_fast.train.config import wrong_fields
-
-    fields = {"kind": args.tools, "image_dir": pictures}
-    if args.tool_cache:
-        fields |= {"cache_mode": args.tool_cache, "cache": args.tool_cache_dir}
-    for pair in args.tool_set:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError("--tool-set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
-    try:
-        return open_tools(ToolsConfig(**fields), incidents), None
-    except ValidationError as error:
-        wrong = "; ".join(line.replace("(combination)", "tools") for line in wrong_fields(error))
-        raise ValueError(f"{wrong} (--tool-set FIELD=VALUE sets a field)") from None
-
-
-def run_render(args: argparse.Namespace) -> int:
-    from genevolve_fast.render.batch import render_results
-    from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-    done, failed = render_results(args.input, args.output_dir, CanvasRenderer(), args.seed)
-    print(f"{done} pictures in {args.output_dir}, {failed} rows without one")
-    return 1 if failed and not done else 0
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -192,12 +192,14 @@ class ImageVerdict:
     aesthetics: float
     text_required: bool
     diagnostics: tuple[Diagnostic, ...] = ()
+    rationale: str = ""
 
 
 @dataclass(frozen=True)
 class ProgramVerdict:
     score: float
     diagnostics: tuple[Diagnostic, ...] = ()
+    rationale: str = ""
 
 
 class ImageJudge(Protocol):

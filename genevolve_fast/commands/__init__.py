@@ -1,0 +1,1 @@
+"""The commands of `genevolve-fast`, a module a subject; each adds its parsers with `add(command)`."""

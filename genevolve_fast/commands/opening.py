@@ -1,0 +1,107 @@
+"""Opening what a configuration names: file, policy, world."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Protocol
+
+RUNS = Path("runs")
+
+
+class AddCommand(Protocol):
+    """Adds a command to the command line and returns its parser, to which flags are added."""
+
+    def __call__(self, name: str, run, help_: str, example: str) -> argparse.ArgumentParser: ...
+
+
+def config_path(name: str) -> Path:
+    """A YAML file, or one of the built-in configurations by its bare name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    built_in = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    if not built_in.exists():
+        known = ", ".join(sorted(p.stem for p in built_in.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"no configuration {name!r}: neither a file nor one of {known}")
+    return built_in
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def open_policy(config):
+    """The policy that a configuration names, on the GPU where there is one."""
+    import torch
+
+    from genevolve_fast.policy.model import Policy
+
+    return Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype)).to(device())
+
+
+def policy_path(config) -> str | Path:
+    """Folder of the weights that a policy section names; a hub id that is not cached yet gets its config.json."""
+    from genevolve_fast.policy.model import no_policy
+    from genevolve_fast.sandbox.tiny_policy import start_path
+
+    if config.path == "sandbox:start":
+        return start_path()
+    if config.path.count("/") == 1 and not Path(config.path).exists():
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(config.path, "config.json"), str):
+            try:
+                snapshot_download(config.path, allow_patterns=["config.json"])
+            except OSError as error:
+                raise no_policy(config.path) from error
+    return config.path
+
+
+def device():
+    """The GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_world(config):
+    """(SandboxWorld, World) of a configuration: the sandbox, with tools from the web where `tools` names a service."""
+    from dataclasses import replace
+
+    from genevolve_fast.agent.prompts import system_prompt
+    from genevolve_fast.agent.tools import open_tools
+    from genevolve_fast.sandbox import world as sandbox
+    from genevolve_fast.train.config import ConfigError
+
+    embedded = sandbox.SandboxWorld(sandbox.WorldConfig(seed=config.world.seed))
+    world = sandbox.open_world(embedded)
+    if config.tools.kind != "sandbox":
+        try:
+            live = open_tools(config.tools, world.incidents)
+        except ValueError as error:
+            raise ConfigError(f"tools: {error}") from error
+        if config.world.system_prompt == "short":
+            live["query_knowledge"] = world.tools["query_knowledge"]  # the short guidance goes with the short prompt
+        world = replace(world, tools=live)
+    if config.world.system_prompt == "full":
+        world = replace(world, system_prompt=system_prompt(world.tools))
+    return embedded, world
+
+
+def load(args: argparse.Namespace, kind):
+    from genevolve_fast.train.config import load_config
+
+    return load_config(kind, config_path(args.config), args.set)
+
+
+def show_fields(kind) -> int:
+    from genevolve_fast.train.config import describe
+
+    for name, default, text in describe(kind):
+        print(f"{name:36} {json.dumps(default, default=str):24} {text}".rstrip())
+    return 0

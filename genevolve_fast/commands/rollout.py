@@ -1,0 +1,222 @@
+"""`rollout`: prompts answered by an agent, a program each."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from genevolve_fast.commands.opening import AddCommand, device
+
+
+def add(command: AddCommand) -> None:
+    """Add the parsers of this module."""
+    p = command(
+        "rollout",
+        run_rollout,
+        "Answer prompts with an agent: search, references, a program each; finished rows survive a crash.",
+        "genevolve-fast rollout --input prompts.jsonl --output-dir runs/batch --base-url http://localhost:8000/v1",
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help="JSON list or JSON lines with `prompt` or `question`")
+    source.add_argument("--prompt", help="a single prompt")
+    p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
+    p.add_argument("--max-samples", type=int, help="only the first rows")
+    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
+    p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
+    p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
+    p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
+    p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
+    p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
+    p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
+    p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
+    p.add_argument(
+        "--max-prompt-length", type=int, default=6144, help="tokens of system prompt and request (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-response-length", type=int, default=30000, help="tokens after the request (default: %(default)s)"
+    )
+    p.add_argument("--system-prompt", type=Path, help="file of the system prompt your policy was trained with")
+    p.add_argument("--n-max-reference-images", type=int, default=2, help="(default: %(default)s)")
+    p.add_argument("--observe-images", choices=["text", "tokens"], default="text", help="how found pictures are shown")
+    p.add_argument(
+        "--tools", choices=["serper", "searxng", "template", "sandbox"], default="serper", help="(default: %(default)s)"
+    )
+    p.add_argument("--tool-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the tools")
+    p.add_argument("--tool-cache", choices=["record", "replay"], help="keep what the web answered, or answer from it")
+    p.add_argument("--tool-cache-dir", type=Path, help="folder of the cache")
+
+
+def run_rollout(args: argparse.Namespace) -> int:
+    """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
+    import asyncio
+    from collections import Counter
+    from contextlib import closing
+
+    from tqdm import tqdm
+
+    from genevolve_fast.agent.batch import run_batch
+    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
+    from genevolve_fast.incidents import Incidents
+
+    one = {"id": "single", "prompt": args.prompt}
+    samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
+    args.output_dir = args.output_dir.resolve()
+    incidents = Incidents()
+    settings = rollout_settings(args)
+    try:
+        opening = open_runner(args, incidents)  # before --fresh forgets anything
+    except ValueError as error:  # the tools' and the agent's, which name what is missing
+        raise BatchError(str(error)) from None
+    with closing(Journal(args.output_dir, samples, settings, args.fresh)) as journal:
+        if journal.adopted:
+            print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
+        samples = samples[: args.max_samples]
+        with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
+
+            def progress(ends: Counter[str]) -> None:
+                bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
+                bar.update(ends.total() - bar.n)
+
+            async def whole():
+                async with opening as runner:
+                    return await run_batch(samples, journal, runner, parallel=args.parallel, progress=progress)
+
+            batch = asyncio.run(whole())
+    if attempts := incidents.take():
+        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
+    print(f"{batch.line()}, {args.output_dir / RESULTS}")
+    if not batch.stopped:
+        for failure, reason in sorted(batch.reasons.items()):
+            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
+    if batch.stopped:
+        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
+    if batch.signal is not None:
+        return 128 + batch.signal
+    return 0 if batch.answered and not batch.stopped else 1
+
+
+_LIMITS = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
+
+
+def rollout_limits(args: argparse.Namespace) -> dict:
+    """Limits and sampling under the agent's names."""
+    return {name: getattr(args, name) for name in _LIMITS.split()} | {"max_tokens_per_round": args.max_tokens}
+
+
+def rollout_settings(args: argparse.Namespace) -> dict:
+    """What rollouts of one folder must share. Raises BatchError for flags that would do nothing."""
+    from genevolve_fast.agent.journal import BatchError
+
+    for name in ("parallel", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BatchError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("model", "base_url", "patience"):
+        if args.policy and getattr(args, name) is not None:
+            raise BatchError(f"--{name.replace('_', '-')} is of a server, and --policy samples without one")
+    if args.tools == "sandbox" and (args.tool_set or args.tool_cache or args.tool_cache_dir):
+        raise BatchError("--tool-set and --tool-cache are of live tools; the sandbox's need none")
+    if bool(args.tool_cache) != bool(args.tool_cache_dir):
+        raise BatchError("--tool-cache and --tool-cache-dir go together: record or replay, and the folder")
+    who = {"policy": args.policy} if args.policy else {"model": rollout_model(args)}
+    if prompt := given_prompt(args):
+        who["system_prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
+    return who | rollout_limits(args) | {"tools": args.tools, "seed": args.seed}
+
+
+def given_prompt(args: argparse.Namespace) -> str | None:
+    """The text of --system-prompt. Raises BatchError where the file holds none."""
+    from genevolve_fast.agent.journal import BatchError
+
+    if args.system_prompt is None:
+        return None
+    try:
+        text = args.system_prompt.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"--system-prompt {args.system_prompt} cannot be read: {error}") from error
+    if not text:
+        raise BatchError(f"--system-prompt {args.system_prompt} is empty")
+    return text
+
+
+def rollout_model(args: argparse.Namespace) -> str:
+    return args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve"
+
+
+def open_runner(args: argparse.Namespace, incidents):
+    """What answers rows, opened by `async with`: an agent over a chat server, or a policy in this process."""
+    from genevolve_fast.agent.batch import chat_runner, policy_runner
+    from genevolve_fast.agent.inference import Agent, session_settings
+    from genevolve_fast.agent.prompts import system_prompt
+
+    pictures = args.output_dir / "images"
+    settings = session_settings(**rollout_limits(args))
+    tools, prompt = open_rollout_tools(args, pictures, incidents)
+    prompt = given_prompt(args) or prompt
+    if args.policy:
+        from genevolve_fast.rollout.transformers_engine import TransformersEngine
+
+        policy = open_rollout_policy(args.policy)
+        engine = TransformersEngine(policy, max_batch=args.parallel, deterministic=False)
+        prompt = prompt or system_prompt(tools)
+        return policy_runner(engine, policy.codec, tools, prompt, settings, args.seed or 0, pictures)
+    agent = Agent(
+        rollout_model(args),
+        args.base_url or None,
+        tools=tools,
+        system_prompt=prompt,
+        patience=120.0 if args.patience is None else args.patience,
+        seed=args.seed,
+        incidents=incidents,
+        **rollout_limits(args),
+    )
+    return chat_runner(agent, pictures)
+
+
+def open_rollout_policy(path: str):
+    """A policy for sampling: bfloat16 on a GPU, float32 elsewhere."""
+    import torch
+
+    from genevolve_fast.policy.model import Policy
+    from genevolve_fast.sandbox.tiny_policy import start_path
+
+    where = device()
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    return Policy.from_pretrained(start_path() if path == "sandbox:start" else path, dtype).to(where).eval()
+
+
+def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
+    """(tools, the system prompt that belongs to them or None); found pictures are kept in the folder `pictures`."""
+    if args.tools == "sandbox":
+        from genevolve_fast.agent.results import Filed
+        from genevolve_fast.sandbox.world import SYSTEM_PROMPT, SandboxWorld
+
+        tools = SandboxWorld().tools()
+        return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
+    import yaml
+    from pydantic import ValidationError
+
+    from genevolve_fast.agent.tools import ToolsConfig, open_tools
+    from genevolve_fast.train.config import wrong_fields
+
+    fields = {"kind": args.tools, "image_dir": pictures}
+    if args.tool_cache:
+        fields |= {"cache_mode": args.tool_cache, "cache": args.tool_cache_dir}
+    for pair in args.tool_set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError("--tool-set takes FIELD=VALUE")
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
+    try:
+        return open_tools(ToolsConfig(**fields), incidents), None
+    except ValidationError as error:
+        wrong = "; ".join(line.replace("(combination)", "tools") for line in wrong_fields(error))
+        raise ValueError(f"{wrong} (--tool-set FIELD=VALUE sets a field)") from None
