@@ -21,6 +21,7 @@ from genevolve_fast.agent.batch import run_batch
 from genevolve_fast.agent.journal import BatchError, Finished, Journal, read_samples
 from genevolve_fast.agent.results import AgentResult
 from genevolve_fast.cli import main
+from genevolve_fast.commands import rollout
 from genevolve_fast.sandbox.world import SandboxWorld
 
 RELEASED = Path(__file__).parent / "fixtures" / "released"
@@ -296,7 +297,7 @@ def test_an_interruption_before_the_first_row_says_nothing_false(server, tmp_pat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_runner", interrupted)
+    monkeypatch.setattr(rollout, "open_runner", interrupted)
     assert main(arguments(server, batch_of(tmp_path, 1), tmp_path / "out")) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"  # a batch has no --resume
     monkeypatch.setattr(cli, "load", interrupted)
