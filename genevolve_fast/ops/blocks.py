@@ -255,8 +255,7 @@ def mm_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def mm_hidden(d_logits: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
     """[rows, H] = d_logits [rows, V] · weight [V, H], in d_logits' dtype, or with `wide` in fp32 (fp64)."""
     kind = accumulator(d_logits) if wide else d_logits.dtype
-    slow = kind == torch.float16 and not d_logits.is_cuda  # torch has no fast fp16 product on a CPU
-    if weight.dtype == d_logits.dtype == kind and not slow:
+    if weight.dtype == d_logits.dtype == kind and (d_logits.is_cuda or _fast_on_cpu(d_logits)):
         return torch.mm(d_logits, weight)
     if weight.dtype == d_logits.dtype and d_logits.is_cuda:
         return torch.mm(d_logits, weight, out_dtype=kind)
@@ -264,6 +263,14 @@ def mm_hidden(d_logits: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
     for part in weight_tiles(weight, d_logits):
         out.addmm_(d_logits[:, part].to(out.dtype), weight[part].to(out.dtype))
     return out.to(kind)
+
+
+def _fast_on_cpu(d_logits: Tensor) -> bool:
+    """Whether a product of d_logits [rows, V] in its own dtype is worth it, and right, on a CPU."""
+    if d_logits.dtype == torch.float16:
+        return False  # torch has no fast one
+    # with AMX, oneDNN reads 16-bit columns in pairs: behind an odd width stands another number, which may be NaN
+    return d_logits.dtype != torch.bfloat16 or d_logits.shape[1] % 2 == 0 or d_logits.is_contiguous()
 
 
 def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
