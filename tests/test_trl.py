@@ -376,15 +376,19 @@ def test_bf16_log_probs_are_not_rounded(saved, tokens, tmp_path):
 
 
 def test_a_head_in_full_precision(saved, tokens, tmp_path):
-    """cast_lm_head_to_fp32: under autocast only the head leaves it, so losses agree as in fp32."""
-    options = dict(bf16=True, cast_lm_head_to_fp32=True, beta=0.1, num_iterations=2)
-    theirs, mine = (build(Plain, saved("qwen3"), tokens, tmp_path, **options) for _ in range(2))
+    """cast_lm_head_to_fp32: under autocast only the head leaves it. One gradient agrees as in fp32; later ones stand on
+    steps through a bf16 backbone, whose rounding differs by processor: ours is no farther from fp32 than TRL's."""
+    options = dict(beta=0.1, num_iterations=2)
+    halves = dict(bf16=True, cast_lm_head_to_fp32=True)
+    theirs, mine = (build(Plain, saved("qwen3"), tokens, tmp_path, **options, **halves) for _ in range(2))
+    exact = build(Plain, saved("qwen3"), tokens, tmp_path, **options)
     patch_trl(mine)
     start = weights(theirs)
-    run(theirs, mine)
+    run(theirs, mine, exact)
     assert mine.losses == pytest.approx(theirs.losses, abs=1e-5)
-    for a, b in zip(mine.gradients, theirs.gradients, strict=True):
-        assert (a - b).norm() <= 1e-3 * b.norm()
+    assert (mine.gradients[0] - theirs.gradients[0]).norm() <= 1e-5 * theirs.gradients[0].norm()
+    for a, b, c in zip(mine.gradients, theirs.gradients, exact.gradients, strict=True):
+        assert (a - c).norm() <= 1.1 * (b - c).norm()
     assert (weights(mine) - weights(theirs)).norm() <= 1e-3 * (weights(theirs) - start).norm()
 
 
