@@ -383,13 +383,12 @@ def test_a_head_in_full_precision(saved, tokens, tmp_path):
     theirs, mine = (build(Plain, saved("qwen3"), tokens, tmp_path, **options, **halves) for _ in range(2))
     exact = build(Plain, saved("qwen3"), tokens, tmp_path, **options)
     patch_trl(mine)
-    start = weights(theirs)
     run(theirs, mine, exact)
     assert mine.losses == pytest.approx(theirs.losses, abs=1e-5)
     assert (mine.gradients[0] - theirs.gradients[0]).norm() <= 1e-5 * theirs.gradients[0].norm()
     for a, b, c in zip(mine.gradients, theirs.gradients, exact.gradients, strict=True):
         assert (a - c).norm() <= 1.1 * (b - c).norm()
-    assert (weights(mine) - weights(theirs)).norm() <= 1e-3 * (weights(theirs) - start).norm()
+    assert (weights(mine) - weights(exact)).norm() <= 1.1 * (weights(theirs) - weights(exact)).norm()
 
 
 def test_images_reach_the_backbone(tokens, tmp_path):
