@@ -91,8 +91,9 @@ class Exchange:
     ) -> Answer:
         """The answer to `request`, its body of at most `max_bytes` also when decompressed.
 
-        Of an answer that is no 2xx the first `error_bytes` are kept: what the service says went wrong. `inspect` sees the headers of a 2xx answer before its body is read and may raise. Raises FetchError, whose
-        message names `where` and nothing else of the request.
+        Of an answer that is no 2xx the first `error_bytes` are kept, in which services say what went wrong. `inspect`
+        sees the headers of a 2xx answer before its body is read and may raise. Raises FetchError, whose message names
+        `where` and nothing else of the request.
         """
         request.headers.setdefault("Accept-Encoding", "identity")
         request.headers.setdefault("User-Agent", "genevolve-fast")

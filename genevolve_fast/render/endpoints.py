@@ -1,4 +1,4 @@
-"""The addresses of a service: the least busy is asked, one that fails is left alone, one that restarts is waited for."""
+"""The addresses of a service: the least busy is asked, a failing one is left alone, a restarting one waited for."""
 
 from __future__ import annotations
 
@@ -200,7 +200,10 @@ async def post(
     """The 2xx answer to a JSON body. Raises FetchError with what the service said, `secrets` removed."""
     try:
         request = httpx.Request(
-            "POST", endpoint.url, headers={"Content-Type": "application/json", **endpoint.login, **headers}, content=body
+            "POST",
+            endpoint.url,
+            headers={"Content-Type": "application/json", **endpoint.login, **headers},
+            content=body,
         )
     except ValueError:
         raise CallError(f"{endpoint.where} cannot be asked", "other", "request") from None
