@@ -24,6 +24,7 @@ def add(command: AddCommand) -> None:
     p.add_argument("--input", type=Path, required=True, help="results.json of a rollout, a bench or a rendering")
     p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json and images/; it continues")
     add_renderer_flags(p, default="canvas")
+    p.add_argument("--seed", type=int, help="of every picture (default: 0)")
     p.add_argument("--parallel", type=int, default=4, help="pictures at a time (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the pictures that the folder already holds")
     p.add_argument(
@@ -44,7 +45,6 @@ def add_renderer_flags(p: argparse.ArgumentParser, default: str | None) -> None:
     p.add_argument(
         "--renderer-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the renderer, repeatable"
     )
-    p.add_argument("--seed", type=int, help="of the picture (default: 0)" if default is None else "(default: 0)")
 
 
 def run_render(args: argparse.Namespace) -> int:
