@@ -113,7 +113,6 @@ def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict
 
     from genevolve_fast.render.config import RendererConfig, open_renderer
     from genevolve_fast.resumable import BatchError
-    from genevolve_fast.train.config import wrong_fields
 
     fields: dict[str, Any] = {"kind": args.renderer, **_renderer_fields(args.renderer_set)}
     if args.service_url:
@@ -132,6 +131,8 @@ def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict
             return CanvasRenderer(), config.identity()
         return open_renderer(config, incidents), config.identity()
     except ValidationError as error:
+        from genevolve_fast.train.config import wrong_fields  # with torch
+
         wrong = "; ".join(line.replace("(combination)", "renderer") for line in wrong_fields(error))
         raise BatchError(f"{wrong} (--renderer-set FIELD=VALUE sets a field)") from None
     except (ValueError, ImportError) as error:  # what is missing: a key, a recording, a package
