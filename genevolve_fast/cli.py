@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, render, rollout
+from genevolve_fast.commands import bench, generate, render, rollout
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    from genevolve_fast.agent.journal import BatchError
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
     from genevolve_fast.protocols import EngineError
     from genevolve_fast.report.build import ReportError
+    from genevolve_fast.resumable import BatchError
     from genevolve_fast.rollout.serve import ServeError
     from genevolve_fast.train.config import ConfigError
     from genevolve_fast.train.run import RunError
@@ -186,6 +186,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the command and stop; vLLM need not be installed then")
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
+    generate.add(command)
     rollout.add(command)
     render.add(command)
 

@@ -16,6 +16,7 @@ KINDS = (
     "not_an_image",
     "refused_address",  # private, link-local or loopback, and not in allow_hosts
     "not_recorded",  # replaying, and this was never asked before
+    "blocked",  # the service's own rules forbid what was asked
     "bad_arguments",  # the policy's own fault
     "stale_weights",  # an engine answered with weights of another step
     "other",

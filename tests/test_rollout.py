@@ -182,27 +182,6 @@ def test_hostile_ids_and_half_characters_stay_data(server, tmp_path):
     ]  # fmt: skip
 
 
-def test_half_a_picture_is_drawn_again(tmp_path, monkeypatch):
-    from PIL import Image
-
-    program = {"gen_prompt": "A red field.", "reference_images": []}
-    (tmp_path / "results.json").write_text(json.dumps([{"id": "a"} | program]))
-    whole = Image.Image.save
-
-    def cut(picture, to, *rest):
-        whole(picture, to, *rest)
-        Path(to).write_bytes(Path(to).read_bytes()[:40])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", cut)
-    command = ["render", "--input", str(tmp_path / "results.json"), "--output-dir", str(tmp_path / "out")]
-    assert main(command) == 130
-    monkeypatch.setattr(Image.Image, "save", whole)
-    assert main(command) == 0
-    Image.open(tmp_path / "out" / "a.png").load()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "results.json"]
-
-
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 

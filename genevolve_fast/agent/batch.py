@@ -6,8 +6,8 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +16,9 @@ from genevolve_fast.agent.journal import Finished, Journal, Sample
 from genevolve_fast.agent.results import AgentResult, with_files
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, Tool
+from genevolve_fast.resumable import ended_by_signals, now_and_then
 from genevolve_fast.trajectory import Request
 
-_SAVE_EVERY_S = 5.0
-_SAVE_SHARE = 20  # of the time at most one in so many is spent writing results.json
 _GIVE_UP_AFTER = 3  # rows, or as many as run at a time
 _HOPELESS = ("engine/connect", "engine/client_error")
 
@@ -85,7 +84,7 @@ async def run_batch(
     batch = Batch(Counter(journal.results[s.position].termination for s in samples if s.position in done))
     progress(batch.ends)
     todo = iter([s for s in samples if s.position not in done])
-    save = _save_now_and_then(journal, samples)
+    save = now_and_then(lambda: journal.write_results(samples))
     started = time.monotonic()
 
     async def worker() -> None:
@@ -98,8 +97,11 @@ async def run_batch(
             progress(batch.ends)
             save()
 
+    def end(number: int) -> None:
+        batch.signal, batch.stopped = number, signal.Signals(number).name
+
     tasks = [asyncio.create_task(worker()) for _ in range(parallel)]
-    with _signals(batch, tasks):
+    with ended_by_signals(tasks, end):
         try:
             await asyncio.gather(*tasks)
         except asyncio.CancelledError:
@@ -114,48 +116,11 @@ async def run_batch(
     return batch
 
 
-def _save_now_and_then(journal: Journal, samples: Sequence[Sample]) -> Callable[[], None]:
-    """Writes results.json anew, seldom enough to cost little of a long batch; the journal loses nothing meanwhile."""
-    due = time.monotonic() + _SAVE_EVERY_S
-
-    def save() -> None:
-        nonlocal due
-        if (now := time.monotonic()) < due:
-            return
-        journal.write_results(samples)
-        took = time.monotonic() - now
-        due = now + max(_SAVE_EVERY_S, _SAVE_SHARE * took)
-
-    return save
-
-
 async def _guarded(runner: Runner, sample: Sample) -> Finished:
     try:
         return await runner(sample)
     except Exception as error:  # one row's bug must not end the others
         return Finished(AgentResult.failed(sample.prompt, f"{type(error).__name__}: {error}"), "rollout/other")
-
-
-@contextmanager
-def _signals(batch: Batch, tasks: Sequence[asyncio.Task]) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the running rollouts, once; outside the main thread signals stay as they are."""
-    loop = asyncio.get_running_loop()
-
-    def end(number: int) -> None:
-        batch.signal, batch.stopped = number, signal.Signals(number).name
-        for task in tasks:
-            task.cancel()
-
-    taken = []
-    with suppress(ValueError, RuntimeError, NotImplementedError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, end, number)
-            taken.append(number)
-    try:
-        yield
-    finally:
-        for number in taken:
-            loop.remove_signal_handler(number)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genevolve_fast.agent.results import AgentResult, write_results
-from genevolve_fast.trajectory import json_text
+from genevolve_fast.resumable import BatchError, Log, changes, parse_json
 
 JOURNAL = "rollouts.jsonl"
 RESULTS = "results.json"
 _HEADER = "genevolve_fast_rollouts"
-
-
-class BatchError(ValueError):
-    """The batch cannot start; the message names the row or setting and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +53,10 @@ def read_samples(path: Path) -> list[Sample]:
     except OSError as error:
         raise BatchError(f"{path} cannot be read: {error.strerror}") from None
     if text.lstrip().startswith("["):
-        rows = [(f"row {i + 1}", row) for i, row in enumerate(_parsed(text, str(path)))]
+        rows = [(f"row {i + 1}", row) for i, row in enumerate(parse_json(text, str(path)))]
     else:
         lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(where, _parsed(line, f"{path}, {where}")) for where, line in lines]
+        rows = [(where, parse_json(line, f"{path}, {where}")) for where, line in lines]
     if not rows:
         raise BatchError(f"{path} holds no rows")
     return [sample_of(i, row, f"{path}, {where}") for i, (where, row) in enumerate(rows)]
@@ -76,13 +70,6 @@ def sample_of(position: int, row: Any, where: str) -> Sample:
     if not isinstance(prompt, str) or not prompt.strip():
         raise BatchError(f"{where}: neither `prompt` nor `question` holds text")
     return Sample(position, row | {"prompt": prompt.strip(), "id": row.get("id") if "id" in row else position})
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BatchError(f"{where} is not JSON: {error}") from None
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
@@ -99,30 +86,22 @@ class Journal:
         self.folder = folder
         self.results: dict[int, AgentResult] = {}
         self.adopted = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / JOURNAL).open("a+b")
-        except OSError as error:
-            raise BatchError(f"{folder} cannot be written: {error.strerror}") from None
+        self._log = Log(folder / JOURNAL, _HEADER, "rollout")
         try:
             self._open(samples, dict(settings), fresh)
         except BaseException:
-            self._file.close()
+            self._log.close()
             raise
 
     def _open(self, samples: Sequence[Sample], settings: dict[str, Any], fresh: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BatchError(f"{self.folder} is being written by another rollout") from None
         if fresh:
-            self._file.truncate(0)
-        header, lines = self._read()
+            self._log.clear()
+        header, lines = self._log.read()
         if header is None or len(lines) < header.get("adopted", 0):  # new, or ended while it adopted
             self._begin(settings, {} if fresh else self._adoptable(samples))
             return
         self._take(lines, samples)
-        if changed := _changes(header["settings"], settings):
+        if changed := changes(header["settings"], settings):
             if self.done:
                 raise BatchError(
                     f"{self.folder} holds rollouts of other settings ({changed}): choose another --output-dir, or "
@@ -139,7 +118,7 @@ class Journal:
         """Keep a row for good."""
         self.results[sample.position] = finished.result
         line = {"position": sample.position, "id": sample.id, "failure": finished.failure, "tokens": finished.tokens}
-        self._append(line | finished.result.to_dict())
+        self._log.append(line | finished.result.to_dict())
 
     def write_results(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """results.json in input order; rows that never ran are absent."""
@@ -148,37 +127,14 @@ class Journal:
         return rows
 
     def close(self) -> None:
-        self._file.close()
+        self._log.close()
 
     def _begin(self, settings: Mapping[str, Any], adopted: Mapping[Sample, AgentResult]) -> None:
-        self._file.truncate(0)
         self.results = {}
-        self._append({_HEADER: 1, "settings": settings, "adopted": len(adopted)})
+        self._log.begin(settings=settings, adopted=len(adopted))
         for sample, result in adopted.items():
             self.add(sample, Finished(result))
         self.adopted = len(adopted)
-
-    def _append(self, value: Any) -> None:
-        self._file.write(json_text(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """(header, rows); what a crash cut off is dropped."""
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            self._file.truncate(len(whole))
-        first, *rest = whole.splitlines() or [b""]
-        if not first:
-            return None, []
-        header = _object(first)
-        if header is None or header.get(_HEADER) != 1 or not isinstance(header.get("settings"), dict):
-            raise BatchError(f"{self.folder / JOURNAL} is not a journal of rollouts: move it away, or --fresh")
-        return header | {"adopted": header.get("adopted", 0)}, [
-            row for line in rest if (row := _object(line)) is not None
-        ]
 
     def _take(self, lines: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> None:
         for line in lines:
@@ -198,7 +154,7 @@ class Journal:
         path = self.folder / RESULTS
         if not path.exists():
             return {}
-        rows = _parsed(path.read_text(encoding="utf-8"), str(path))
+        rows = parse_json(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(rows, list):
             raise BatchError(f"{path} is not a list of rows: move it away, or --fresh")
         waiting: dict[str, list[Sample]] = {}
@@ -226,14 +182,6 @@ def _another(sample: Sample | None, id_: Any, prompt: str) -> str:
     return "has another prompt" if sample.prompt != prompt else ""
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 _TYPES = {
     "prompt": str,
     "gen_prompt": str,
@@ -258,8 +206,3 @@ def _key(id_: Any, prompt: str) -> str:
 
 def _id(row: Any) -> Any:
     return row.get("id") if isinstance(row, dict) else None
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    names = sorted({*before, *now})
-    return ", ".join(f"{n} {before.get(n)} then, {now.get(n)} now" for n in names if before.get(n) != now.get(n))

@@ -26,13 +26,18 @@ def add(command: AddCommand) -> None:
     p.add_argument("--max-samples", type=int, help="only the first rows")
     p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
+    add_agent_flags(p)
+
+
+def add_agent_flags(p: argparse.ArgumentParser, seeded: str = "the sampling") -> None:
+    """Who answers, with which tools and limits; `seeded` is what --seed is of."""
     p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
     p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
     p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
     p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
     p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
     p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
-    p.add_argument("--seed", type=int, help="of the sampling (default: 0 with --policy, the server's own choice else)")
+    p.add_argument("--seed", type=int, help=f"of {seeded} (default: 0 with --policy, the server's own choice else)")
     p.add_argument("--max-tokens", type=int, default=4096, help="tokens of one reply (default: %(default)s)")
     p.add_argument("--max-rounds", type=int, default=11, help="replies of one rollout (default: %(default)s)")
     p.add_argument(
@@ -70,7 +75,7 @@ def run_rollout(args: argparse.Namespace) -> int:
     incidents = Incidents()
     settings = rollout_settings(args)
     try:
-        opening = open_runner(args, incidents)  # before --fresh forgets anything
+        opening = open_runner(args, incidents, args.output_dir / "images")  # before --fresh forgets anything
     except ValueError as error:  # the tools' and the agent's, which name what is missing
         raise BatchError(str(error)) from None
     with closing(Journal(args.output_dir, samples, settings, args.fresh)) as journal:
@@ -148,15 +153,18 @@ def rollout_model(args: argparse.Namespace) -> str:
     return args.model or os.environ.get("GENEVOLVE_MODEL") or "GenEvolve"
 
 
-def open_runner(args: argparse.Namespace, incidents):
-    """What answers rows, opened by `async with`: an agent over a chat server, or a policy in this process."""
+def open_runner(args: argparse.Namespace, incidents, pictures: Path, wrap=lambda tool: tool):
+    """What answers rows, opened by `async with`: an agent over a chat server, or a policy in this process.
+
+    Found pictures are kept in the folder `pictures`; the agent is given `wrap(tool)` for every tool.
+    """
     from genevolve_fast.agent.batch import chat_runner, policy_runner
     from genevolve_fast.agent.inference import Agent, session_settings
     from genevolve_fast.agent.prompts import system_prompt
 
-    pictures = args.output_dir / "images"
     settings = session_settings(**rollout_limits(args))
     tools, prompt = open_rollout_tools(args, pictures, incidents)
+    tools = {name: wrap(tool) for name, tool in tools.items()}
     prompt = given_prompt(args) or prompt
     if args.policy:
         from genevolve_fast.rollout.transformers_engine import TransformersEngine

@@ -91,13 +91,39 @@ def _rgb(image, max_side: int) -> np.ndarray:
     return np.asarray(image).copy()
 
 
-def data_url(pixels: np.ndarray) -> str:
-    """uint8 [height, width, 3] as a data URL: PNG when small, else JPEG with the longest side at most 1024."""
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """uint8 [height, width, 3] as a PNG file."""
     from PIL import Image
 
-    picture = Image.fromarray(pixels)
-    kind = "png" if max(picture.size) <= _LOSSLESS_SIDE else "jpeg"
-    picture.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
     out = io.BytesIO()
-    picture.save(out, format=kind.upper(), **({"quality": 95} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def encoded(pixels: np.ndarray, max_side: int = _MAX_IMAGE_SIDE) -> tuple[str, bytes]:
+    """(media type, file): uint8 [height, width, 3] as PNG when small, else as JPEG, its longest side <= max_side."""
+    from PIL import Image
+
+    if max(pixels.shape[:2]) <= _LOSSLESS_SIDE:
+        return "image/png", png_bytes(pixels)
+    picture, out = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((max_side, max_side))
+    picture.save(out, "JPEG", quality=95)
+    return "image/jpeg", out.getvalue()
+
+
+def data_url(pixels: np.ndarray, max_side: int = _MAX_IMAGE_SIDE) -> str:
+    """The file of `encoded` as a data URL."""
+    kind, data = encoded(pixels, max_side)
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def from_base64(text: object) -> bytes:
+    """Bytes of base64, with or without `data:…;base64,` before it and line breaks in it. Raises FetchError."""
+    if not isinstance(text, str):
+        raise FetchError(f"base64 of type {type(text).__name__}", "bad_response")
+    head, comma, rest = text.partition(",") if text[:5] == "data:" else ("", ",", text)
+    try:
+        return base64.b64decode("".join(rest.split()), validate=True)
+    except ValueError:
+        raise FetchError("this is not base64", "bad_response") from None

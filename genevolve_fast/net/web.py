@@ -9,6 +9,7 @@ import re
 import ssl
 import zlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -69,7 +70,7 @@ class PerLoop(Generic[T]):
 class Answer:
     status: int
     headers: httpx.Headers
-    body: bytes  # of a 2xx answer, otherwise empty
+    body: bytes  # of a 2xx answer; of others the first bytes that were asked for, undecoded
 
 
 class Exchange:
@@ -86,18 +87,22 @@ class Exchange:
         max_bytes: int,
         timeout_s: float,
         inspect: Callable[[httpx.Headers], None] = lambda headers: None,
+        error_bytes: int = 0,
     ) -> Answer:
         """The answer to `request`, its body of at most `max_bytes` also when decompressed.
 
-        `inspect` sees the headers of a 2xx answer before its body is read and may raise. Raises FetchError, whose
-        message names `where` and nothing else of the request.
+        Of an answer that is no 2xx the first `error_bytes` are kept, in which services say what went wrong. `inspect`
+        sees the headers of a 2xx answer before its body is read and may raise. Raises FetchError, whose message names
+        `where` and nothing else of the request.
         """
         request.headers.setdefault("Accept-Encoding", "identity")
         request.headers.setdefault("User-Agent", "genevolve-fast")
         request.extensions["timeout"] = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)).as_dict()
         transport = self._transport()
         try:
-            return await asyncio.wait_for(self._send(transport, request, where, max_bytes, inspect), timeout_s)
+            return await asyncio.wait_for(
+                self._send(transport, request, where, max_bytes, inspect, error_bytes), timeout_s
+            )
         except FetchError:
             raise
         except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -109,11 +114,14 @@ class Exchange:
                 raise FetchError(f"{where} hung up", "connect") from None
             raise FetchError(f"{where} does not speak HTTP: {type(error).__name__}", "bad_response") from None
 
-    async def _send(self, transport, request: httpx.Request, where: str, max_bytes: int, inspect) -> Answer:
+    async def _send(
+        self, transport, request: httpx.Request, where: str, max_bytes: int, inspect, error_bytes: int
+    ) -> Answer:
         response = await transport.handle_async_request(request)
         try:
             if not response.is_success:
-                return Answer(response.status_code, response.headers, b"")
+                said = await _beginning(response, error_bytes)
+                return Answer(response.status_code, response.headers, said)
             inspect(response.headers)
             announced = response.headers.get("content-length", "")
             if announced.isdecimal() and int(announced[:20]) > max_bytes:
@@ -127,6 +135,18 @@ class Exchange:
             return Answer(response.status_code, response.headers, _decoded(bytes(body), encoding, where, max_bytes))
         finally:
             await response.aclose()
+
+
+async def _beginning(response: httpx.Response, size: int) -> bytes:
+    """The first `size` bytes of a body, or what came of them."""
+    said = bytearray()
+    if size:
+        with suppress(httpx.HTTPError):  # the status says enough
+            async for chunk in response.stream:
+                said += chunk
+                if len(said) >= size:
+                    break
+    return bytes(said[:size])
 
 
 def _too_large(where: str, max_bytes: int) -> FetchError:

@@ -1,59 +1,284 @@
-"""Programs of a results.json to pictures, resumable."""
+"""Programs of a results.json to pictures: several at a time, every finished one kept, continued where it stopped."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import hashlib
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from genevolve_fast import event_loop
+from genevolve_fast.net.harmless import one_line
+from genevolve_fast.net.pictures import png_bytes
 from genevolve_fast.protocols import Renderer, RenderError
-from genevolve_fast.trajectory import InvariantError, Program, Reference, json_text, safe_name
+from genevolve_fast.render.rows import Row, RowError, drawn, not_drawn, program_of, read_references, read_rows
+from genevolve_fast.render.service_client import refusal
+from genevolve_fast.resumable import (
+    BatchError,
+    Log,
+    changes,
+    ended_by_signals,
+    now_and_then,
+    write_bytes,
+    write_text,
+)
+from genevolve_fast.trajectory import json_text
 
-_FIELDS = ("img_id", "note", "local_path", "url", "title", "page_url")
+JOURNAL = "renders.jsonl"
+RESULTS = "results.json"
+PICTURES = "images"
+_HEADER = "genevolve_fast_renders"
+_GIVE_UP_AFTER = 3  # rows, or as many as are drawn at a time
+_HOPELESS = ("render/connect", "render/client_error")
 
 
-def render_results(source: Path, folder: Path, renderer: Renderer, seed: int = 0) -> tuple[int, int]:
-    """Draw every row of `source` that has no picture in `folder` yet; returns (pictures, rows without one).
+# --- what is done -----------------------------------------------------------------------------------------------------
 
-    `folder/results.json` keeps the rows in the released format with `output_path`, `success` and `render_error`.
+
+class Gallery:
+    """`images/`, and `renders.jsonl` with the settings and a line for each finished row; one process at a time.
+
+    A row is done when its picture is the file that was written for the same program. `adopted` pictures stand in the
+    results.json of the released script; `changed` rows ask for something else since they were drawn.
     """
-    from PIL import Image
 
-    try:
-        rows: list[dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InvariantError(f"{source} is not a results.json: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, row in enumerate(rows):
-        target = folder / f"{safe_name(str(row.get('id', i)))}.png"
-        row |= {"output_path": str(target), "success": target.exists(), "render_error": None}
-        if row["success"]:
-            continue
+    def __init__(self, folder: Path, rows: Sequence[Row], settings: Mapping[str, Any], fresh: bool = False) -> None:
+        """Raises BatchError where the folder holds pictures of another input, renderer or seed."""
+        self.folder = folder.resolve()
+        self.rows: dict[str, dict[str, Any]] = {}  # by name: the row as results.json has it
+        self.adopted = self.changed = 0
+        self._files: dict[str, dict[str, Any]] = {}  # by name: the journal's line of a picture
+        self._log = Log(self.folder / JOURNAL, _HEADER, "rendering")
         try:
-            references = tuple(Reference(**{k: r.get(k, "") for k in _FIELDS}) for r in row["reference_images"])
-            program = Program(row["gen_prompt"], references)
-            program.validate(min_references=renderer.min_references, max_references=renderer.max_references)
-            pixels = [_read(source.parent, r) for r in references]
-            partial = target.with_name(f".{target.name}.tmp")  # half a picture must not count as finished
-            Image.fromarray(event_loop.run(renderer.render(program, pixels, seed))).save(partial, "PNG")
-            partial.replace(target)
-            row["success"] = True
-        except (InvariantError, RenderError, OSError, KeyError, TypeError) as error:
-            row |= {"render_error": f"{type(error).__name__}: {error}", "output_path": ""}
-    partial = folder / ".results.json.tmp"
-    partial.write_text(json_text(rows, indent=2), encoding="utf-8")
-    partial.replace(folder / "results.json")
-    done = sum(row["success"] for row in rows)
-    return done, len(rows) - done
+            (self.folder / PICTURES).mkdir(exist_ok=True)
+            self._open(rows, dict(settings), fresh)
+        except BaseException:
+            self._log.close()
+            raise
+
+    def _open(self, rows: Sequence[Row], settings: dict[str, Any], fresh: bool) -> None:
+        if fresh:
+            self._log.clear()
+        header, lines = self._log.read()
+        if header is None or len(lines) < header.get("adopted", 0):  # new, or ended while it adopted
+            found = {} if fresh else self._adoptable(rows)
+            self._log.begin(settings=settings, adopted=len(found))
+            for name, line in found.items():
+                self._log.append({"name": name} | line)
+            self.adopted, lines = len(found), [{"name": name} | line for name, line in found.items()]
+        elif changed := changes(header["settings"], settings):
+            if any(line.get("file") for line in lines):
+                raise BatchError(
+                    f"{self.folder} holds pictures of other settings ({changed}): choose another --output-dir, or "
+                    "--fresh to start over"
+                )
+            self._log.begin(settings=settings, adopted=0)
+            lines = []
+        self._take(rows, lines)
+
+    def _take(self, rows: Sequence[Row], lines: Sequence[Mapping[str, Any]]) -> None:
+        known = {row.name: row for row in rows}
+        last = {line.get("name"): line for line in lines if isinstance(line.get("name"), str)}
+        for name, line in last.items():
+            if name not in known:
+                raise BatchError(
+                    f"{self.folder} holds pictures of another input, {name} is not in this one: choose another "
+                    "--output-dir, or --fresh to start over"
+                )
+            row = known[name]
+            if line.get("digest") != row.digest:
+                self.changed += bool(line.get("file"))
+            elif (picture := self._picture(line)) is not None:
+                self.rows[name] = drawn(row.fields, picture)
+            elif not line.get("file"):
+                self.rows[name] = not_drawn(row.fields, str(line.get("error")), str(line.get("failure")))
+
+    def _picture(self, line: Mapping[str, Any]) -> Path | None:
+        """The file that a line names, if it is still the one that was written."""
+        if not isinstance(line.get("file"), str):
+            return None
+        path = self.folder / line["file"]
+        try:
+            same = hashlib.sha256(path.read_bytes()).hexdigest() == line.get("sha256")
+        except (OSError, ValueError):
+            return None
+        return path if same and path.parent == self.folder / PICTURES else None
+
+    def _adoptable(self, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+        """Pictures of a results.json without a journal, such as the released script's: same id, same program."""
+        path = self.folder / RESULTS
+        if not path.exists():
+            return {}
+        before = read_rows(path)
+        known = {row.name: row for row in rows}
+        files = Counter(_file_of(row.fields) for row in before)
+        adopted = {}
+        for row in before:
+            if row.name not in known or known[row.name].digest != row.digest:
+                raise BatchError(
+                    f"{path} has a row that is not of this input (id {row.fields.get('id')!r}): choose another "
+                    "--output-dir, or --fresh to start over"
+                )
+            file = _file_of(row.fields)
+            picture = self.folder / PICTURES / file
+            # The released script lets rows that share an id overwrite one file: nobody knows whose picture it is.
+            if row.fields.get("success") is True and file and files[file] == 1 and picture.is_file():
+                line = {"digest": row.digest, "file": f"{PICTURES}/{file}"}
+                adopted[row.name] = line | {"sha256": hashlib.sha256(picture.read_bytes()).hexdigest()}
+        return adopted
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the rows that have their picture."""
+        return {name for name, row in self.rows.items() if row["success"]}
+
+    async def add(self, row: Row, png: bytes, seconds: float) -> None:
+        """Keep a picture for good. Raises BatchError."""
+        file = f"{PICTURES}/{row.name}.png"
+        try:
+            await asyncio.to_thread(write_bytes, self.folder / file, png)
+        except OSError as error:
+            raise BatchError(f"{self.folder / file} cannot be written: {error.strerror}") from None
+        line = {"name": row.name, "digest": row.digest, "file": file, "sha256": hashlib.sha256(png).hexdigest()}
+        self._log.append(line | {"seconds": round(seconds, 3)})
+        self.rows[row.name] = drawn(row.fields, self.folder / file)
+
+    def add_failure(self, row: Row, error: str, failure: str) -> None:
+        self._log.append({"name": row.name, "digest": row.digest, "failure": failure, "error": error})
+        self.rows[row.name] = not_drawn(row.fields, error, failure)
+
+    def write_results(self, rows: Sequence[Row]) -> None:
+        """results.json in input order; rows that were never tried are absent."""
+        write_text(self.folder / RESULTS, json_text([self.rows[r.name] for r in rows if r.name in self.rows], indent=2))
+
+    def close(self) -> None:
+        self._log.close()
 
 
-def _read(base: Path, reference: Reference) -> np.ndarray:
-    from PIL import Image
+def _file_of(row: Mapping[str, Any]) -> str:
+    """The name of a row's picture, without the folder: it may have been moved."""
+    path = row.get("image_path") or row.get("output_path")
+    return Path(path).name if isinstance(path, str) and "\x00" not in path else ""
 
-    if not reference.local_path:
-        raise RenderError(f"{reference.img_id} has no local_path")
-    with Image.open(base / reference.local_path) as picture:
-        return np.asarray(picture.convert("RGB"))
+
+# --- a batch ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Counts of one `render_batch`: `ends` over all rows ("drawn", or the failure); `stopped` why early."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    rendered: int = 0  # pictures of this run
+    seconds: float = 0.0
+    stopped: str = ""
+    signal: int | None = None
+    reasons: dict[str, str] = field(default_factory=dict)  # of `ends`: the first error of each
+    refusals: list[str] = field(default_factory=list)  # the same one, row after row
+
+    @property
+    def drawn(self) -> int:
+        return self.ends["drawn"]
+
+    def add(self, end: str, error: str, parallel: int) -> None:
+        """Count a row; too many of the same refusal stop the batch, because waiting would not help."""
+        self.ends[end] += 1
+        if end == "drawn":
+            self.rendered += 1
+        else:
+            self.reasons.setdefault(end, error)
+        if end not in _HOPELESS:
+            self.refusals = []
+        elif self.refusals[:1] == [error]:
+            self.refusals.append(error)
+        else:
+            self.refusals = [error]
+        if len(self.refusals) == max(_GIVE_UP_AFTER, parallel):
+            self.stopped = f"the last {len(self.refusals)} rows failed alike: {error}"
+
+    def line(self) -> str:
+        """One line: n drawn, n failed by type, seconds, pictures a minute."""
+        failed = {end: n for end, n in sorted(self.ends.items()) if end != "drawn"}
+        kinds = ", ".join(f"{end} {n}" for end, n in failed.items())
+        speed = f", {60 * self.rendered / self.seconds:.0f} pictures/min" if self.rendered and self.seconds else ""
+        failures = f"{sum(failed.values())} failed{f' ({kinds})' if kinds else ''}"
+        return f"{self.drawn} drawn, {failures}, {self.seconds:.1f} s{speed}"
+
+
+async def render_batch(
+    rows: Sequence[Row],
+    gallery: Gallery,
+    renderer: Renderer,
+    *,
+    seed: int = 0,
+    parallel: int = 1,
+    draw_request: bool = False,
+    bases: Sequence[Path] = (Path(),),
+    progress: Callable[[Counter[str]], None] = lambda ends: None,
+) -> Batch:
+    """Draw what has no picture yet, `parallel` at a time. SIGINT and SIGTERM end it with every finished row written.
+
+    Relative paths of references are looked up under `bases`. It also ends when row after row is refused, or the
+    service cannot be reached.
+    """
+    done = gallery.done
+    batch = Batch(Counter({"drawn": len(done)} if done else {}))
+    progress(batch.ends)
+    todo = iter([row for row in rows if row.name not in done])
+    save = now_and_then(lambda: gallery.write_results(rows))
+    started = time.monotonic()
+
+    async def worker() -> None:
+        for row in todo:
+            if batch.stopped:
+                return
+            began, error, end = time.monotonic(), "", "drawn"
+            try:
+                png = await _draw(row, renderer, seed, draw_request, bases)
+                await gallery.add(row, png, time.monotonic() - began)
+            except RowError as reason:
+                error, end = str(reason), reason.failure
+            except RenderError as reason:
+                error, end = str(reason), f"render/{reason.kind}"
+            except BatchError:
+                raise
+            except Exception as reason:  # one row's bug must not end the others
+                error, end = f"{type(reason).__name__}: {reason}", "render/other"
+            if error:
+                gallery.add_failure(row, one_line(error, 500), end)
+            batch.add(end, error, parallel)
+            progress(batch.ends)
+            save()
+
+    def end_by(number: int) -> None:
+        batch.signal, batch.stopped = number, signal.Signals(number).name
+
+    tasks = [asyncio.create_task(worker()) for _ in range(parallel)]
+    with ended_by_signals(tasks, end_by):
+        try:
+            await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            if batch.signal is None:
+                raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            gallery.write_results(rows)
+    batch.seconds = time.monotonic() - started
+    return batch
+
+
+async def _draw(row: Row, renderer: Renderer, seed: int, draw_request: bool, bases: Sequence[Path]) -> bytes:
+    """The row's picture as PNG. Raises RowError and RenderError."""
+    program = program_of(row.fields, draw_request)
+    count = len(program.reference_images)
+    if not renderer.min_references <= count <= renderer.max_references:
+        raise RowError(refusal(renderer, count), "program")
+    references = await asyncio.to_thread(read_references, program, bases)
+    pixels = await renderer.render(program, references, seed)
+    return await asyncio.to_thread(png_bytes, pixels)

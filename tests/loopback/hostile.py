@@ -25,7 +25,8 @@ from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.agent.tools import ToolsConfig, open_tools
 from genevolve_fast.incidents import KINDS, Incidents
 from genevolve_fast.protocols import Generation
-from genevolve_fast.render.batch import render_results
+from genevolve_fast.render.batch import Gallery, render_batch
+from genevolve_fast.render.rows import read_rows
 from genevolve_fast.trajectory import Request, safe_name
 
 KEY = "sk-hostile-0123456789"
@@ -567,8 +568,10 @@ def check_id(id: str) -> str:
         source, folder = outside / "results.json", outside / "a" / "b" / "c"
         source.write_text(json.dumps([{"id": id, "gen_prompt": "x", "reference_images": []}]), encoding="utf-8")
         before = set(outside.rglob("*"))
-        if render_results(source, folder, Painter()) != (1, 0):
-            return "no picture"
+        rows = read_rows(source)
+        with contextlib.closing(Gallery(folder, rows, {})) as gallery:
+            if asyncio.run(render_batch(rows, gallery, Painter())).drawn != 1:
+                return "no picture"
         made = {p for p in set(outside.rglob("*")) - before if p.is_file()}
-        expected = {folder / "results.json", folder / f"{safe_name(id)}.png"}
+        expected = {folder / "results.json", folder / "renders.jsonl", folder / "images" / f"{safe_name(id)}.png"}
         return "" if made == expected else f"files {made}"
