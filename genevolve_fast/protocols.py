@@ -158,6 +158,18 @@ class Tool(Protocol):
 # --- from program to score --------------------------------------------------------------------------------------------
 
 
+SKILLS = (  # of generation: what the agent can ask guidance for, and what judges give a diagnostic on
+    "spatial_layout",
+    "aesthetic_drawing",
+    "text_rendering",
+    "creative_drawing",
+    "anatomy_body_coherence",
+    "attribute_binding",
+    "physical_material_consistency",
+    "quantity_counting",
+)
+
+
 class RenderError(RuntimeError):
     """The renderer failed (its fault, not the program's). `kind` is one of incidents.KINDS."""
 
@@ -246,6 +258,7 @@ class Summarizer(Protocol):
 
 
 class Embedder(Protocol):
+    name: str  # tells it from others: cosines of two embedders cannot be compared
     dimension: int
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -175,6 +175,7 @@ class Failed:
 
     stage: Literal["engine", "tool", "render", "judge"]
     reason: str
+    kind: str = "other"  # one of incidents.KINDS
 
 
 Outcome = Judged | Failed

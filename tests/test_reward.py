@@ -126,7 +126,7 @@ def outcome(t, act=paints, image=ImageVerdict(1, 1, 1, 1, True), program=Program
 def test_failures_are_typed_and_never_zero():
     assert outcome(rollout(0)) == (Judged(1.0, 1.0, 1.0, 1, 1, 1, 1, True), PICTURE)
     assert outcome(rollout(0), breaks)[0] == Failed("render", "GPU lost")
-    assert outcome(rollout(0), hangs, timeout_s=0.05)[0] == Failed("render", "no picture within 0.05 s")
+    assert outcome(rollout(0), hangs, timeout_s=0.05)[0] == Failed("render", "no picture within 0.05 s", "timeout")
     assert outcome(rollout(0), image=JudgeError("429"))[0] == Failed("judge", "429")
     assert outcome(rollout(0), program=ProgramVerdict(0.3))[0].stage == "judge"
     assert outcome(rollout(0, outcome=Failed("engine", "x")))[0] == Failed("engine", "x")

@@ -7,18 +7,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from genevolve_fast.protocols import Observation, ToolError
-
-SKILLS = (
-    "spatial_layout",
-    "aesthetic_drawing",
-    "text_rendering",
-    "creative_drawing",
-    "anatomy_body_coherence",
-    "attribute_binding",
-    "physical_material_consistency",
-    "quantity_counting",
-)
+from genevolve_fast.protocols import SKILLS, Observation, ToolError
 
 
 @lru_cache(maxsize=len(SKILLS))

@@ -17,6 +17,7 @@ class HashedNgramEmbedder:
 
     def __init__(self, dimension: int = 512) -> None:
         self.dimension = dimension
+        self.name = f"hashed n-grams, {dimension} bins"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), dimension]."""

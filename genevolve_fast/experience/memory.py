@@ -60,6 +60,7 @@ class ExperienceMemory:
     def save(self, path: Path) -> None:
         """Write `path`.json atomically; embeddings are computed again on load."""
         data = {
+            "embedder": self.embedder.name,
             "capacity": self.capacity,
             "similarity": self.similarity,
             "bundles": [asdict(b) for b in self.bundles],
@@ -71,9 +72,15 @@ class ExperienceMemory:
         os.replace(partial, final)
 
     @classmethod
-    def load(cls, path: Path, embedder: Embedder) -> ExperienceMemory:
-        """Read what `save` wrote."""
+    def load(cls, path: Path, embedder: Embedder, *, reembed: bool = False) -> ExperienceMemory:
+        """Read what `save` wrote. Raises ValueError where another embedder wrote it, unless told to `reembed`."""
         data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        saved = data.get("embedder", embedder.name)  # older releases did not say
+        if saved != embedder.name and not reembed:
+            raise ValueError(
+                f"{path.with_suffix('.json')} was written with the embedder {saved!r}, this is {embedder.name!r}: "
+                f"similarity {data['similarity']:g} would mean something else"
+            )
         memory = cls(embedder, data["capacity"], data["similarity"])
         memory.bundles = [Bundle(**{**b, "experience": Experience(**b["experience"])}) for b in data["bundles"]]
         if memory.bundles:

@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -36,11 +37,12 @@ class Completion:
 
 
 class AttemptFailed(EngineError):
-    """One call failed; `retry_after_s` is what the server asked for."""
+    """One call failed; `retry_after_s` is what the server asked for, `status` that of its HTTP answer, if any."""
 
-    def __init__(self, message: str, kind: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, kind: str, retry_after_s: float | None = None, status: int | None = None) -> None:
         super().__init__(message, kind)
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 def checked_base_url(base_url: str) -> str:
@@ -73,7 +75,8 @@ class ChatEndpoint:
 
     A failed attempt is counted in `incidents` as "<source>/<kind>" and made again where a later one may succeed:
     `attempts` times, and while the server restarts (it cannot be reached, or answers 5xx) for `patience_s` seconds.
-    `request_timeout` (seconds) bounds every attempt.
+    `request_timeout` (seconds) bounds every attempt. `limiter` is entered before each of them, also by the endpoints
+    that share it; neither clock runs while an attempt waits there for the first time.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class ChatEndpoint:
         patience_s: float = 0.0,
         incidents: Incidents | None = None,
         source: str = "engine",
+        limiter: AbstractAsyncContextManager | None = None,
     ) -> None:
         from openai import AsyncOpenAI, Timeout
 
@@ -99,6 +103,7 @@ class ChatEndpoint:
         self.patience_s = patience_s
         self.incidents = incidents or Incidents()
         self.source = source
+        self._limiter = limiter or nullcontext()
         secrets = {api_key, login, *(unquote(s) for s in (parts.username, parts.password) if s)} - {NO_KEY}
         self._secrets = sorted((s for s in secrets if len(s) > 3), key=len, reverse=True)  # one may begin another
         timeout = Timeout(request_timeout, connect=min(_CONNECT_S, request_timeout))
@@ -115,26 +120,45 @@ class ChatEndpoint:
         await self._client.close()
 
     async def complete(
-        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling, seed: int | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+        seed: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
     ) -> Completion:
         """The next assistant message. Raises EngineError, whose text never holds a key."""
         from tenacity import AsyncRetrying, retry_if_exception
 
+        began: list[float] = []
+
+        async def attempt() -> Completion:
+            async with self._limiter:
+                began.append(time.monotonic())
+            return await self._attempt(messages, sampling, seed, response_format)
+
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda e: isinstance(e, AttemptFailed) and e.kind in _PASSING),
-            stop=self._give_up,
+            stop=lambda state: self._give_up(state, began[0]),
             wait=_pause,
             reraise=True,
         )
-        return await retrying(self._attempt, messages, sampling, seed)
+        return await retrying(attempt)
 
-    def _give_up(self, state) -> bool:
+    def _give_up(self, state, began: float) -> bool:
         failure = state.outcome.exception()
-        patient = failure.kind in _RESTARTING and time.monotonic() - state.start_time < self.patience_s
+        patient = failure.kind in _RESTARTING and time.monotonic() - began < self.patience_s
         return state.attempt_number >= self.attempts and not patient
 
-    async def _attempt(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling, seed: int | None) -> Completion:
-        options = {} if seed is None else {"seed": seed}
+    async def _attempt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+        seed: int | None,
+        response_format: Mapping[str, Any] | None,
+    ) -> Completion:
+        options: dict[str, Any] = {} if seed is None else {"seed": seed}
+        if response_format is not None:
+            options["response_format"] = response_format
         call = self._client.chat.completions.create(
             model=self.model,
             messages=list(messages),
@@ -157,13 +181,13 @@ class ChatEndpoint:
         told = str(error)
         if isinstance(error, openai.APIStatusError) and error.body and " - " not in told:
             told = f"{told} - {error.body}"  # openai tells only errors of its own form
-        said = " ".join(self._without_secrets(told).split())[:_MAX_SAID]
+        said = " ".join(self.without_secrets(told).split())[:_MAX_SAID]
         if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError)):
             return AttemptFailed(f"{self.address} gave no answer within {self.request_timeout:g} s", "timeout")
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error, said)
         if isinstance(error, openai.APIConnectionError):
-            reason = self._without_secrets(str(error.__cause__ or ""))[:_MAX_SAID]
+            reason = self.without_secrets(str(error.__cause__ or ""))[:_MAX_SAID]
             return AttemptFailed(f"{self.address} cannot be reached: {reason or said}", "connect")
         return AttemptFailed(f"{self.address} did not answer in the chat protocol: {said}", "bad_response")
 
@@ -176,15 +200,17 @@ class ChatEndpoint:
         if status == 408:
             return AttemptFailed(f"{self.address}: {said}", "timeout")
         if status == 400 and any(mark in str(error).lower() for mark in _TOO_LONG):
+            shorter = "lower max_response_length or max_tokens_per_round, or " * (self.source == "engine")
             return AttemptFailed(
-                "the conversation no longer fits the model's context: lower max_response_length or "
-                f"max_tokens_per_round, or serve it with a longer one (vLLM: --max-model-len). {self.address}: {said}",
+                f"the conversation no longer fits the model's context: {shorter}"
+                f"serve it with a longer one (vLLM: --max-model-len). {self.address}: {said}",
                 "client_error",
             )
         hint = " (such an address mostly ends in /v1)" if status == 404 and "/v1" not in self.address else ""
-        return AttemptFailed(f"{self.address}: {said}{hint}", "client_error")
+        return AttemptFailed(f"{self.address}: {said}{hint}", "client_error", status=status)
 
-    def _without_secrets(self, text: str) -> str:
+    def without_secrets(self, text: str) -> str:
+        """`text` with stars for the key and the address's login."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text

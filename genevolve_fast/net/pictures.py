@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ MAX_SCANS = 500  # of a JPEG; progressive ones have about ten, and each passes a
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 _MAX_IMAGE_SIDE = 1024
 _LOSSLESS_SIDE = 256  # small pictures travel as PNG
+_MAX_JUDGED_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,44 @@ def encoded(pixels: np.ndarray, max_side: int = _MAX_IMAGE_SIDE) -> tuple[str, b
 
     if max(pixels.shape[:2]) <= _LOSSLESS_SIDE:
         return "image/png", png_bytes(pixels)
-    picture, out = Image.fromarray(pixels), io.BytesIO()
+    picture = Image.fromarray(pixels)
     picture.thumbnail((max_side, max_side))
-    picture.save(out, "JPEG", quality=95)
+    return _jpeg(picture, quality=95)
+
+
+def _encoded_for_judges(pixels: np.ndarray) -> tuple[str, bytes]:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    longest = max(picture.size)
+    if longest <= _LOSSLESS_SIDE:
+        return "image/png", png_bytes(pixels)
+    if longest > _MAX_JUDGED_SIDE:
+        scale = _MAX_JUDGED_SIDE / longest
+        picture = picture.resize([max(1, int(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    return _jpeg(picture, quality=100, optimize=True)
+
+
+def _jpeg(picture, **options: Any) -> tuple[str, bytes]:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", **options)
     return "image/jpeg", out.getvalue()
 
 
 def data_url(pixels: np.ndarray, max_side: int = _MAX_IMAGE_SIDE) -> str:
     """The file of `encoded` as a data URL."""
-    kind, data = encoded(pixels, max_side)
+    return as_url(*encoded(pixels, max_side))
+
+
+def judged_url(pixels: np.ndarray) -> str:
+    """As the released evaluator encodes what it judges: JPEG of quality 100, the longest side at most 4096.
+
+    Small pictures are PNG: they lose nothing.
+    """
+    return as_url(*_encoded_for_judges(pixels))
+
+
+def as_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -16,7 +16,7 @@ def kscore(verdict: ImageVerdict) -> float:
     scores = {name: getattr(verdict, name) for name in WEIGHTS}
     for name, value in scores.items():
         if value not in IMAGE_SCORES:
-            raise JudgeError(f"{name} must be one of {IMAGE_SCORES}, the judge said {value}")
+            raise JudgeError(f"{name} must be one of {IMAGE_SCORES}, the judge said {value}", "bad_response")
     if not verdict.text_required:
         scores["text_accuracy"] = 0.5
     return sum(WEIGHTS[name] * value for name, value in scores.items())
@@ -25,7 +25,8 @@ def kscore(verdict: ImageVerdict) -> float:
 def judged(image: ImageVerdict, program: ProgramVerdict) -> Judged:
     """Both verdicts as one outcome. Raises JudgeError for a score off its scale."""
     if program.score not in PROGRAM_SCORES:
-        raise JudgeError(f"the program score must be one of {PROGRAM_SCORES}, the judge said {program.score}")
+        message = f"the program score must be one of {PROGRAM_SCORES}, the judge said {program.score}"
+        raise JudgeError(message, "bad_response")
     score = kscore(image)
     return Judged(
         reward=IMAGE_WEIGHT * score + (1 - IMAGE_WEIGHT) * program.score,

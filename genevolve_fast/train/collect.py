@@ -92,6 +92,7 @@ def judge_rollouts(rollouts: Rollouts, requests: Mapping[str, Request], world: W
                     truth=world.truth(requests[t.request_id]),
                     images=rollouts.images,
                     seed=render_seed,
+                    incidents=world.incidents,
                 )
                 for t in rollouts.trajectories
             )
