@@ -23,7 +23,7 @@ RED = "Background blue. A red circle in the middle."
 
 
 class FaultyCanvas(CanvasPipeline):
-    """Draws a prompt and obeys what stands before its first " | ": sleep S, fail, die, die-once FILE, hang, lost."""
+    """Draws, and obeys what stands before " | ": sleep S, wait-for FILE, fail, die, die-once FILE, hang, lost."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         super().__init__()
@@ -49,6 +49,10 @@ class FaultyCanvas(CanvasPipeline):
                     os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
+            case "wait-for":
+                until = time.monotonic() + 60
+                while not Path(argument).exists() and time.monotonic() < until:
+                    time.sleep(0.01)
             case "lost":
                 raise DeviceLostError("the device is gone", "server_error")
 
@@ -58,21 +62,30 @@ def open_faulty(device: str, seconds: float = 0.0) -> FaultyCanvas:
     return FaultyCanvas(seconds)
 
 
+def own(factory: str, **arguments) -> tuple[str, ...]:
+    """Flags that serve a pipeline of your own."""
+    return "--factory", factory, "--arguments", json.dumps(arguments)
+
+
+def faulty(**arguments) -> tuple[str, ...]:
+    """Flags that serve FaultyCanvas."""
+    return own("tests.loopback.render:open_faulty", **arguments)
+
+
 class LoopbackRender:
     """`genevolve-fast render-serve` on a port that stays the same over restarts.
 
-    with LoopbackRender(model="sandbox:canvas") as service: httpx.post(f"{service.url}/generate", json={...})
+    with LoopbackRender("--model", "sandbox:canvas") as service: httpx.post(f"{service.url}/generate", json={...})
     """
 
-    def __init__(self, *flags: str, factory: str = "", model: str = "", env: dict[str, str] | None = None, **arguments):
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        what = ["--factory", factory, "--arguments", json.dumps(arguments)] if factory else ["--model", model]
         cli = [sys.executable, "-m", "genevolve_fast.cli", "render-serve"]
-        self.command = [*cli, *what, "--port", str(self.port), *flags]
+        self.command = [*cli, "--port", str(self.port), *flags]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        self.env = {**os.environ, **own, **(env or {})}
+        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        self.env = {**os.environ, **quiet, **(env or {})}
         self.process: subprocess.Popen | None = None
         self._log = tempfile.NamedTemporaryFile("w+", prefix="render-", suffix=".log")  # noqa: SIM115 - closed with us
 
@@ -95,10 +108,13 @@ class LoopbackRender:
     def health(self) -> dict:
         return httpx.get(f"{self.url}/health", timeout=5).json()
 
-    def metric(self, name: str) -> float:
-        """The sum of a number of /metrics over its labels."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=5).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    def metric(self, name: str, **labels: str) -> float:
+        """A number of /metrics, summed over the labels that are not named."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = httpx.get(f"{self.url}/metrics", timeout=5).text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
     def workers(self) -> list[int]:
         return [worker["pid"] for worker in self.health()["workers"] if worker["pid"]]
