@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, generate, render, rollout
+from genevolve_fast.commands import bench, generate, render, rollout, serve_render
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -189,6 +189,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     generate.add(command)
     rollout.add(command)
     render.add(command)
+    serve_render.add(command)
 
     p = command(
         "report",
