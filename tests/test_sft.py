@@ -117,7 +117,9 @@ def test_bad_data_is_named(tmp_path, policy):
     cases = {
         "not JSON": "{",
         "too few images": json.dumps({"messages": [{"role": "user", "content": "<image>"}]}),
-        "more images": json.dumps(good | {"images": ["x.png"]}),
+        "more images": json.dumps(
+            {"messages": [{"role": "user", "content": "<image>"}, *good["messages"]], "images": ["x.png", "x.png"]}
+        ),
         "cannot read image": json.dumps({"messages": [{"role": "user", "content": "<image>"}], "images": ["y.png"]}),
         "no sample": json.dumps(good),
     }
