@@ -120,7 +120,9 @@ def test_bad_data_is_named(tmp_path, policy):
         "more images": json.dumps(
             {"messages": [{"role": "user", "content": "<image>"}, *good["messages"]], "images": ["x.png", "x.png"]}
         ),
-        "cannot read image": json.dumps({"messages": [{"role": "user", "content": "<image>"}], "images": ["y.png"]}),
+        "cannot read image": json.dumps(
+            {"messages": [{"role": "user", "content": "<image>"}, *good["messages"]], "images": ["y.png"]}
+        ),
         "no sample": json.dumps(good),
     }
     from PIL import Image
