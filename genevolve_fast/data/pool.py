@@ -297,6 +297,13 @@ def finished_pool(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     return manifest if manifest and not manifest["counts"]["unanswered"] else None
 
 
-def pool_requests(step: Step) -> list[tuple[str, dict[str, Any]]]:
-    """(split, row) of every request of a pool, in the order train, eval, bench."""
-    return [(split, row) for split in SPLITS for row in step.rows(f"{split}.jsonl")]
+def pool_requests(step: Step) -> list[tuple[str, Request]]:
+    """(split, request) of every row of a pool, in the order train, eval, bench; construction stands in `extra`."""
+    return [(split, pool_request(row)) for split in SPLITS for row in step.rows(f"{split}.jsonl")]
+
+
+def pool_request(row: Mapping[str, Any]) -> Request:
+    """The request of a pool row: `extra` holds its construction and its meta."""
+    built = row["extra_info"].get("construction") or {}
+    names = ("id", "question", "gt_image", "eval_type", "category", "difficulty", "meta")
+    return Request.from_row({**built, **{name: row[name] for name in names}})

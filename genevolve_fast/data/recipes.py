@@ -160,9 +160,9 @@ def coverage_table(rows: Sequence[Mapping]) -> str:
 
 
 def split_recipes(recipes: Sequence[Recipe], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Split of each recipe id: every cell in the given shares, as near as whole subjects allow; equal seed, equal split.
+    """Split of each recipe id: every cell in the given shares, as near as whole subjects allow.
 
-    Recipes of one subject go together, so that no subject stands in two splits.
+    Equal seed, equal splits. Recipes of one subject go together, so that no subject stands in two splits.
     """
     total = sum(shares.values())
     random = np.random.default_rng((seed, 7))
