@@ -75,6 +75,19 @@ def keep_picture(source: Path, folder: Path) -> tuple[str, str]:
     return name, sha
 
 
+def link_picture(source: Path, target: Path) -> None:
+    """`target` as another name of `source`'s bytes, or a copy where the file system has no such names."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError:
+        write_bytes(target, source.read_bytes())
+
+
 # --- a step's folder --------------------------------------------------------------------------------------------------
 
 

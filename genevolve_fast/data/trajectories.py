@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from genevolve_fast.agent.journal import JOURNAL, Sample
 from genevolve_fast.data.pool import pool_requests
 from genevolve_fast.data.published import IMAGE_PLACEHOLDER
 from genevolve_fast.data.rows import DataError, read_picture
-from genevolve_fast.data.steps import Step, StepError, close_step, keep_picture, write_rows
+from genevolve_fast.data.steps import Step, StepError, close_step, file_hash, keep_picture, write_rows
 from genevolve_fast.trajectory import Message, Program, Reference, Request
 
 TABLE = "trajectories.jsonl"
@@ -126,14 +126,13 @@ def write_trajectories(folder: Path, pool: Step, settings: Mapping[str, Any]) ->
     requests = pool_requests(pool)
     kept: list[Teaching] = []
     ends: dict[str, int] = {}
-    lost = 0
+    files = _Files(folder)
     for position, (split, request) in enumerate(requests):
         line = lines.get(position)
         if line is None or line["termination"] == "error":
             continue
         ends[line["termination"]] = ends.get(line["termination"], 0) + 1
-        images, missing = _filed(folder, line.get("shown") or ())
-        lost += missing
+        images = tuple(map(files, line.get("shown") or ()))
         program = None
         if line["gen_prompt"]:
             references = [Reference(r["img_id"], r["note"]) for r in line["reference_images"]]
@@ -145,7 +144,7 @@ def write_trajectories(folder: Path, pool: Step, settings: Mapping[str, Any]) ->
     counts = {
         "trajectories": len(kept),
         **{f"ended: {end}": n for end, n in sorted(ends.items())},
-        "pictures without a file": lost,
+        "pictures without a file": files.missing,
         "failed": len(requests) - len(kept),
     }
     return close_step(folder, "trajectories", source=pool, settings=settings, tables=[TABLE], counts=counts)
@@ -164,18 +163,27 @@ def _journal(folder: Path) -> dict[int, dict[str, Any]]:
     return lines
 
 
-def _filed(folder: Path, shown: Sequence[Mapping[str, str]]) -> tuple[tuple[dict[str, str], ...], int]:
-    """(pictures with a file of the folder, how many have none): what cannot be decoded is no picture."""
-    out, missing = [], 0
-    for picture in shown:
-        file = sha = ""
-        path = Path(picture["local_path"]) if picture["local_path"] else None
+class _Files:
+    """The pictures of a batch as files of its folder: what lies elsewhere is copied, what cannot be read is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._known: dict[str, tuple[str, str]] = {}
+        self.missing = 0
+
+    def __call__(self, picture: Mapping[str, str]) -> dict[str, str]:
+        path = picture["local_path"]
+        if path not in self._known:
+            self._known[path] = self._kept(Path(path)) if path else ("", "")
+        file, sha = self._known[path]
+        self.missing += not file
+        return {**picture, "file": file, "sha256": sha}
+
+    def _kept(self, path: Path) -> tuple[str, str]:
         try:
-            if path is not None:
-                read_picture(path)
-                file, sha = keep_picture(path, folder)
+            read_picture(path)
         except DataError:
-            pass
-        missing += not file
-        out.append({**picture, "file": file, "sha256": sha})
-    return tuple(out), missing
+            return "", ""
+        if path.resolve().is_relative_to(self._folder):
+            return path.resolve().relative_to(self._folder).as_posix(), file_hash(path)
+        return keep_picture(path, self._folder)
