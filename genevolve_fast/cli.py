@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, render, rollout
+from genevolve_fast.commands import bench, data, render, rollout
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -188,6 +188,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     rollout.add(command)
     render.add(command)
+    data.add(command)
 
     p = command(
         "report",

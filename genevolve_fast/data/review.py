@@ -1,4 +1,4 @@
-"""Second opinions on a trajectory or its picture, by a vision-language model or a rule; nobody's silence is a verdict."""
+"""Second opinions on a trajectory or its picture, by a vision-language model or a rule; silence is no verdict."""
 
 from __future__ import annotations
 
