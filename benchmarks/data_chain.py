@@ -254,9 +254,7 @@ def prove_feedback(chain: Chain, pool, asked: set[str]) -> str:
     named = refused(lambda: open_requests(DataConfig(path=str(lacking)), "rl"), "line 1: gt_image")
     if not (whole and same and judged and named and {t.request_id for t in rollouts} == asked):
         return ""
-    return (
-        f"evolve: {len(rollouts)} judged rollouts of {len(asked)} of its {len(pool)} requests; a lost picture is named"
-    )
+    return f"evolve: {len(rollouts)} judged rollouts of {len(asked)} of {len(pool)} requests; a lost picture is named"
 
 
 def bench_of(policy_config, config, world, requests):

@@ -93,9 +93,6 @@ def write_sft_view(
             write_rows(folder / f"{split}.jsonl", of)
         left_out = {"repeats the bench": len(sides) - len(teachings)}
         counts = {split: len(of) for split, of in rows.items()} | {"pictures": len(pictures)} | left_out
-            "pictures": len(pictures),
-            "repeats the bench": len(sides) - len(teachings),
-        }
         return ["train.jsonl", "eval.jsonl"], counts
 
     return _write_view(root, "sft", source, settings, fill)
