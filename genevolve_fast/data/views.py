@@ -23,7 +23,7 @@ _CARD = """\
 ---
 configs:
 {configs}
----
+{features}---
 # GenEvolve data
 
 Sets in the format of GenEvolve-Data-Bench. Paths inside a set are relative to its folder.
@@ -34,6 +34,19 @@ from datasets import load_dataset
 load_dataset("PATH OF THIS FOLDER", "{first}")
 ```
 """
+_SFT_FEATURES = """\
+dataset_info:
+- config_name: sft
+  features:
+  - name: messages
+    list:
+    - name: role
+      dtype: string
+    - name: content
+      dtype: string
+  - name: images
+    list: string
+"""  # a split whose lists are all empty tells no type
 
 
 class ViewError(DataError):
@@ -267,4 +280,5 @@ def _write_card(root: Path) -> None:
         first = first or which
         configs += [f"- config_name: {which}", "  data_files:"]
         configs += [f"  - {{split: {split}, path: {layout.folder}/{split}.jsonl}}" for split in there]
-    write_bytes(path, _CARD.format(configs="\n".join(configs), first=first).encode())
+    features = _SFT_FEATURES if first == "sft" else ""
+    write_bytes(path, _CARD.format(configs="\n".join(configs), features=features, first=first).encode())
