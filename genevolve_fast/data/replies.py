@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 class ReplyError(ValueError):
@@ -27,18 +30,29 @@ def read_reply(text: str, form: type[M]) -> M:
 def _object(text: str) -> dict[str, Any]:
     import json_repair
 
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+    text = _THOUGHT.sub("", text)  # servers with reasoning parsers send the thought along
+    found = list(_objects(text))
+    if not found:
         try:
             value = json_repair.loads(text)
         except (ValueError, RecursionError) as error:
             raise ReplyError(f"no JSON: {type(error).__name__}") from None
-    if isinstance(value, list):  # json_repair's answer to several objects
-        found = [v for v in value if isinstance(v, dict)]
-        if len(found) != 1:
-            raise ReplyError(f"{len(found)} JSON objects, one was asked for")
-        value = found[0]
-    if not isinstance(value, dict):
+        found = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, dict) and v]
+    if any(other != found[0] for other in found[1:]):
+        raise ReplyError(f"{len(found)} different JSON objects, one was asked for")
+    if not found:
         raise ReplyError("no JSON object")
-    return value
+    return found[0]
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects that stand in a text as they are."""
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield value
+        at = text.find("{", end)
