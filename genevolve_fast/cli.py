@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, generate, render, rollout, serve_render
+from genevolve_fast.commands import bench, data, generate, render, rollout, serve_render
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -190,6 +190,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     rollout.add(command)
     render.add(command)
     serve_render.add(command)
+    data.add(command)
 
     p = command(
         "report",

@@ -178,7 +178,7 @@ def test_free_standing_punctuation_is_no_word():
 
 
 def test_dataset_is_written_in_the_released_format(tmp_path):
-    from genevolve_fast.data.conversations import read_jsonl
+    from genevolve_fast.data.rows import read_jsonl
     from genevolve_fast.trajectory import Request
 
     WORLD.write_dataset(tmp_path, train=5, bench=5)

@@ -117,8 +117,12 @@ def test_bad_data_is_named(tmp_path, policy):
     cases = {
         "not JSON": "{",
         "too few images": json.dumps({"messages": [{"role": "user", "content": "<image>"}]}),
-        "more images": json.dumps(good | {"images": ["x.png"]}),
-        "cannot read image": json.dumps({"messages": [{"role": "user", "content": "<image>"}], "images": ["y.png"]}),
+        "more images": json.dumps(
+            {"messages": [{"role": "user", "content": "<image>"}, *good["messages"]], "images": ["x.png", "x.png"]}
+        ),
+        "cannot read image": json.dumps(
+            {"messages": [{"role": "user", "content": "<image>"}, *good["messages"]], "images": ["y.png"]}
+        ),
         "no sample": json.dumps(good),
     }
     from PIL import Image

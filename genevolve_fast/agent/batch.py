@@ -13,7 +13,7 @@ from pathlib import Path
 
 from genevolve_fast.agent.inference import Agent, result_of
 from genevolve_fast.agent.journal import Finished, Journal, Sample
-from genevolve_fast.agent.results import AgentResult, with_files
+from genevolve_fast.agent.results import AgentResult, picture_row, with_files
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, Tool
 from genevolve_fast.resumable import ended_by_signals, now_and_then
@@ -134,7 +134,9 @@ async def chat_runner(agent: Agent, pictures: Path) -> AsyncIterator[Runner]:
         seed = None if agent.seed is None else agent.seed + sample.position
         session, talk = await agent.rollout(sample.prompt, seed)
         result = result_of(sample.prompt, session, pictures)
-        return Finished(result, _failure(result, talk.failure.kind if talk.failure else "other"), talk.sampled_tokens)
+        failure = _failure(result, talk.failure.kind if talk.failure else "other")
+        shown = [picture_row(seen, pictures) for seen in session.image_ids.shown()]
+        return Finished(result, failure, talk.sampled_tokens, shown)
 
     async with agent:
         yield run
@@ -168,7 +170,8 @@ async def policy_runner(
         t = done.trajectory
         program = with_files(t.program, pictures)
         result = AgentResult.of(sample.prompt, program, t.messages, t.termination, t.rounds, t.error)
-        return Finished(result, _failure(result, "other"), t.num_loss_tokens)
+        shown = [picture_row(seen, pictures) for seen in done.shown]
+        return Finished(result, _failure(result, "other"), t.num_loss_tokens, shown)
 
     yield run
 

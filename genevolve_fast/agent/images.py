@@ -34,6 +34,10 @@ class ImageIds:
             self._by_key[key] = self._by_id[seen.img_id] = seen
         return self._by_key[key]
 
+    def shown(self) -> tuple[SeenImage, ...]:
+        """Every image, in the order of its id."""
+        return tuple(self._by_id.values())
+
     def pixels(self, references: Iterable[Reference]) -> dict[str, np.ndarray]:
         """Pixels by hash of the images that `references` name and a tool returned."""
         found = {r.sha256: self._by_id[r.img_id].found.pixels for r in references}

@@ -34,11 +34,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Finished:
-    """A rollout's result, the failure that ended it ("engine/timeout", None for none) and its sampled tokens."""
+    """A rollout's result, the failure that ended it ("engine/timeout", None for none) and its sampled tokens.
+
+    `shown` are the pictures that its searches brought, as results.picture_row tells of them.
+    """
 
     result: AgentResult
     failure: str | None = None
     tokens: int | None = None
+    shown: Sequence[Mapping[str, str]] | None = None
 
 
 # --- input ------------------------------------------------------------------------------------------------------------
@@ -118,6 +122,8 @@ class Journal:
         """Keep a row for good."""
         self.results[sample.position] = finished.result
         line = {"position": sample.position, "id": sample.id, "failure": finished.failure, "tokens": finished.tokens}
+        if finished.shown is not None:
+            line["shown"] = [dict(picture) for picture in finished.shown]
         self._log.append(line | finished.result.to_dict())
 
     def write_results(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from genevolve_fast.agent.images import SeenImage
 from genevolve_fast.protocols import Observation, Tool
 from genevolve_fast.trajectory import Message, Program, Reference, Request, Trajectory, image_hash, json_text
 
@@ -112,6 +113,14 @@ def with_files(program: Program | None, folder: Path) -> Program | None:
         return replace(r, local_path=str(target)) if r.sha256 and not r.local_path and target.exists() else r
 
     return replace(program, reference_images=tuple(map(filed, program.reference_images)))
+
+
+def picture_row(seen: SeenImage, folder: Path) -> dict[str, str]:
+    """What a found picture is: img_id, title, url, page_url, and the file that the tool or `Filed` kept, or ""."""
+    f = seen.found
+    filed = (folder / f"{seen.sha256}.png").resolve()
+    path = f.local_path or (str(filed) if seen.sha256 and filed.exists() else "")
+    return {"img_id": seen.img_id, "title": f.title, "local_path": path, "url": f.url, "page_url": f.page_url}
 
 
 def to_sft(trajectory: Trajectory, image_paths: Sequence[str]) -> dict[str, Any]:

@@ -57,10 +57,11 @@ class SessionSettings:
 
 @dataclass(frozen=True)
 class SessionResult:
-    """The rollout, and by hash the pixels (uint8 [h, w, 3]) of the images it saw or names as references."""
+    """The rollout, by hash the pixels (uint8 [h, w, 3]) of the images it saw or names, and all that tools showed."""
 
     trajectory: Trajectory
     images: Mapping[str, np.ndarray]
+    shown: tuple[SeenImage, ...] = ()
 
 
 async def run_session(
@@ -103,7 +104,7 @@ async def run_session(
         **talk.arrays(),
     )
     named = session.image_ids.pixels(session.program.reference_images) if session.program else {}
-    return SessionResult(trajectory, talk.images_by_hash | named)
+    return SessionResult(trajectory, talk.images_by_hash | named, session.image_ids.shown())
 
 
 class Session:

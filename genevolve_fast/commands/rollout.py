@@ -24,8 +24,8 @@ def add(command: AddCommand) -> None:
     source.add_argument("--prompt", help="a single prompt")
     p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
     p.add_argument("--max-samples", type=int, help="only the first rows")
-    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
+    p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     add_agent_flags(p)
 
 
@@ -119,7 +119,7 @@ def rollout_settings(args: argparse.Namespace) -> dict:
     from genevolve_fast.agent.journal import BatchError
 
     for name in ("parallel", "max_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise BatchError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("model", "base_url", "patience"):
         if args.policy and getattr(args, name) is not None:

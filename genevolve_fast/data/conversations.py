@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from genevolve_fast.data.published import IMAGE_PLACEHOLDER, LocalSet, check_conversation, open_set
+from genevolve_fast.data.rows import BadRow, BadRows, DataError, read_picture
 from genevolve_fast.protocols import Codec
-
-IMAGE_PLACEHOLDER = "<image>"
-
-
-class DataError(ValueError):
-    """A row of the data cannot be used; the message names file, line and reason."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +60,6 @@ def encode_conversation(
     return np.array(ids, dtype=np.int64), np.array(mask, dtype=bool)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL (or JSON list) file. Raises DataError naming the line."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number} is not JSON: {error}") from error
-
-
 class ImageFiles:
     """uint8 [h, w, 3] pixels by path, read once."""
 
@@ -87,30 +68,47 @@ class ImageFiles:
 
     def __call__(self, path: Path) -> np.ndarray:
         if path not in self._pixels:
-            from PIL import Image, UnidentifiedImageError
-
-            try:
-                with Image.open(path) as picture:
-                    self._pixels[path] = np.asarray(picture.convert("RGB"))
-            except (OSError, UnidentifiedImageError) as error:
-                raise DataError(f"cannot read image {path}: {error}") from error
+            self._pixels[path] = read_picture(path)
         return self._pixels[path]
 
 
-def load_conversations(path: Path, codec: Codec, pixels: ImageFiles, cutoff: int) -> tuple[list[Conversation], int]:
-    """(conversations of at most `cutoff` tokens, number dropped). Image paths are relative to the file's folder."""
+def load_conversations(
+    path: Path, codec: Codec, pixels: ImageFiles, cutoff: int, bad: BadRows | None = None
+) -> tuple[list[Conversation], int]:
+    """(conversations of at most `cutoff` tokens, number dropped) of a file, a published folder or a hub id.
+
+    Image paths are relative to the file's folder. A published row lists its pictures and may place none of them: its
+    observations are text, the pictures are what references point at, and none is fed to the policy. A row that places
+    some must place all. `bad` says what becomes of bad rows (none: the first raises).
+    """
+    bad = bad or BadRows(strict=True)
+    source = open_set(str(path), "sft") if not path.is_file() else LocalSet(path, "sft")
     kept, dropped = [], 0
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in source.rows():
         try:
-            files = tuple(path.parent / name for name in row.get("images") or ())
-            images = [pixels(file) for file in files]
-            ids, mask = encode_conversation(row["messages"], images, codec)
-        except (DataError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, sample {number}: {error}") from error
+            if isinstance(row, BadRow):
+                raise row
+            files, (ids, mask) = _encoded(row, source, number, codec, pixels)
+        except BadRow as error:
+            bad.add(error)
+            continue
         if len(ids) > cutoff:
             dropped += 1
             continue
-        kept.append(Conversation(ids, mask, files, tuple(codec.image_grid(p) for p in images)))
+        kept.append(Conversation(ids, mask, files, tuple(codec.image_grid(pixels(f)) for f in files)))
     if not kept:
         raise DataError(f"{path} holds no sample of at most {cutoff} tokens")
     return kept, dropped
+
+
+def _encoded(row: Mapping[str, Any], source, number: int, codec: Codec, pixels: ImageFiles):
+    """(files of the pictures that are fed, (ids, loss_mask)). Raises BadRow."""
+    messages, names = check_conversation(row, source.where, number)
+    try:
+        placed = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages if m["role"] != "assistant")
+        files = tuple(source.file(name) for name in names) if placed else ()
+        return files, encode_conversation(messages, [pixels(file) for file in files], codec)
+    except BadRow:
+        raise
+    except DataError as error:
+        raise BadRow(source.where, number, "images", str(error)) from None

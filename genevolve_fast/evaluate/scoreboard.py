@@ -59,6 +59,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "serve/hostile_failures": ("count", "==", 0),
     "serve/weight_sync_mismatch": ("count", "==", 0),
     "render/lost_requests": ("count", "==", 0),
+    "data/chain_steps": ("count", "==", 8),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

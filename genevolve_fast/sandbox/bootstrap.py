@@ -10,8 +10,8 @@ import numpy as np
 
 from genevolve_fast.agent.protocol import APPLY_GUIDANCE, FINAL_STEP, TOO_LONG, format_error
 from genevolve_fast.agent.session import SessionSettings
-from genevolve_fast.data.conversations import read_jsonl
 from genevolve_fast.data.demonstrations import demonstrate, write_sft
+from genevolve_fast.data.rows import read_jsonl
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import Codec, Experience

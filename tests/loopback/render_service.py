@@ -75,7 +75,8 @@ def faulty(**arguments) -> tuple[str, ...]:
 class LoopbackRenderService:
     """`genevolve-fast render-serve` on a port that stays the same over restarts.
 
-    with LoopbackRenderService("--model", "sandbox:canvas") as service: httpx.post(f"{service.url}/generate", json={...})
+    with LoopbackRenderService("--model", "sandbox:canvas") as service:
+        httpx.post(f"{service.url}/generate", json={...})
     """
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:

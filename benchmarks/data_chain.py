@@ -1,0 +1,358 @@
+"""From prompt pool to bench summary on the sandbox's data, all offline: `python -m benchmarks.data_chain`.
+
+Eight steps in the published formats: pool, trajectories, filters, ground truth, SFT view, feedback view, evolve, bench.
+A step counts when the next one demonstrably read what it wrote: the next one refuses it when a byte of it is changed,
+and with one row less (and its hashes made right again) makes one row less of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from genevolve_fast import trajectory
+from genevolve_fast.cli import main as command
+from genevolve_fast.data.config import DataConfig, open_requests
+from genevolve_fast.data.conversations import ImageFiles, load_conversations
+from genevolve_fast.data.rows import DataError
+from genevolve_fast.data.steps import MANIFEST, file_hash
+from genevolve_fast.evaluate.bench import load_bench, run_bench, save_bench, table
+from genevolve_fast.evaluate.scoreboard import record
+
+COMMAND = "python -m benchmarks.data_chain"
+STEPS = ("pool", "trajectories", "filters", "ground truth", "SFT view", "feedback view", "evolve", "bench")
+
+
+@dataclass(frozen=True)
+class Size:
+    requests: int = 400
+    evolve_steps: int = 4
+    prompts: int = 4
+    generations: int = 4
+
+
+SMALL = Size(requests=100, evolve_steps=2, prompts=2, generations=2)
+
+
+@dataclass
+class Chain:
+    """What each step left: seconds, and by step why it is known that the next one read it ("" where it is not)."""
+
+    folder: Path
+    size: Size
+    seconds: dict[str, float]
+    proofs: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        return sum(bool(self.proofs.get(step)) for step in STEPS)
+
+    def text(self) -> str:
+        rows = [f"{s:14} {self.seconds.get(s, 0.0):7.1f} s  {self.proofs.get(s) or 'NOT READ'}" for s in STEPS]
+        return "\n".join(rows)
+
+
+def run_chain(folder: Path, size: Size) -> Chain:
+    """Run every step in `folder`, which must be empty, and prove each step's output read."""
+    chain = Chain(folder, size, {}, {})
+    timed(chain, "pool", lambda: data("pool", folder / "pool", "--count", str(size.requests)))
+    steps = (
+        ("trajectories", "trajectories", "pool", ["--teacher", "demonstrator"]),
+        ("filters", "filter", "trajectories", []),
+        ("ground truth", "truth", "filter", []),
+        ("SFT view", "sft-view", "truth", []),
+        ("feedback view", "feedback-view", "truth", []),
+    )
+    for name, step, source, flags in steps:
+        target = folder / ("view" if step.endswith("view") else step)
+        flags = ["--input", str(folder / source), *flags]
+        timed(chain, name, lambda step=step, target=target, flags=flags: data(step, target, *flags))
+    data("bench-view", folder / "view", "--input", str(folder / "truth"))
+    run("data", "check", str(folder / "view"))
+    chain.proofs["pool"] = prove(
+        folder, "pool", "train.jsonl", "trajectories", "trajectories", ["--teacher", "demonstrator"]
+    )
+    chain.proofs["trajectories"] = prove(folder, "trajectories", "trajectories.jsonl", "filter", "read", [])
+    chain.proofs["filters"] = prove(folder, "filter", "trajectories.jsonl", "truth", "read", [])
+    chain.proofs["ground truth"] = prove_truth(folder)
+    sft_and_prove(chain)
+    evolve_and_prove(chain)
+    return chain
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """(exit status, what was said) of a `genevolve-fast` command."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = command(list(arguments))
+    return status, said.getvalue()
+
+
+def data(step: str, target: Path, *flags: str) -> str:
+    status, said = run("data", step, "--output-dir", str(target), *flags)
+    if status:
+        raise RuntimeError(f"data {step} ended with status {status}:\n{said}")
+    return said
+
+
+def timed(chain: Chain, name: str, work: Callable[[], object]) -> object:
+    begin = time.monotonic()
+    out = work()
+    chain.seconds[name] = chain.seconds.get(name, 0.0) + time.monotonic() - begin
+    return out
+
+
+# --- proofs -----------------------------------------------------------------------------------------------------------
+
+
+def prove(folder: Path, step: str, table_: str, next_step: str, counted: str, flags: list[str]) -> str:
+    """How `next_step` is known to read `step`'s table: refused with a byte changed, one row less with one row less."""
+    changed, shorter = folder / "proof" / f"{step}-changed", folder / "proof" / f"{step}-shorter"
+    with_a_byte_changed(folder / step, changed, table_)
+    target = folder / "proof" / f"{next_step}-of-changed"
+    status, said = run("data", next_step, "--input", str(changed), "--output-dir", str(target), *flags)
+    if status != 2 or f"{table_} was changed" not in said or (target / MANIFEST).exists():
+        return ""
+    with_a_row_less(folder / step, shorter, table_)
+    target = folder / "proof" / f"{next_step}-of-shorter"
+    status, said = run("data", next_step, "--input", str(shorter), "--output-dir", str(target), *flags)
+    rows = [counts(folder / next_step)[counted], counts(target)[counted] if (target / MANIFEST).exists() else None]
+    if rows[1] != rows[0] - 1 or source_of(folder / next_step) != file_hash(folder / step / MANIFEST):
+        return ""
+    return f"{next_step}: a changed byte is refused; {rows[0]} rows, {rows[1]} without the last one"
+
+
+def prove_truth(folder: Path) -> str:
+    """Both views read the ground truth: its tables, and its pictures."""
+    views = {"sft-view": "GenEvolve-Data-SFT", "feedback-view": "GenEvolve-Data-RL"}
+    changed, painted = folder / "proof" / "truth-changed", folder / "proof" / "truth-painted"
+    with_a_byte_changed(folder / "truth", changed, "truth.jsonl")
+    shutil.copytree(folder / "truth", painted)
+    for picture in (painted / "gt").iterdir():
+        picture.unlink()
+    for step, set_ in views.items():
+        for source, why in ((changed, "truth.jsonl was changed"), (painted, "is missing")):
+            target = folder / "proof" / f"{step}-of-{source.name}"
+            status, said = run("data", step, "--input", str(source), "--output-dir", str(target))
+            if status != 2 or why not in said or (target / set_).exists():
+                return ""
+        if source_of(folder / "view" / set_) != file_hash(folder / "truth" / MANIFEST):
+            return ""
+    return "both views: a changed byte is refused, missing pictures are refused"
+
+
+def sft_and_prove(chain: Chain) -> None:
+    """`sft` on the view: the tokens of its one epoch are the view's, and a broken row is refused by name."""
+    view = chain.folder / "view"
+    status, said = timed(chain, "SFT view", lambda: run(*sft_command(view, chain.folder / "runs")))
+    if status:
+        raise RuntimeError(f"sft ended with status {status}:\n{said}")
+    from genevolve_fast.commands.opening import open_policy
+    from genevolve_fast.train.config import PolicyConfig
+
+    codec = open_policy(PolicyConfig(path=str(chain.folder / "runs" / "sft" / "policy"))).codec
+    samples, dropped = load_conversations(view, codec, ImageFiles(), 32768)
+    metrics = (chain.folder / "runs" / "sft" / "metrics.jsonl").read_text().splitlines()
+    seen, there = sum(int(json.loads(line)["num_tokens"]) for line in metrics), sum(len(s.ids) for s in samples)
+    broken = chain.folder / "proof" / "view-broken"
+    shutil.copytree(view, broken)
+    table_ = broken / "GenEvolve-Data-SFT" / "train.jsonl"
+    table_.write_text(table_.read_text().replace('"assistant"', '"assistent"', 1))
+    status, said = run(*sft_command(broken, chain.folder / "proof" / "runs"))
+    if seen == there and not dropped and status == 2 and "line 1: messages[2].role" in said:
+        chain.proofs["SFT view"] = (
+            f"sft: {len(samples)} conversations, {seen} tokens seen of {there}; a bad role is named"
+        )
+
+
+def sft_command(view: Path, runs: Path) -> list[str]:
+    fields = {
+        "name": "sft",
+        "policy.path": "sandbox:start",
+        "policy.freeze_vision": "true",
+        "data.path": view,
+        "data.recitations": 0,
+        "optim.name": "adamw",
+        "optim.lr": 5e-5,
+        "save_dtype": "float32",
+        "checkpoint.every": 100,
+    }
+    flags = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+    return ["sft", "--config", "sandbox_sft", "--runs", str(runs), *flags]
+
+
+def evolve_and_prove(chain: Chain) -> None:
+    """Evolve the SFT policy on the feedback view, judge it on the bench view, read the bench back."""
+    from genevolve_fast.commands.opening import config_path, open_policy, open_world
+    from genevolve_fast.train.config import EvolveConfig, load_config
+    from genevolve_fast.train.evolve import evolve
+
+    runs, view, size = chain.folder / "runs", chain.folder / "view", chain.size
+    fields = {
+        "name": "evolve",
+        "steps": size.evolve_steps,
+        "policy.path": runs / "sft" / "policy",
+        "rollout.prompts_per_step": size.prompts,
+        "rollout.num_generations": size.generations,
+        "checkpoint.every": size.evolve_steps,
+    }
+    config = load_config(EvolveConfig, config_path("demo"), [f"{name}={value}" for name, value in fields.items()])
+    pool, truth = open_requests(DataConfig(path=str(view)), "rl")
+    asked: set[str] = set()
+
+    def counted(request):
+        asked.add(request.id)
+        return truth(request)
+
+    world = replace(open_world(config)[1], truth=counted)
+    run_folder = runs / "evolve"
+    with contextlib.redirect_stderr(io.StringIO()):
+        timed(
+            chain, "evolve", lambda: evolve(config, open_policy(config.policy), world, pool, run_folder, resume=False)
+        )
+    chain.proofs["feedback view"] = prove_feedback(chain, pool, asked)
+
+    before, after = (file_hash(folder / "policy" / "model.safetensors") for folder in (runs / "sft", run_folder))
+    requests, bench_truth = open_requests(DataConfig(path=str(view)), "bench")
+    evolved = config.policy.model_copy(update={"path": str(run_folder / "policy")})
+    bench = timed(chain, "bench", lambda: bench_of(evolved, config, replace(world, truth=bench_truth), requests))
+    read = weights_hash(open_policy(evolved)) != weights_hash(open_policy(config.policy))
+    (chain.folder / "proof" / "policy").mkdir(parents=True)
+    gone = config.policy.model_copy(update={"path": str(chain.folder / "proof" / "policy")})
+    if before != after and read and refused(lambda: bench_of(gone, config, world, requests)):
+        chain.proofs["evolve"] = f"bench: judged with {after[:12]}, the start was {before[:12]}; no policy, no bench"
+    chain.proofs["bench"] = prove_bench(chain, bench, requests)
+
+
+def prove_feedback(chain: Chain, pool, asked: set[str]) -> str:
+    """Every rollout's request is a row of the view, its truth was read from it; a picture less is named."""
+    questions = {request.id: request.question for request in pool}
+    rollouts = [
+        t
+        for path in sorted((chain.folder / "runs" / "evolve" / "rollouts").glob("*.safetensors"))
+        for t in trajectory.load(path)[0]
+    ]
+    size = chain.size
+    whole = len(rollouts) == size.evolve_steps * size.prompts * size.generations
+    same = all(t.messages[1].content == questions.get(t.request_id) for t in rollouts)
+    judged = all(isinstance(t.outcome, trajectory.Judged) for t in rollouts)
+    lacking = chain.folder / "proof" / "view-lacking"
+    shutil.copytree(chain.folder / "view", lacking)
+    (lacking / "GenEvolve-Data-RL" / "images" / "case_00000.png").unlink()
+    named = refused(lambda: open_requests(DataConfig(path=str(lacking)), "rl"), "line 1: gt_image")
+    if not (whole and same and judged and named and {t.request_id for t in rollouts} == asked):
+        return ""
+    return f"evolve: {len(rollouts)} judged rollouts of {len(asked)} of {len(pool)} requests; a lost picture is named"
+
+
+def bench_of(policy_config, config, world, requests):
+    from genevolve_fast.commands.opening import open_policy
+    from genevolve_fast.rollout.transformers_engine import TransformersEngine
+    from genevolve_fast.train.evolve import session_settings
+
+    policy = open_policy(policy_config).eval()
+    return run_bench(
+        "evolved",
+        list(requests),
+        world=world,
+        engine=TransformersEngine(policy, max_batch=config.rollout.max_batch),
+        codec=policy.codec,
+        settings=session_settings(config.rollout, world, config.evaluate.temperature, config.evaluate.top_p),
+    )
+
+
+def prove_bench(chain: Chain, bench, requests) -> str:
+    """The summary is made of the bench's file: another reward in it is another mean."""
+    folder = chain.folder / "bench"
+    timed(chain, "bench", lambda: save_bench(bench, list(requests), folder))
+    read = load_bench(folder)
+    print(table([read]))
+    rows = json.loads((folder / "bench.json").read_text())
+    raised = chain.folder / "proof" / "bench"
+    raised.mkdir(parents=True)
+    for row in rows["rows"]:
+        row["reward"] = 1.0
+    (raised / "bench.json").write_text(json.dumps(rows))
+    judged = [row.reward for row in read.rows if row.reward is not None]
+    if len(judged) != len(requests) or read.summary()["reward"] == load_bench(raised).summary()["reward"]:
+        return ""
+    return (
+        f"summary: {len(judged)} judged requests, mean reward {read.summary()['reward']:.3f}, other rows another mean"
+    )
+
+
+def refused(work: Callable[[], object], told: str = "") -> bool:
+    try:
+        work()
+    except (DataError, OSError, ValueError) as error:
+        return told in str(error)
+    return False
+
+
+def weights_hash(policy) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(policy.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- altered folders --------------------------------------------------------------------------------------------------
+
+
+def with_a_byte_changed(folder: Path, target: Path, name: str) -> None:
+    shutil.copytree(folder, target)
+    content = bytearray((target / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (target / name).write_bytes(content)
+
+
+def with_a_row_less(folder: Path, target: Path, name: str) -> None:
+    """A copy without the last row of a table, its manifest put right."""
+    shutil.copytree(folder, target)
+    rows = (target / name).read_bytes().splitlines(keepends=True)
+    (target / name).write_bytes(b"".join(rows[:-1]))
+    manifest = json.loads((target / MANIFEST).read_text())
+    manifest["files"][name] = file_hash(target / name)
+    (target / MANIFEST).write_text(json.dumps(manifest))
+
+
+def counts(folder: Path) -> dict[str, int]:
+    return json.loads((folder / MANIFEST).read_text())["counts"]
+
+
+def source_of(folder: Path) -> str:
+    return json.loads((folder / MANIFEST).read_text())["source"]["sha256"]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--small", action="store_true", help="a quarter of the requests; nothing is recorded")
+    p.add_argument("--folder", type=Path, help="empty folder to keep everything in (default: a temporary one)")
+    p.add_argument("--no-record", action="store_true", help="only print")
+    args = p.parse_args()
+    size = SMALL if args.small else Size()
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        chain = run_chain(folder, size)
+    print(chain.text())
+    print(f"{chain.count} of {len(STEPS)} steps, {time.monotonic() - begin:.0f} s")
+    if not (args.small or args.no_record):
+        record("data/chain_steps", chain.count, n=size.requests, command=COMMAND)
+
+
+if __name__ == "__main__":
+    main()
