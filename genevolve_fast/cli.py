@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, render, rollout
+from genevolve_fast.commands import bench, render, rollout, score
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.agent.journal import BatchError
     from genevolve_fast.data.conversations import DataError
+    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
@@ -52,8 +53,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError
-    return *mistakes, RunError, ServeError, ShapeError, FileNotFoundError
+    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, EvaluateError, InvariantError, PlanError
+    return *mistakes, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -164,6 +165,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
 
     bench.add(command)
+    score.add(command)
 
     p = command(
         "serve",
