@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, render, rollout, score
+from genevolve_fast.commands import bench, render, rollout, score, wise
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -166,6 +166,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     bench.add(command)
     score.add(command)
+    wise.add(command)
 
     p = command(
         "serve",

@@ -23,9 +23,13 @@ def open_judges(args: argparse.Namespace, incidents: Incidents) -> tuple[ImageJu
         from genevolve_fast.sandbox.judges import SandboxImageJudge, SandboxProgramJudge
 
         return SandboxImageJudge(), SandboxProgramJudge()
+    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.reward import config
 
-    return config.open_judges(judge_config(args), incidents)
+    try:
+        return config.open_judges(judge_config(args), incidents)
+    except ValueError as error:  # what is missing, such as a key
+        raise EvaluateError(str(error)) from None
 
 
 def judge_config(args: argparse.Namespace):
@@ -36,7 +40,7 @@ def judge_config(args: argparse.Namespace):
     from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.reward.config import JudgeConfig
 
-    named = {"model": args.judge_model, "base_url": args.judge_base_url}
+    named = {"kind": "chat", "model": args.judge_model, "base_url": args.judge_base_url}
     fields = {name: value for name, value in named.items() if value is not None}
     for pair in args.judge_set:
         name, equals, value = pair.partition("=")
@@ -67,4 +71,5 @@ def judge_settings(args: argparse.Namespace) -> dict[str, str]:
                 "--judge-model, --judge-base-url and --judge-set are of the chat judge, not the sandbox's"
             )
         return {"judge": "sandbox"}
-    return {"judge": judge_config(args).model}
+    config = judge_config(args)
+    return {"judge": config.model, "program_judge": config.program_model or config.model}

@@ -315,8 +315,8 @@ def table(made: Mapping[str, Any]) -> str:
     r = made["references"]
     lines.append(
         f"references: {_number(r['per_program'])} a program; of {r['named']} named {_percent(r['shown_before'])} were "
-        f"shown before; of {r['in_programs']} kept {_percent(r['file_exists'])} have a file, {_percent(r['decodable'])} "
-        f"a picture in it; {r['duplicates']} duplicates"
+        f"shown before; of {r['in_programs']} kept {_percent(r['file_exists'])} have a file, "
+        f"{_percent(r['decodable'])} a picture in it; {r['duplicates']} duplicates"
     )
     if skills := made["skills"]:
         lines.append(
