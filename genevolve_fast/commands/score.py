@@ -6,8 +6,8 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from genevolve_fast.commands.judging import add_judge_flags, judge_settings, open_judges
@@ -54,11 +54,11 @@ def score_results(
     *,
     name: str,
     sampled_tokens: int | None = None,
-    seconds: Mapping[str, float] | None = None,
+    stages=None,
 ) -> int:
     """Judge, write the score files, evaluation.json and diagnostics.json, print the tables.
 
-    Exit status 1 when no picture is judged or judging gave up.
+    `stages` (bench.Stages) keeps the time of a bench. Exit status 1 when no picture is judged or judging gave up.
     """
     from genevolve_fast.evaluate import diagnostics, tracks
     from genevolve_fast.evaluate.ledger import EvaluateError, replace_file
@@ -76,7 +76,8 @@ def score_results(
         if scoring.adopted:
             print(f"{scoring.adopted} rows of an earlier results_eval.json are kept, whatever judge scored them")
         try:
-            stopped = _judge(args, scoring)
+            with stages.timed("score") if stages else nullcontext():
+                stopped = _judge(args, scoring)
         finally:
             made = scoring.write(args.total_cases)
         evaluation = tracks.tracks(scoring.evaluated_rows(), args.total_cases)
@@ -85,7 +86,7 @@ def score_results(
             rows,
             roots=roots,
             sampled_tokens=sampled_tokens,
-            seconds=seconds,
+            seconds=stages.seconds if stages else None,
             program_scores=programs,
             judged=len(scoring.verdicts("image")),
             prices=prices,
