@@ -17,7 +17,6 @@ from genevolve_fast.net.web import FetchError
 
 PRICES = ("million_tokens", "search", "image_search", "picture", "judgement")  # what `--price NAME=DOLLARS` may name
 _FAILED = ("[tool error]", "Format error:", "RESPONSE TOO LONG")
-_ALL_QUERIES_FAILED = re.compile(r"\A\s*(--- search error for \[.*?\]: .*? ---\s*)+\Z", re.DOTALL)
 _RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 _SHOWN = re.compile(r"^(IMG_\d+): title:", re.MULTILINE)
 _MAX_PIXELS = 100_000_000
@@ -57,7 +56,8 @@ def tool_calls(row: Row) -> list[Call]:
 def _answered(content: str) -> bool:
     found = _RESPONSE.search(content)
     text = (found[1] if found else content).strip()
-    return bool(text) and not text.startswith(_FAILED) and not _ALL_QUERIES_FAILED.match(text)
+    all_queries_failed = text.startswith("--- search error") and "--- search result" not in text
+    return bool(text) and not text.startswith(_FAILED) and not all_queries_failed
 
 
 def shown_images(row: Row) -> set[str]:
@@ -116,7 +116,7 @@ def kept(demand: str, kind: str, program: str) -> bool:
         forms.add(_WORDS[int(demand)])
     elif demand in _WORDS:
         forms.add(str(_WORDS.index(demand)))
-    return any(re.search(rf"(?<![\w.]){re.escape(form)}(?!\w)", program, re.IGNORECASE) for form in forms)
+    return any(re.search(rf"(?<![\w.]){re.escape(form)}(?!\w|[.,:]\d)", program, re.IGNORECASE) for form in forms)
 
 
 def _plain(text: str) -> str:
