@@ -195,10 +195,19 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p = command(
         "report",
         run_report,
-        "Write runs/NAME/report.html from what a run left behind.",
-        "genevolve-fast report runs/demo",
+        "Write runs/NAME/report.html from what a run left behind, or two renderings of the same programs side by side.",
+        "genevolve-fast report runs/demo\n  genevolve-fast report --compare runs/qwen runs/nano -o compare.html",
     )
-    p.add_argument("run_folder", type=Path, help="folder of a run")
+    p.add_argument("run_folder", type=Path, nargs="?", help="folder of a run")
+    p.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="folders of results.json, scored or not, or of benches",
+    )
+    p.add_argument("-o", "--output", type=Path, help="page of --compare (default: compare.html)")
+    p.add_argument("--gt-root", type=Path, action="append", default=[], help="where --compare finds ground truth")
 
     p = command(
         "scoreboard",
@@ -396,6 +405,12 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
+    from genevolve_fast.report.build import ReportError
+
+    if args.compare:
+        return run_compare(args)
+    if args.run_folder is None or args.output or args.gt_root:
+        raise ReportError("give the folder of a run, or --compare A B with -o and --gt-root")
     from genevolve_fast.policy.codec import TransformersCodec
     from genevolve_fast.report.build import build_report
 
@@ -404,6 +419,23 @@ def run_report(args: argparse.Namespace) -> int:
     ]
     reader = saved[0] if saved else started_from(args.run_folder)
     print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from genevolve_fast.evaluate.bench import bootstrap
+    from genevolve_fast.report.build import ReportError
+    from genevolve_fast.report.compare import build_comparison, read_side
+
+    if args.run_folder is not None:
+        raise ReportError(f"--compare takes two folders, and {args.run_folder} is a third")
+    a, b = (read_side(folder, args.gt_root) for folder in args.compare)
+
+    def interval(differences: Sequence[float]) -> str:
+        gain = bootstrap(differences)
+        return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+
+    print(f"comparison: {build_comparison(a, b, args.output or Path('compare.html'), interval)}")
     return 0
 
 
