@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, generate, render, rollout, serve_render
+from genevolve_fast.commands import bench, data, generate, render, rollout, score, serve_render, wise
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.data.conversations import DataError
+    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
@@ -52,8 +53,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError
-    return *mistakes, RunError, ServeError, ShapeError, FileNotFoundError
+    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, EvaluateError, InvariantError, PlanError
+    return *mistakes, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -164,6 +165,8 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
 
     bench.add(command)
+    score.add(command)
+    wise.add(command)
 
     p = command(
         "serve",
@@ -195,10 +198,19 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p = command(
         "report",
         run_report,
-        "Write runs/NAME/report.html from what a run left behind.",
-        "genevolve-fast report runs/demo",
+        "Write runs/NAME/report.html from what a run left behind, or two renderings of the same programs side by side.",
+        "genevolve-fast report runs/demo\n  genevolve-fast report --compare runs/qwen runs/nano -o compare.html",
     )
-    p.add_argument("run_folder", type=Path, help="folder of a run")
+    p.add_argument("run_folder", type=Path, nargs="?", help="folder of a run")
+    p.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="folders of results.json, scored or not, or of benches",
+    )
+    p.add_argument("-o", "--output", type=Path, help="page of --compare (default: compare.html)")
+    p.add_argument("--gt-root", type=Path, action="append", default=[], help="where --compare finds ground truth")
 
     p = command(
         "scoreboard",
@@ -396,6 +408,12 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
+    from genevolve_fast.report.build import ReportError
+
+    if args.compare:
+        return run_compare(args)
+    if args.run_folder is None or args.output or args.gt_root:
+        raise ReportError("give the folder of a run, or --compare A B with -o and --gt-root")
     from genevolve_fast.policy.codec import TransformersCodec
     from genevolve_fast.report.build import build_report
 
@@ -404,6 +422,23 @@ def run_report(args: argparse.Namespace) -> int:
     ]
     reader = saved[0] if saved else started_from(args.run_folder)
     print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from genevolve_fast.evaluate.bench import bootstrap
+    from genevolve_fast.report.build import ReportError
+    from genevolve_fast.report.compare import build_comparison, read_side
+
+    if args.run_folder is not None:
+        raise ReportError(f"--compare takes two folders, and {args.run_folder} is a third")
+    a, b = (read_side(folder, args.gt_root) for folder in args.compare)
+
+    def interval(differences: Sequence[float]) -> str:
+        gain = bootstrap(differences)
+        return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+
+    print(f"comparison: {build_comparison(a, b, args.output or Path('compare.html'), interval)}")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from genevolve_fast.commands.opening import AddCommand, device
@@ -29,12 +30,13 @@ def add(command: AddCommand) -> None:
     add_agent_flags(p)
 
 
-def add_agent_flags(p: argparse.ArgumentParser, seeded: str = "the sampling") -> None:
-    """Who answers, with which tools and limits; `seeded` is what --seed is of."""
+def add_agent_flags(p: argparse.ArgumentParser, seeded: str = "the sampling", policy: bool = True) -> None:
+    """Who answers, with which tools and limits; `seeded` is what --seed is of. Without `policy` its flag is not added."""
+    if policy:
+        p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without server")
     p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
     p.add_argument("--base-url", help="chat server (default: $OPENAI_BASE_URL, else http://localhost:8000/v1)")
     p.add_argument("--patience", type=float, help="seconds to wait for a server that restarts (default: 120)")
-    p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without a server")
     p.add_argument("--temperature", type=float, default=0.6, help="(default: %(default)s)")
     p.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
     p.add_argument("--seed", type=int, help=f"of {seeded} (default: 0 with --policy, the server's own choice else)")
@@ -58,7 +60,17 @@ def add_agent_flags(p: argparse.ArgumentParser, seeded: str = "the sampling") ->
 
 
 def run_rollout(args: argparse.Namespace) -> int:
-    """Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted."""
+    from genevolve_fast.agent.journal import read_samples, sample_of
+
+    one = {"id": "single", "prompt": args.prompt}
+    return roll_out(args, read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")])
+
+
+def roll_out(args: argparse.Namespace, samples: Sequence) -> int:
+    """Answer what is not answered yet in args.output_dir.
+
+    Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted.
+    """
     import asyncio
     from collections import Counter
     from contextlib import closing
@@ -66,11 +78,9 @@ def run_rollout(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from genevolve_fast.agent.batch import run_batch
-    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal, read_samples, sample_of
+    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal
     from genevolve_fast.incidents import Incidents
 
-    one = {"id": "single", "prompt": args.prompt}
-    samples = read_samples(args.input) if args.input else [sample_of(0, one, "--prompt")]
     args.output_dir = args.output_dir.resolve()
     incidents = Incidents()
     settings = rollout_settings(args)
