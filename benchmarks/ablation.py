@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genevolve_fast.cli import bench_once, config_path, open_policy, open_world, set_threads
+from genevolve_fast.commands.bench import bench_once
+from genevolve_fast.commands.opening import config_path, open_policy, open_world, set_threads
 from genevolve_fast.evaluate.bench import Bench, Gain
 from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.train.config import EvolveConfig, load_config

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from genevolve_fast.cli import bench_once, open_policy, open_world
+from genevolve_fast.commands.bench import bench_once
+from genevolve_fast.commands.opening import open_policy, open_world
 from genevolve_fast.data.demonstrations import ScriptedEngine
 from genevolve_fast.evaluate.bench import Bench, load_bench, paired_gain, run_bench, save_bench, table
 from genevolve_fast.evaluate.scoreboard import record

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from genevolve_fast.batch.groups import TrainingRollout, bundles
-from genevolve_fast.cli import config_path, open_policy, open_world
+from genevolve_fast.commands.opening import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.model import Policy

@@ -602,7 +602,7 @@ def teacher_saved_bytes(bench: Bench) -> dict[str, Row]:
 
 def demo_batch(small: bool):
     """(policy, rollouts, images, objective, options) of the demo's first step, sampled by its engine."""
-    from genevolve_fast.cli import config_path, open_policy, open_world
+    from genevolve_fast.commands.opening import config_path, open_policy, open_world
     from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
     from genevolve_fast.train.config import EvolveConfig, load_config

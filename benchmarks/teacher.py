@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablation import RESULTS as ABLATION
-from genevolve_fast.cli import config_path, open_policy, open_world, set_threads
+from genevolve_fast.commands.opening import config_path, open_policy, open_world, set_threads
 from genevolve_fast.experience.context import render
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.collect import judge_rollouts, sample_rollouts

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from genevolve_fast import event_loop
-from genevolve_fast.cli import config_path, open_policy, open_world
+from genevolve_fast.commands.opening import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device, record
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import EngineError, Sampling

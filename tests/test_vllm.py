@@ -304,7 +304,7 @@ def test_the_record_is_that_of_the_installed_release():
 
 @pytest.mark.slow
 def test_evolution_wakes_and_sleeps_it_around_the_rollouts(monkeypatch, tmp_path):
-    from genevolve_fast.cli import config_path, open_policy, open_world
+    from genevolve_fast.commands.opening import config_path, open_policy, open_world
     from genevolve_fast.train.config import EvolveConfig, load_config
     from genevolve_fast.train.evolve import evolve
 

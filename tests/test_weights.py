@@ -13,7 +13,7 @@ from rollouts import demonstrated
 from safetensors.torch import load_file
 from test_shards import on_two_ranks
 
-from genevolve_fast.cli import open_world
+from genevolve_fast.commands.opening import open_world
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.adapters import (
     AdapterError,

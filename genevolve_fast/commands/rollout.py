@@ -31,7 +31,7 @@ def add(command: AddCommand) -> None:
 
 
 def add_agent_flags(p: argparse.ArgumentParser, seeded: str = "the sampling", policy: bool = True) -> None:
-    """Who answers, with which tools and limits; `seeded` is what --seed is of. Without `policy` its flag is not added."""
+    """Who answers, with which tools and limits; `seeded` is what --seed is of, `policy` adds its flag."""
     if policy:
         p.add_argument("--policy", help="folder of a policy, or sandbox:start: sampled in this process, without server")
     p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
