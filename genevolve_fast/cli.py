@@ -16,6 +16,7 @@ from genevolve_fast.commands.opening import (
     device,
     load,
     open_policy,
+    open_pool,
     open_world,
     policy_path,
     set_threads,
@@ -259,8 +260,7 @@ def run_evolve(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     check_engine(config)
     check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
-    sandbox, world = open_world(config)
-    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+    pool, world = open_pool(config)
     final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)
     print(f"policy: {final}")
     return 0
@@ -309,12 +309,12 @@ def run_profile(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     where, shape = device(), ModelShape.from_config(policy_path(config.policy))
     check_fits(config, shape, where)
-    sandbox, world = open_world(config)
+    pool, world = open_pool(config)
     made = profile_steps(
         config,
         lambda: open_policy(config.policy),
         world,
-        sandbox.requests("train", config.pool_size, seed=config.seed),
+        pool,
         shape,
         where,
         steps=args.steps,
@@ -337,13 +337,12 @@ def run_verify(args: argparse.Namespace) -> int:
     config = load(args, EvolveConfig)
     set_threads(config.threads)
     check_engine(config)
-    sandbox, world = open_world(config)
+    pool, world = open_pool(config)
     policy = open_policy(config.policy).eval()
     refuse_dropout(policy)
     prepare(policy, config.policy, config.seed)
     reference, teacher = other_weights(config, policy)
     print(f"sampling {config.rollout.prompts_per_step} x {config.rollout.num_generations} rollouts", flush=True)
-    pool = sandbox.requests("train", config.pool_size, seed=config.seed)
     engine = open_engine(config, policy, world.incidents)
     engine.update_weights(0)
     batch, images = sample_step(config, policy, world, pool, engine, new_memory(config, world), 0)

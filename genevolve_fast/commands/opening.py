@@ -69,8 +69,11 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_world(config):
-    """(SandboxWorld, World) of a configuration: the sandbox, with tools from the web where `tools` names a service."""
+def open_world(config, truth=None):
+    """(SandboxWorld, World) of a configuration: the sandbox, where no section names something else.
+
+    `truth` gives the ground truth of requests that are not the sandbox's. Raises ConfigError naming what is missing.
+    """
     from dataclasses import replace
 
     from genevolve_fast.agent.prompts import system_prompt
@@ -80,6 +83,7 @@ def open_world(config):
 
     embedded = sandbox.SandboxWorld(sandbox.WorldConfig(seed=config.world.seed))
     world = sandbox.open_world(embedded)
+    world = world if truth is None else replace(world, truth=truth)
     if config.tools.kind != "sandbox":
         try:
             live = open_tools(config.tools, world.incidents)
@@ -90,7 +94,53 @@ def open_world(config):
         world = replace(world, tools=live)
     if config.world.system_prompt == "full":
         world = replace(world, system_prompt=system_prompt(world.tools))
-    return embedded, world
+    return embedded, replace(world, **services(config, world))
+
+
+def services(config, world) -> dict:
+    """Renderer, judges, summarizer and embedder that a configuration names in place of the sandbox's."""
+    from genevolve_fast.experience.config import open_embedder, open_summarizer
+    from genevolve_fast.render.config import open_renderer
+    from genevolve_fast.reward.config import open_judges
+    from genevolve_fast.train.config import ConfigError
+
+    opened: dict = {}
+    try:
+        if config.renderer.kind != "canvas":
+            opened["renderer"] = open_renderer(config.renderer, world.incidents)
+        if config.judge.kind != "rules":
+            opened["image_judge"], opened["program_judge"] = open_judges(config.judge, world.incidents, world.truth)
+        if config.summarizer.kind != "rules":
+            opened["summarizer"] = open_summarizer(config.summarizer, world.incidents)
+        if config.embedder.kind != "hashed":
+            opened["embedder"] = open_embedder(config.embedder)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    return opened
+
+
+def open_pool(config):
+    """(requests to train on, World with their ground truth) of a configuration.
+
+    Raises ConfigError for rules of the sandbox over requests that lack what these rules read.
+    """
+    from genevolve_fast.data.config import open_requests
+    from genevolve_fast.train.config import ConfigError
+
+    if config.data.path == "sandbox":
+        embedded, world = open_world(config)
+        return embedded.requests("train", config.pool_size, seed=config.seed), world
+    pool, truth = open_requests(config.data, "rl")
+    if pool.bad.count:
+        print(f"data: {pool.bad.count} bad rows of {pool.where} are left out; the first: {pool.bad.first[0]}")
+    asked = ("judge", "summarizer") if config.experience.enabled else ("judge",)
+    by_rules = [f"{name}.kind" for name in asked if getattr(config, name).kind == "rules"]
+    if by_rules and any("checklist" not in r.extra for r in pool):
+        raise ConfigError(
+            f"{', '.join(by_rules)} rules: they are for requests of the sandbox, and rows of {pool.where} have no "
+            "checklist: set kind chat, with model and base_url"
+        )
+    return pool, open_world(config, truth)[1]
 
 
 def load(args: argparse.Namespace, kind):

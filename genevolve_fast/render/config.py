@@ -59,7 +59,7 @@ class RendererConfig(BaseModel):
     size_multiple: int = Field(16, ge=1, le=256, description="Both sides are rounded to multiples of this")
     seed: int | None = Field(None, ge=0, description="Draw everything with this seed, whichever is asked for")
     urls: tuple[str, ...] = Field((), description="Addresses of services with POST /generate; the least busy is asked")
-    base_url: str = Field(GEMINI_BASE_URL, description="nano-banana: the API's address, or a gateway's")
+    base_url: str | None = Field(None, description="nano-banana: address of a gateway; none: the Gemini API's own")
     api_key_env: str | None = Field(
         None, description="Environment variable with the key; nano-banana: GOOGLE_API_KEY, else GEMINI_API_KEY"
     )
@@ -108,7 +108,7 @@ class RendererConfig(BaseModel):
         return self
 
     def _refuse_addresses(self) -> None:
-        for name, address in (*(("urls", url) for url in self.urls), ("base_url", self.base_url)):
+        for name, address in (*(("urls", url) for url in self.urls), ("base_url", self.base_url or GEMINI_BASE_URL)):
             check_address(name, address)
             url = httpx.URL(address)
             if url.query or url.fragment:
@@ -171,7 +171,7 @@ def _one(config: RendererConfig, incidents: Incidents) -> Renderer:
         return NanoBanana(
             _gemini_key(config.api_key_env),
             config.model or GEMINI_IMAGE_MODEL,
-            config.base_url,
+            config.base_url or GEMINI_BASE_URL,
             config.aspect_ratio,
             config.image_size,
             config.reference_side,

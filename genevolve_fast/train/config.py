@@ -13,8 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from genevolve_fast.agent.tools import ToolsConfig
+from genevolve_fast.data.config import DataConfig
+from genevolve_fast.experience.config import EmbedderConfig, SummarizerConfig
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.policy.visits import TILE_ROWS
+from genevolve_fast.render.config import RendererConfig
+from genevolve_fast.reward.config import JudgeConfig
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -205,7 +209,7 @@ class EvolveConfig(_Section):
     seed: int = Field(0, description="Seed of data order and sampling")
     steps: int = Field(40, ge=1, description="Optimizer steps")
     minutes: float | None = Field(None, gt=0, description="Stop after the step that passes this wall time")
-    pool_size: int = Field(2000, ge=1, description="Requests of the training pool, shuffled anew every epoch")
+    pool_size: int = Field(2000, ge=1, description="Requests the sandbox makes; an epoch shuffles them anew")
     adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="Advantage of a rollout in its group")
     teacher: Literal["live", "ema", "base"] = Field(
         "live", description="Weights of the teacher: the student's, their running average, or the start's"
@@ -220,8 +224,13 @@ class EvolveConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
     tools: ToolsConfig = Field(default_factory=ToolsConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    renderer: RendererConfig = Field(default_factory=RendererConfig)
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    summarizer: SummarizerConfig = Field(default_factory=SummarizerConfig)
+    embedder: EmbedderConfig = Field(default_factory=EmbedderConfig)
     objective: Objective = Field(default_factory=Objective)
     experience: ExperienceConfig = Field(default_factory=ExperienceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -250,8 +259,11 @@ class EvolveConfig(_Section):
             raise ValueError("objective.sdl_coef > 0 needs experience.enabled: the teacher would see nothing new")
         if e.enabled and not o.sdl_coef:
             raise ValueError("experience.enabled with objective.sdl_coef 0 compares rollouts for nothing; disable one")
-        if not e.enabled and (changed := [n for n in ("teacher", "teacher_gate") if getattr(self, n) != _default(n)]):
+        taught = ("teacher", "teacher_gate", "summarizer", "embedder")
+        if not e.enabled and (changed := [n for n in taught if getattr(self, n) != _default(n)]):
             raise ValueError(f"{', '.join(changed)} without experience.enabled would do nothing: there is no teacher")
+        if self.data.path != "sandbox" and self.pool_size != _default("pool_size"):
+            raise ValueError("pool_size is of data.path 'sandbox': data.limit says how many requests are taken")
         if self.ema_rate is not None and self.teacher != "ema":
             raise ValueError(f"ema_rate belongs to teacher 'ema': teacher {self.teacher!r} keeps no average")
         if self.optim.release_gradients:

@@ -270,7 +270,7 @@ def training_rollouts(
     out = []
     for group, members in groups.items():
         block = experiences.get(group)
-        patch = tuple(policy.codec.encode(render_experience(block))) if block else ()
+        patch = tuple(policy.codec.encode(render_experience(block, policy.codec.markers))) if block else ()
         rewards = [t.reward for t in members]
         scores = advantages(rewards, config.adv_estimator)
         for t, a, taught in zip(members, scores, worth_teaching(rewards, scores, config.teacher_gate), strict=True):
