@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,3 +347,53 @@ def test_the_cache_serves_another_folder(tmp_path, service):
     assert main(arguments(source, tmp_path / "two", *via(service, *cache))) == 0 and service.calls() == before
     for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         assert Path(a["output_path"]).read_bytes() == Path(b["output_path"]).read_bytes()
+
+
+# --- the released script's files --------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_the_released_script_began_is_continued(tmp_path, service, capsys):
+    """fixtures/released/rendered is what generate_images.py leaves; it had no renderer for the last row."""
+    before = json.loads((RELEASED / "rendered" / "results.json").read_text())
+    shutil.copytree(RELEASED / "rendered", tmp_path / "out")
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "out" / "images").iterdir()}
+    source, asked = tmp_path / "out" / "input.json", service.calls()
+    text = ["--renderer-set", "text_to_image={kind: text-to-image, urls: [" + service.url + "]}"]
+    assert main(arguments(source, tmp_path / "out", *via(service, *text))) == 0
+    assert "2 pictures of an earlier results.json are kept" in capsys.readouterr().out
+    assert service.calls() - asked == 1
+    after = rows_of(tmp_path / "out")
+    assert pictures.items() <= {p.name: p.read_bytes() for p in (tmp_path / "out" / "images").iterdir()}.items()
+    for old, new in zip(before, after, strict=True):
+        assert list(new) == list(old) and new["image_status"] == "ok" and new["success"] is True
+        assert new["image_path"] == str(tmp_path / "out" / "images" / f"{Path(new['image_path']).name}")
+        assert {
+            k: v for k, v in new.items() if k in old and "image" not in k and k not in ("success", "output_path")
+        } == {k: v for k, v in old.items() if "image" not in k and k not in ("success", "output_path")}
+    assert [Path(r["image_path"]).name for r in after] == ["dor-abo.png", "two words.png", "no-reference.png"]
+
+
+def test_the_same_rows_give_the_released_scripts_results(tmp_path, service):
+    """The released script ran on the same input and service: same rows, order, pictures; only the reason differs."""
+    theirs = json.loads((RELEASED / "rendered" / "results.json").read_text())
+    assert main(arguments(RELEASED / "rendered" / "input.json", tmp_path / "out", *via(service))) == 0
+    for ours, released in zip(rows_of(tmp_path / "out"), theirs, strict=True):
+        assert [name for name in ours if name != "image_failure"] == list(released)
+        assert {n: v for n, v in ours.items() if n in released and n not in _PLACES} == {
+            n: v for n, v in released.items() if n not in _PLACES
+        }
+        assert ours["image_status"].partition(":")[0] == released["image_status"].partition(":")[0]
+        if ours["success"]:
+            drawn = RELEASED / "rendered" / "images" / Path(released["image_path"]).name
+            assert np.array_equal(pixels(ours["output_path"]), pixels(drawn))
+
+
+_PLACES = ("image_path", "output_path", "image_status")
+
+
+def test_a_row_of_another_input_in_a_released_folder_is_refused(tmp_path, capsys):
+    shutil.copytree(RELEASED / "rendered", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "input.json").read_text())
+    rows[0]["gen_prompt"] = "Background red."
+    assert main(arguments(batch(tmp_path, rows), tmp_path / "out")) == 2
+    assert "a row that is not of this input (id 'dor-abo')" in capsys.readouterr().err

@@ -60,6 +60,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "serve/weight_sync_mismatch": ("count", "==", 0),
     "render/lost_requests": ("count", "==", 0),
     "data/chain_steps": ("count", "==", 8),
+    "render/hostile_failures": ("count", "==", 0),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

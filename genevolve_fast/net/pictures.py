@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from genevolve_fast.net.web import FetchError
 
 MAX_ASPECT = 100  # image processors refuse longer strips, and no picture is one
 MAX_SCANS = 500  # of a JPEG; progressive ones have about ten, and each passes all pixels though it may hold no byte
+MAX_SCANNED = 2_000_000_000  # pixels of all scans together: about two seconds
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 _MAX_IMAGE_SIDE = 1024
 _LOSSLESS_SIDE = 256  # small pictures travel as PNG
@@ -46,11 +48,12 @@ def decode_image(data: bytes, max_pixels: int, max_side: int) -> Picture:
     form = sniff(data)
     if form is None:
         raise FetchError("neither JPEG, PNG, WEBP nor GIF", "not_an_image", permanent=True)
-    if form == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise FetchError(f"a JPEG of more than {MAX_SCANS} scans", "too_large", permanent=True)
+    scans = data.count(b"\xff\xda") if form == "JPEG" else 1
     try:
         with Image.open(io.BytesIO(data), formats=(form,)) as image:
             _check_size(image.size, max_pixels)
+            if scans > MAX_SCANS or scans * image.width * image.height > MAX_SCANNED:
+                raise FetchError(f"a JPEG of {scans} scans", "too_large", permanent=True)
             image.load()
             return Picture(_rgb(_upright(image), max_side), EXTENSIONS[form])
     except FetchError:
@@ -75,22 +78,37 @@ def _upright(image):
     """Turned as its EXIF orientation says; a picture with broken EXIF stays as it is."""
     from PIL import ImageOps
 
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the parser raises anything
-        return image
+    with suppress(Exception):  # the parser raises anything
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _rgb(image, max_side: int) -> np.ndarray:
+    """Few copies at a time: a legal picture takes 160 MB in Pillow."""
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+        del layer
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return np.asarray(image).copy()
+    return np.array(image)
+
+
+def _eight_bits(image):
+    """16-bit grey, which convert() would clip at 255 and whose clear value it would forget."""
+    from PIL import Image
+
+    values, clear = np.asarray(image), image.info.get("transparency")
+    grey = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

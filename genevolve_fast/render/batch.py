@@ -15,6 +15,7 @@ from typing import Any
 from genevolve_fast.net.harmless import one_line
 from genevolve_fast.net.pictures import png_bytes
 from genevolve_fast.protocols import Renderer, RenderError
+from genevolve_fast.render.endpoints import off_loop
 from genevolve_fast.render.rows import Row, RowError, drawn, not_drawn, program_of, read_references, read_rows
 from genevolve_fast.render.service_client import refusal
 from genevolve_fast.resumable import (
@@ -279,6 +280,6 @@ async def _draw(row: Row, renderer: Renderer, seed: int, draw_request: bool, bas
     count = len(program.reference_images)
     if not renderer.min_references <= count <= renderer.max_references:
         raise RowError(refusal(renderer, count), "program")
-    references = await asyncio.to_thread(read_references, program, bases)
+    references = await off_loop(read_references, program, bases)
     pixels = await renderer.render(program, references, seed)
     return await asyncio.to_thread(png_bytes, pixels)
