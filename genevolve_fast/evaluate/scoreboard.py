@@ -58,6 +58,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "serve/lost_rollouts": ("count", "==", 0),
     "serve/hostile_failures": ("count", "==", 0),
     "serve/weight_sync_mismatch": ("count", "==", 0),
+    "judge/unjudged_counted_as_zero": ("count", "==", 0),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 
