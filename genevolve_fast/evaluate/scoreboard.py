@@ -61,6 +61,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "render/lost_requests": ("count", "==", 0),
     "data/chain_steps": ("count", "==", 8),
     "render/hostile_failures": ("count", "==", 0),
+    "judge/unjudged_counted_as_zero": ("count", "==", 0),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

@@ -58,7 +58,7 @@ def open_summarizer(config: SummarizerConfig, incidents: Incidents, markers: Seq
         lane=Lane(config.concurrency, config.requests_per_minute),
         cache=open_cache(config, "summarizer", incidents),
     )
-    return ChatSummarizer(chat, markers)
+    return ChatSummarizer(chat, incidents, markers)
 
 
 def open_embedder(config: EmbedderConfig) -> Embedder:

@@ -44,9 +44,9 @@ _VOCABULARY = frozenset(_CRAFT.split()) | {part for name in (*TOOLS, *SKILLS) fo
 _NUMBER_WORDS = frozenset(_NUMBERS.split())
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-_LINKS = re.compile(r"https?:|www\.|\bIMG_?\s?\d+|\b[\w-]+\.(?:com|org|net|io|jpe?g|png|webp)\b|(?<!\w)/\w", re.I)
+_LINKS = re.compile(r"https?:|www\.|\bIMG_?\s?\d+|\b[\w-]+\.(?:com|org|net|io|jpe?g|png|webp)\b|(?<!\S)/\w", re.I)
 _QUOTES = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|„([^“”]+)[“”]|`([^`]+)`|(?<!\w)[‘']([^’']+)[’'](?!\w)")
-_SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _LONGEST_QUOTE = 80  # characters; what looks longer is an apostrophe and the next one
 
 

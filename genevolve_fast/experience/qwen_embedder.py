@@ -39,7 +39,7 @@ class QwenEmbedder:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
             self._model = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such device
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: no such device
             raise ValueError(f"the embedding model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from genevolve_fast.experience.leaks import Secrets
+from genevolve_fast.incidents import Incidents
 from genevolve_fast.net.asking import JsonChat, NoAnswer, Question
 from genevolve_fast.net.harmless import harmless, one_line, readable
 from genevolve_fast.net.replies import ReplyError
@@ -62,8 +63,9 @@ class ChatSummarizer:
     `markers` are the texts that the policy's codec encodes to control ids.
     """
 
-    def __init__(self, chat: JsonChat, markers: Sequence[str] = ()) -> None:
+    def __init__(self, chat: JsonChat, incidents: Incidents, markers: Sequence[str] = ()) -> None:
         self._chat = chat
+        self._incidents = incidents
         self._markers = markers
 
     async def compare(self, request: Request, best: Trajectory, worst: Trajectory) -> Experience | None:
@@ -95,9 +97,9 @@ class ChatSummarizer:
             text = harmless(one_line(values[slot] or "", 20 * MAX_SLOT), self._markers).strip()
             if leak := secrets.leak(text):
                 if not final:
-                    raise ReplyError(
-                        f"{slot} says {one_line(leak, 40)!r}, which the request does not; put it generally"
-                    )
+                    said = one_line(leak, 40)
+                    raise ReplyError(f"{slot} says {said!r}, which the request does not; put it generally")
+                self._incidents.note("summarizer", "bad_response")
                 text = ""
             if len(text) > MAX_SLOT:
                 if not final:

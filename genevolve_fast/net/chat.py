@@ -92,7 +92,7 @@ class ChatEndpoint:
         source: str = "engine",
         limiter: AbstractAsyncContextManager | None = None,
     ) -> None:
-        from openai import AsyncOpenAI, Timeout
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
         parts = urlsplit(checked_base_url(base_url))
         api_key, login = checked_key(api_key), _login(parts)
@@ -112,6 +112,7 @@ class ChatEndpoint:
             base_url=self.address,  # the client logs it
             api_key=api_key,
             timeout=timeout,
+            http_client=DefaultAsyncHttpxClient(),  # its own closes itself when garbage, in a loop that may be gone
             max_retries=0,
             default_headers={"Authorization": f"Basic {login}"} if login else None,
         )

@@ -153,7 +153,7 @@ def _check_spelt(text: str, key: str, values: Mapping[str, Any]) -> None:
     written = [text[m.end() :].lstrip()[:_SHOWN] for m in re.finditer(_key(key), text)]
     read = [re.match(r"(-?\d+(?:\.\d+)?|true|false|null)\s*(?:,\s*[^\s\d]|[}\n])", w, re.IGNORECASE) for w in written]
     said = {_value(m[1]) if m else None for m in read}
-    if said != {_value(str(values.get(key)))}:
+    if None in said or said != {_value(str(values.get(key)))}:
         raise ReplyError(f"the reply is no JSON, and the value of {key} is cut or cannot be told")
 
 

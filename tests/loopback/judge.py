@@ -47,16 +47,12 @@ class Rules:
         made = self.world.requests("train", train, seed) + self.world.requests("bench", bench)
         self.requests = {r.question: r for r in made}
 
-    def answer(self, text: str, pictures: list[np.ndarray]) -> tuple[str, str]:
-        """(what is asked: image, program, comparison or unknown, the reply)."""
+    def answer(self, text: str, pictures: list[np.ndarray]) -> str:
         request = next((self.requests[line] for line in text.splitlines() if line in self.requests), None)
         if request is None:
-            return "unknown", "I do not know this request."
-        if BETTER in text:
-            return "comparison", json.dumps(self.compared(request, text))
-        if PROGRAM in text:
-            return "program", json.dumps(self.program_judged(request, text))
-        return "image", json.dumps(self.image_judged(request, pictures[0]))
+            return "I do not know this request."
+        judge = {"comparison": self.compared, "program": self.program_judged}.get(asked(text))
+        return json.dumps(judge(request, text) if judge else self.image_judged(request, pictures[0]))
 
     def image_judged(self, request, picture: np.ndarray) -> dict:
         from genevolve_fast.sandbox.judges import judge_picture
@@ -88,6 +84,11 @@ class Rules:
         better, worse = (_rollout(_json_after(mark, text)) for mark in (BETTER, WORSE))
         found = asyncio.run(RuleComparer().compare(request, better, worse))
         return {slot: getattr(found, slot) if found else "" for slot in EXPERIENCE_SLOTS}
+
+
+def asked(text: str) -> str:
+    """What a question asks for: image, program or comparison."""
+    return "comparison" if BETTER in text else "program" if PROGRAM in text else "image"
 
 
 def _rows(diagnostics) -> list[dict]:
@@ -194,9 +195,9 @@ def make_app(rules: Rules, latency_s: float = 0.0) -> FastAPI:
         plan.update({"times": None, "share": 1.0, "of": None} | await request.json())
         return {}
 
-    def due(asked: str, messages: list[dict]) -> str:
+    def due(what: str, messages: list[dict]) -> str:
         """The fault that this call meets, or ""."""
-        if plan["times"] == 0 or plan["of"] not in (None, asked):
+        if plan["times"] == 0 or plan["of"] not in (None, what):
             return ""
         digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
         if int.from_bytes(digest[:4], "big") >= plan["share"] * 2**32:
@@ -219,19 +220,21 @@ def make_app(rules: Rules, latency_s: float = 0.0) -> FastAPI:
             flying[0] -= 1
 
     async def answered(body: dict):
-        asked, reply = await asyncio.to_thread(lambda: rules.answer(*_read(body["messages"])))
-        seen[asked] += 1
-        kind, _, argument = due(asked, body["messages"]).partition(":")
+        text, pictures = _read(body["messages"])
+        seen[asked(text)] += 1
+        kind, _, argument = due(asked(text), body["messages"]).partition(":")
         if kind in FAULTS and (response := await FAULTS[kind](argument)) is not None:
             return response
-        reason = "stop"
+        reply, reason = "", "stop"
+        if kind not in ("text", "empty"):  # these need no verdict
+            reply = await asyncio.to_thread(rules.answer, text, pictures)
         if kind in SPOILT:
             reply, reason = SPOILT[kind](reply, argument)
         prompt, sampled = len(json.dumps(body["messages"])) // 4, len(reply) // 4
         choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": reason}
         usage = {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
         head = {"id": "judge", "object": "chat.completion", "created": 0, "model": body["model"]}
-        return head | {"choices": [choice], "usage": usage}
+        return Response(json.dumps(head | {"choices": [choice], "usage": usage}), media_type="application/json")
 
     return app
 
