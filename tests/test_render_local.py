@@ -259,6 +259,16 @@ def test_models_that_do_not_load_are_typed_failures(tmp_path, edit_folder, flux_
     assert "needs a GPU" in str(failure(model=edit_folder, offload="model"))
 
 
+def test_a_model_that_did_not_load_is_not_loaded_for_every_picture(tmp_path, monkeypatch):
+    pipeline = DiffusersPipeline(PipelineSettings(model=str(tmp_path), **SMALL))
+    tries, opened = [], pipeline._opened
+    monkeypatch.setattr(pipeline, "_opened", lambda: tries.append(1) or opened())
+    for _ in range(2):
+        with pytest.raises(RenderError, match="cannot be loaded"):
+            pipeline.draw([Job("a", (pixels(0),), width=64, height=64)])
+    assert len(tries) == 1
+
+
 def test_numbers_that_are_no_colours_are_a_failure_and_no_picture(edit_folder):
     import torch
 
@@ -310,3 +320,5 @@ def test_a_caller_that_gives_up_is_not_drawn_for(edit_folder):
     asyncio.run(give_up())
     renderer.close()
     assert drawn == [0, 1]
+    with pytest.raises(RenderError, match="closed"):
+        asyncio.run(renderer.render(program("a", 1), [pixels(0)], 0))

@@ -289,6 +289,7 @@ def test_a_hundred_requests_a_killed_worker_and_clients_that_vanish_lose_nothing
     assert outcome.lost == []
     assert outcome.counts == {"drawn": 34, "refused": 5}
     assert (outcome.asked, outcome.vanished, outcome.restarts) == (39, 6, 1)
+    assert outcome.calls == 34  # nothing is drawn for those that vanished, and nothing twice
 
 
 # --- start and end ----------------------------------------------------------------------------------------------------

@@ -335,6 +335,7 @@ class LocalRenderer:
         self._waiting: deque[tuple[Job, Future]] = deque()
         self._lock = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._closed = False
 
     async def render(self, program: Program, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
         """uint8 [height, width, 3]; equal arguments give equal pictures. Raises RenderError."""
@@ -347,14 +348,16 @@ class LocalRenderer:
             raise RenderError(reason, "bad_arguments")
         future: Future = Future()
         with self._lock:
+            if self._closed:
+                raise RenderError("the renderer was closed")
             self._waiting.append((job, future))
-        self._thread.submit(self._draw_next)
+            self._thread.submit(self._draw_next)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Finish what is being drawn, refuse the rest, give the memory back."""
         with self._lock:
-            waiting, self._waiting = self._waiting, deque()
+            waiting, self._waiting, self._closed = self._waiting, deque(), True
         for _, future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RenderError("the renderer was closed"))
