@@ -84,6 +84,7 @@ def test_settings_of_none_become_the_kind_s_own():
     [
         ({"kind": "gan"}, "none of qwen-image-edit"),
         ({"dtype": "int8"}, "none of bfloat16"),
+        ({"device": "cuda:zero"}, "is no device"),
         ({"size_multiple": 8}, "no multiple of 16"),
         ({"long_side": 8}, "below size_multiple"),
         ({"num_inference_steps": 0}, "at least 1"),
@@ -257,6 +258,7 @@ def test_models_that_do_not_load_are_typed_failures(tmp_path, edit_folder, flux_
     assert failure(model=flux_folder).kind == "bad_arguments"
     assert "cannot be loaded" in str(failure(model=str(tmp_path)))
     assert "needs a GPU" in str(failure(model=edit_folder, offload="model"))
+    assert "torch sees" in str(failure(model=edit_folder, device="cuda:63"))
 
 
 def test_a_model_that_did_not_load_is_not_loaded_for_every_picture(tmp_path, monkeypatch):
