@@ -55,6 +55,7 @@ class Outcome:
     lost: list[str]
     restarts: int
     vanished: int  # as the service counts them
+    calls: int  # of a pipeline that came back
     seconds: float
 
     def __str__(self) -> str:
@@ -99,11 +100,12 @@ def run(load: Load) -> Outcome:
         seconds = time.monotonic() - started
         restarts = int(service.metric("genevolve_render_worker_restarts_total"))
         vanished = int(service.metric("genevolve_render_requests_total", outcome="vanished"))
+        calls = int(service.metric("genevolve_render_draw_seconds_count"))
         queue = service.health()["queue"]
     lost = [why for what, why in found if what == "lost"]
     if queue["waiting"] or queue["drawing"]:
         lost.append(f"the service still holds {queue}, though nobody waits")
-    return Outcome(len(found), dict(Counter(what for what, _ in found)), lost, restarts, vanished, seconds)
+    return Outcome(len(found), dict(Counter(what for what, _ in found)), lost, restarts, vanished, calls, seconds)
 
 
 def client(url: str, seeds: Sequence[int], quitters: set[int], gone, results) -> None:

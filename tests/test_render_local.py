@@ -84,6 +84,7 @@ def test_settings_of_none_become_the_kind_s_own():
     [
         ({"kind": "gan"}, "none of qwen-image-edit"),
         ({"dtype": "int8"}, "none of bfloat16"),
+        ({"device": "cuda:zero"}, "is no device"),
         ({"size_multiple": 8}, "no multiple of 16"),
         ({"long_side": 8}, "below size_multiple"),
         ({"num_inference_steps": 0}, "at least 1"),
@@ -257,6 +258,17 @@ def test_models_that_do_not_load_are_typed_failures(tmp_path, edit_folder, flux_
     assert failure(model=flux_folder).kind == "bad_arguments"
     assert "cannot be loaded" in str(failure(model=str(tmp_path)))
     assert "needs a GPU" in str(failure(model=edit_folder, offload="model"))
+    assert "torch sees" in str(failure(model=edit_folder, device="cuda:63"))
+
+
+def test_a_model_that_did_not_load_is_not_loaded_for_every_picture(tmp_path, monkeypatch):
+    pipeline = DiffusersPipeline(PipelineSettings(model=str(tmp_path), **SMALL))
+    tries, opened = [], pipeline._opened
+    monkeypatch.setattr(pipeline, "_opened", lambda: tries.append(1) or opened())
+    for _ in range(2):
+        with pytest.raises(RenderError, match="cannot be loaded"):
+            pipeline.draw([Job("a", (pixels(0),), width=64, height=64)])
+    assert len(tries) == 1
 
 
 def test_numbers_that_are_no_colours_are_a_failure_and_no_picture(edit_folder):
@@ -310,3 +322,5 @@ def test_a_caller_that_gives_up_is_not_drawn_for(edit_folder):
     asyncio.run(give_up())
     renderer.close()
     assert drawn == [0, 1]
+    with pytest.raises(RenderError, match="closed"):
+        asyncio.run(renderer.render(program("a", 1), [pixels(0)], 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from PIL import Image
 
 from genevolve_fast.cli import main
 from genevolve_fast.net.pictures import data_url
+from genevolve_fast.render.pool import RefusedError
 from genevolve_fast.sandbox.canvas import draw_program
 from tests.loopback.render_service import RED, LoopbackRenderService, faulty, own
 
@@ -139,6 +141,43 @@ def test_bodies_that_are_no_request_are_refused(canvas):
     assert reason_of(httpx.get(f"{canvas.url}/nowhere"), 404)
     assert reason_of(httpx.get(f"{canvas.url}/generate"), 405)
     assert canvas.health()["status"] == "healthy"
+
+
+def test_extremes_that_the_contract_allows_are_drawn(canvas):
+    for seed in (-(2**63), 2**64 - 1, None):
+        assert picture_of(ask(canvas, seed=seed)).shape == (96, 96, 3)
+    assert picture_of(ask(canvas, "画一只狐狸 🦊 \x00 ‮ " + "x" * 31_000)).shape == (96, 96, 3)
+    lone = httpx.post(f"{canvas.url}/generate", content=b'{"prompt": "half a pair \\ud800"}', timeout=30)
+    assert lone.status_code in (200, 422) and "success" in lone.json()
+
+
+def test_damaged_pictures_are_references_or_refused_and_nothing_else():
+    from genevolve_fast.render.job import Job
+    from genevolve_fast.render.service import parse
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    outcomes = set()
+    for i in range(160):
+        out = io.BytesIO()
+        form, mode = [("PNG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGBA"), ("GIF", "P"), ("PNG", "I;16"), ("JPEG", "L")][
+            i % 6
+        ]
+        Image.fromarray(pixels).convert("L" if mode == "I;16" else mode).convert(mode).save(out, form)
+        data = bytearray(out.getvalue())
+        if i % 3:
+            data[int(random.integers(len(data)))] ^= int(random.integers(1, 256))
+        if i % 5 == 0:
+            del data[int(random.integers(len(data))) :]
+        url = f"data:image/png;base64,{base64.b64encode(bytes(data)).decode()}"
+        try:
+            job = parse(json.dumps({"prompt": "a", "image_urls": [url]}).encode(), 40_000_000)
+            assert isinstance(job, Job) and job.references[0].dtype == np.uint8 and job.references[0].ndim == 3
+            outcomes.add(200)
+        except RefusedError as error:
+            assert str(error)
+            outcomes.add(error.status)
+    assert {200, 400} <= outcomes <= {200, 400, 413}
 
 
 def test_a_bomb_of_a_picture_is_refused_before_it_is_decoded(canvas):
@@ -289,6 +328,7 @@ def test_a_hundred_requests_a_killed_worker_and_clients_that_vanish_lose_nothing
     assert outcome.lost == []
     assert outcome.counts == {"drawn": 34, "refused": 5}
     assert (outcome.asked, outcome.vanished, outcome.restarts) == (39, 6, 1)
+    assert outcome.calls == 34  # nothing is drawn for those that vanished, and nothing twice
 
 
 # --- start and end ----------------------------------------------------------------------------------------------------

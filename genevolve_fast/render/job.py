@@ -60,21 +60,22 @@ class Offer:
     def refusal(self, job: Job) -> str:
         """Why this pipeline cannot draw `job`; empty where it can."""
         given, least, most = len(job.references), self.min_references, self.max_references
+        name = self.model.rstrip("/").rpartition("/")[2]
         if given < least:
             return (
-                f"{self.model} edits references and needs at least {least}, the program has {given}: "
+                f"{name} edits references and needs at least {least}, the program has {given}: "
                 "draw it with a text-to-image model (kind text-to-image)"
             )
         if given > most == 0:
             return (
-                f"{self.model} draws from text alone, the program has {given} references: "
+                f"{name} draws from text alone, the program has {given} references: "
                 "draw it with a model that edits references (kind qwen-image-edit)"
             )
         if given > most:
-            return f"{self.model} takes at most {most} references, the program has {given}"
-        for name, side in (("width", job.width), ("height", job.height)):
+            return f"{name} takes at most {most} references, the program has {given}"
+        for which, side in (("width", job.width), ("height", job.height)):
             if side is not None and side % self.size_multiple:
-                return f"{name} {side} is no multiple of {self.size_multiple}"
+                return f"{which} {side} is no multiple of {self.size_multiple}"
         return ""
 
     def key(self, job: Job) -> Hashable | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import re
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,8 @@ class PipelineSettings:
         for name, value in _OWN[self.kind].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
+            raise ValueError(f"device {self.device!r} is no device, such as cpu or cuda:0")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype {self.dtype!r} is none of bfloat16, float16, float32")
         if self.offload not in ("none", "model", "sequential"):
@@ -187,6 +190,9 @@ class DiffusersPipeline:
         s = self.settings
         if s.offload != "none" and self._device == "cpu":
             raise RenderError(f"offload {s.offload!r} needs a GPU", "bad_arguments")
+        gpus = torch.cuda.device_count()
+        if self._device.startswith("cuda") and int(self._device.partition(":")[2] or 0) >= gpus:
+            raise RenderError(f"device {self._device}: torch sees {gpus} GPUs here", "bad_arguments")
         try:
             name = diffusers.DiffusionPipeline.load_config(s.model)["_class_name"]
             kind = self._pipeline_class(diffusers, name)
@@ -335,6 +341,7 @@ class LocalRenderer:
         self._waiting: deque[tuple[Job, Future]] = deque()
         self._lock = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._closed = False
 
     async def render(self, program: Program, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
         """uint8 [height, width, 3]; equal arguments give equal pictures. Raises RenderError."""
@@ -347,14 +354,16 @@ class LocalRenderer:
             raise RenderError(reason, "bad_arguments")
         future: Future = Future()
         with self._lock:
+            if self._closed:
+                raise RenderError("the renderer was closed")
             self._waiting.append((job, future))
-        self._thread.submit(self._draw_next)
+            self._thread.submit(self._draw_next)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Finish what is being drawn, refuse the rest, give the memory back."""
         with self._lock:
-            waiting, self._waiting = self._waiting, deque()
+            waiting, self._waiting, self._closed = self._waiting, deque(), True
         for _, future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RenderError("the renderer was closed"))

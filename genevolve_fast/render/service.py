@@ -363,7 +363,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, pool: Pool, drain_s: float) -> None:
         super().__init__(config)
         self.pool, self.drain_s, self.broken = pool, drain_s, ""
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -382,7 +382,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame) -> None:
         super().handle_exit(sig, frame)
-        self._loop.call_soon_threadsafe(self.pool.drain, self.drain_s)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.pool.drain, self.drain_s)
 
 
 def serve(settings: ServiceSettings) -> str:
