@@ -71,6 +71,7 @@ def server():
     process.kill()
 
 
+@pytest.mark.slow
 def test_any_chat_model_teaches_and_its_pictures_are_kept(server, tmp_path, capsys):
     """The loopback model knows the questions of the sandbox's first 60 requests, which the pool holds."""
     server.faults()
@@ -267,8 +268,8 @@ DEFECTS = {
         lambda t: changed(
             t,
             refs=[{"img_id": f"IMG_00{n}", "note": ""} for n in (1, 2)],
-            prompt="A poster in warm light: a lady with the face of the first reference image stands beside the machine "
-            "of the second reference image, both in the same room.",
+            prompt="A poster in warm light: a lady with the face of the first reference image stands beside the "
+            "machine of the second reference image, both in the same room.",
         ),
         "lost of the request: FIRST PROGRAM, Ada Lovelace, Analytical Engine",
     ),
