@@ -28,7 +28,17 @@ from genevolve_fast.sandbox.judges import SandboxImageJudge
 from genevolve_fast.sandbox.world import SandboxWorld
 
 WORLD = SandboxWorld()
-RL_FIELDS = "id question gt_image eval_type category difficulty prompt_pool_index meta extra_info".split()
+RL_FIELDS = [
+    "id",
+    "question",
+    "gt_image",
+    "eval_type",
+    "category",
+    "difficulty",
+    "prompt_pool_index",
+    "meta",
+    "extra_info",
+]
 
 
 def manifest(folder) -> dict:
