@@ -259,6 +259,8 @@ REPLIES = {
     '{"pass": true}': None,
     '{"pass": true, "reason": ""}': None,
     '{"pass": true, "reason": "a"} or rather {"pass": false, "reason": "b"}': None,
+    '{"draft": {"pass": true, "reason": "x"}, "final": {"pass": false, "rea': None,
+    "{'pass': True, 'reason': 'a'} no: {'pass': False, 'reason': 'b'}": None,
     "I pass it.": None,
     "": None,
     "[" * 5000: None,

@@ -292,3 +292,49 @@ def test_datasets_streams_the_views_as_the_published_configs():
         assert [row[name] for row in local] == [row[name] for row in streamed]
     requests = list(read_requests(HubSet(str(view), "rl", "train"), BadRows()))
     assert requests[0].extra["checklist"]["items"][0]["kind"] in ("object", "text", "emblem")
+
+
+HUB = """
+import sys
+from genevolve_fast.data.config import DataConfig, open_requests
+from genevolve_fast.data.published import open_set
+
+requests, truth = open_requests(DataConfig(path=sys.argv[1]), "rl")
+print(len(requests), truth(requests[0]).shape, sorted(requests[0].extra["checklist"]))
+print(sum(1 for _ in open_set(sys.argv[1], "sft", "eval").rows()))
+try:
+    open_requests(DataConfig(path="loopback/absent"), "rl")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_id_is_streamed_and_its_pictures_come_when_they_are_asked_for(tmp_path):
+    """The real clients against a hub on loopback; in a process of its own, since they read their settings once."""
+    pytest.importorskip("datasets")
+    import subprocess
+    import sys
+
+    from loopback.hub import REPOSITORY, ROOT, LoopbackHub
+
+    view = made("view")
+    with LoopbackHub(view) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        settings |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, REPOSITORY], env=os.environ | settings, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    rows, talks = (sum(1 for _ in open_set(str(view), *of).rows()) for of in (("rl", "train"), ("sft", "eval")))
+    assert lines[:2] == [f"{rows} (96, 96, 3) ['background', 'items']", str(talks)]
+    assert "loopback/absent/GenEvolve-Data-RL/train cannot be read from the hub" in lines[2]
+    cached = [p for p in tmp_path.rglob("*.png")]
+    assert len(cached) == 1  # only the picture that was asked for
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="somebody/nothing/GenEvolve-Bench/test cannot be read from the hub"):
+        open_requests(DataConfig(path="somebody/nothing"), "bench")

@@ -78,7 +78,7 @@ def add(command: AddCommand) -> None:
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a limit of the filters")
     p.add_argument("--fields", action="store_true", help="list the limits and stop")
     review(p)
-    p.add_argument("--min-score", type=float, default=1.0, help="review rule: score to pass (default: %(default)s)")
+    p.add_argument("--min-score", type=float, help="review rule: score to pass (default: 1)")
     chat(p, "reviews")
 
     p = step(
@@ -381,6 +381,7 @@ def run_filter(args: argparse.Namespace) -> int:
     """Exit status 1 where nothing is kept, or reviews are undecided: the same command asks for them again."""
     from genevolve_fast.data.filters import FilterConfig, sift
     from genevolve_fast.data.review import ChatTrajectoryReviewer, JudgedProgram
+    from genevolve_fast.data.rows import DataError
     from genevolve_fast.data.sifting import review_all, write_filtered
     from genevolve_fast.data.steps import Ledger, finished, open_step
     from genevolve_fast.data.trajectories import read_trajectories
@@ -393,7 +394,10 @@ def run_filter(args: argparse.Namespace) -> int:
     config, incidents = filter_config(args.set), Incidents()
     source_step = open_step(args.input, "trajectories")
     settings = {"limits": config.model_dump(), "review": args.review} | review_settings(args)
-    settings |= {"min_score": args.min_score} if args.review == "rule" else {}
+    if args.min_score is not None and args.review != "rule":
+        raise DataError("--min-score would do nothing without --review rule")
+    min_score = 1.0 if args.min_score is None else args.min_score
+    settings |= {"min_score": min_score} if args.review == "rule" else {}
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
     sifted = sift(read_trajectories(source_step), config, source_step)
@@ -403,7 +407,7 @@ def run_filter(args: argparse.Namespace) -> int:
         if args.review == "rule":
             from genevolve_fast.sandbox.judges import SandboxProgramJudge
 
-            return await all_of(JudgedProgram(SandboxProgramJudge(), args.min_score))
+            return await all_of(JudgedProgram(SandboxProgramJudge(), min_score))
         async with endpoint(args, "review", incidents) as at:
             return await all_of(ChatTrajectoryReviewer(at))
 

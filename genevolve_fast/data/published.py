@@ -88,14 +88,16 @@ class HubSet:
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         try:
-            from datasets import Features, Image, load_dataset
+            from datasets import Features, Image, List, load_dataset
         except ImportError as error:
             raise DataError(f"{self.where}: the hub needs `pip install 'genevolve-fast[data]'`") from error
         try:
             stream = load_dataset(self.repository, self.which, split=self.split, streaming=True)
-            features = stream.features or Features()
-            for name in [n for n, kind in features.items() if isinstance(kind, Image)]:
-                stream = stream.cast_column(name, Image(decode=False))  # rows name files, pixels come later
+            for name, kind in (stream.features or Features()).items():  # rows name files, pixels come later
+                if isinstance(kind, Image):
+                    stream = stream.cast_column(name, Image(decode=False))
+                elif isinstance(getattr(kind, "feature", None), Image):
+                    stream = stream.cast_column(name, List(Image(decode=False)))
             yield from enumerate(map(dict, stream), 1)
         except DataError:
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -19,20 +18,24 @@ class ReplyError(ValueError):
 
 def read_reply(text: str, form: type[M]) -> M:
     """The one object of `form` in a reply; fences, prose and slips of syntax are repaired. Raises ReplyError."""
+    first, field = next(iter(form.model_fields.items()))
     try:
-        return form.model_validate(_object(text), strict=True)
+        return form.model_validate(_object(text, field.alias or first), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the object"
-        raise ReplyError(f"{where}: {first['msg']}") from None
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the object"
+        raise ReplyError(f"{where}: {problem['msg']}") from None
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str, key: str) -> dict[str, Any]:
+    """The object with `key`: as it stands, else repaired where the key stands only once."""
     import json_repair
 
     text = _THOUGHT.sub("", text)  # servers with reasoning parsers send the thought along
-    found = list(_objects(text))
+    found = _objects(text)
     if not found:
+        if (times := len(re.findall(rf"['\"]{re.escape(key)}['\"]\s*:", text))) > 1:
+            raise ReplyError(f"{key} stands {times} times in what is no JSON")
         try:
             value = json_repair.loads(text)
         except (ValueError, RecursionError) as error:
@@ -45,14 +48,14 @@ def _object(text: str) -> dict[str, Any]:
     return found[0]
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects that stand in a text as they are."""
-    decoder, at = json.JSONDecoder(), text.find("{")
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects that stand in a text as they are; none where a brace opens anything else."""
+    decoder, found, at = json.JSONDecoder(), [], text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            yield value
+            return []
+        found.append(value)
         at = text.find("{", end)
+    return found

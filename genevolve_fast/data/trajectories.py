@@ -132,7 +132,8 @@ def write_trajectories(folder: Path, pool: Step, settings: Mapping[str, Any]) ->
         if line is None or line["termination"] == "error":
             continue
         ends[line["termination"]] = ends.get(line["termination"], 0) + 1
-        images = tuple(map(files, line.get("shown") or ()))
+        told = "\n".join(m["content"] for m in line["messages"])
+        images = tuple(files(picture, told) for picture in line.get("shown") or ())
         program = None
         if line["gen_prompt"]:
             references = [Reference(r["img_id"], r["note"]) for r in line["reference_images"]]
@@ -171,15 +172,18 @@ class _Files:
         self._known: dict[str, tuple[str, str]] = {}
         self.missing = 0
 
-    def __call__(self, picture: Mapping[str, str]) -> dict[str, str]:
+    def __call__(self, picture: Mapping[str, str], told: str) -> dict[str, str]:
+        """`picture` with its file; its `local_path` stays where the messages name it."""
         path = picture["local_path"]
         if path not in self._known:
             self._known[path] = self._kept(Path(path)) if path else ("", "")
         file, sha = self._known[path]
         self.missing += not file
-        return {**picture, "file": file, "sha256": sha}
+        return {**picture, "local_path": path if path and path in told else "", "file": file, "sha256": sha}
 
     def _kept(self, path: Path) -> tuple[str, str]:
+        own = self._folder / "images" / path.name
+        path = own if own.exists() else path  # the folder may have moved since
         try:
             read_picture(path)
         except DataError:
