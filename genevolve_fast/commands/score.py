@@ -28,6 +28,7 @@ def add(command: AddCommand) -> None:
         "--gt-root", type=Path, action="append", default=[], help="where gt_image is relative to, repeatable"
     )
     p.add_argument("--output-dir", type=Path, help="folder of the score files (default: that of --results)")
+    p.add_argument("--name", help="how the table names it (default: the folder of --results)")
     p.add_argument("--fresh", action="store_true", help="forget the judgements that the folder already holds")
     add_score_flags(p)
 
@@ -43,7 +44,7 @@ def add_score_flags(p: argparse.ArgumentParser) -> None:
 
 def run_score(args: argparse.Namespace) -> int:
     folder = (args.output_dir or args.results.parent).resolve()
-    return score_results(args, args.results, folder, args.gt_root, name=args.results.resolve().parent.name)
+    return score_results(args, args.results, folder, args.gt_root, name=args.name or args.results.resolve().parent.name)
 
 
 def score_results(
