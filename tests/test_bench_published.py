@@ -38,12 +38,8 @@ def data(tmp_path_factory):
 
 
 def command(data: Path, agent, out: Path, *more: str) -> list[str]:
-    from genevolve_fast.sandbox.world import SYSTEM_PROMPT
-
-    prompt = out.parent / "system.txt"
-    prompt.write_text(SYSTEM_PROMPT)
     flags = ["--base-url", agent.url, "--tools", "sandbox", "--judge", "sandbox", "--out", str(out)]
-    return ["bench", "--data", str(data), "--system-prompt", str(prompt), *flags, *more]
+    return ["bench", "--data", str(data), *flags, *more]
 
 
 def test_rollout_render_and_score_end_in_the_tables(data, agent, tmp_path, capsys):

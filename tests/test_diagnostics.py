@@ -53,6 +53,9 @@ def test_calls_are_counted_and_failed_ones_told_apart():
         ),
         row(call("search", queries=["the trajectory ends here"])),
     ]  # fmt: skip
+    unanswered = row(call("search", queries=["a"]))
+    unanswered["messages"].append({"role": "assistant", "content": answer()})
+    assert [c.succeeded for c in tool_calls(unanswered)] == [False]
     assert [(c.tool, c.succeeded) for c in tool_calls(rows[0])] == [
         ("search", True), ("search", False), ("image_search", False), ("query_knowledge", True),
     ]  # fmt: skip

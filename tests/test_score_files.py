@@ -132,6 +132,12 @@ def test_the_two_averages_differ_where_a_row_needs_no_text(folder):
     assert nothing["overall"] is None and nothing["overall_missing_zero"] == 0.0
 
 
+def test_missing_as_zero_comes_from_the_rounded_mean_as_released():
+    judged = [{"eval_success": True, "scores": {"overall": v}} for v in (0.05, 0.0, 0.0)]
+    made = summarize(judged, 7)
+    assert (made["overall"], made["overall_missing_zero"]) == (0.0167, 0.0072)  # 0.05 / 7 is 0.0071
+
+
 def test_our_row_stands_beside_the_published_ones_with_its_judge(folder):
     score(folder, Recorded())
     text = beside_published("mine", "some-judge", json.loads((folder / "summary.json").read_text()))

@@ -205,6 +205,17 @@ def test_flags_that_cannot_work_are_refused(bench, server, capsys):
         assert main(flags) == 2 and told in capsys.readouterr().err
 
 
+def test_fresh_forgets_nothing_when_the_judge_cannot_be_opened(bench, server, capsys):
+    server.faults(*[grades(1, 1, 1)] * 6)
+    assert main(command(bench, server)) == 0
+    ledger = (bench / "scores" / "wise.jsonl").read_text()
+    assert main(command(bench, server, "--fresh", "--judge-api-key-env", "NOWHERE_SET")) == 2
+    assert (bench / "scores" / "wise.jsonl").read_text() == ledger
+    server.faults(*[grades(2, 2, 2)] * 6)
+    assert main(command(bench, server, "--fresh")) == 0
+    assert json.loads((bench / "scores" / "summary.json").read_text())["overall"] == pytest.approx(1.0)
+
+
 def full_scores(folder: Path) -> list[Path]:
     """Score files of all 1000 prompts, of random grades."""
     random, files = np.random.default_rng(0), []

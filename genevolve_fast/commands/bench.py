@@ -191,8 +191,8 @@ def bench_table(data: Path) -> Path:
 
 def _check_scoring(args: argparse.Namespace) -> None:
     """Raise EvaluateError for a judge that cannot be, before anything is sampled."""
-    from genevolve_fast.commands.judging import judge_settings
-    from genevolve_fast.commands.wise import open_endpoint
+    from genevolve_fast.commands.judging import judge_settings, open_judges
+    from genevolve_fast.commands.wise import judge_address
     from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.incidents import Incidents
 
@@ -201,13 +201,12 @@ def _check_scoring(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise EvaluateError(f"--{name.replace('_', '-')} is of --wise")
         judge_settings(args)
+        open_judges(args, Incidents())
         return
     for name in ("judge", "judge_set", "judge_programs", "total_cases", "price"):
         if getattr(args, name) != args.of_stages[name]:
             raise EvaluateError(f"--{name.replace('_', '-')} is of GenEvolve-Bench; WISE has a judge of its own")
-    if not args.judge_model:
-        raise EvaluateError("--judge-model is missing: who grades the pictures")
-    open_endpoint(args, Incidents())
+    judge_address(args)
 
 
 def roll_out_stage(args: argparse.Namespace, samples: Sequence, stages: Stages) -> int:

@@ -28,6 +28,7 @@ def add(command: AddCommand) -> None:
         "--gt-root", type=Path, action="append", default=[], help="where gt_image is relative to, repeatable"
     )
     p.add_argument("--output-dir", type=Path, help="folder of the score files (default: that of --results)")
+    p.add_argument("--name", help="how the table names it (default: the folder of --results)")
     p.add_argument("--fresh", action="store_true", help="forget the judgements that the folder already holds")
     add_score_flags(p)
 
@@ -43,7 +44,7 @@ def add_score_flags(p: argparse.ArgumentParser) -> None:
 
 def run_score(args: argparse.Namespace) -> int:
     folder = (args.output_dir or args.results.parent).resolve()
-    return score_results(args, args.results, folder, args.gt_root, name=args.results.resolve().parent.name)
+    return score_results(args, args.results, folder, args.gt_root, name=args.name or args.results.resolve().parent.name)
 
 
 def score_results(
@@ -64,6 +65,7 @@ def score_results(
     from genevolve_fast.evaluate.ledger import EvaluateError, replace_file
     from genevolve_fast.evaluate.score import Scoring
     from genevolve_fast.evaluate.score_files import read_rows, roots_of
+    from genevolve_fast.incidents import Incidents
 
     prices = _prices(args.price)
     if args.total_cases < 0:
@@ -71,13 +73,16 @@ def score_results(
     rows, roots, settings = read_rows(results), roots_of(results, truth_roots), judge_settings(args)
     if 0 < args.total_cases < len(rows):
         raise EvaluateError(f"--total-cases {args.total_cases} is less than the {len(rows)} rows of {results}")
+    incidents = Incidents()
+    if args.fresh:
+        open_judges(args, incidents)  # before anything is forgotten
     scoring = Scoring(rows, folder, settings, roots=roots, programs=args.judge_programs, fresh=args.fresh)
     with closing(scoring):
         if scoring.adopted:
             print(f"{scoring.adopted} rows of an earlier results_eval.json are kept, whatever judge scored them")
         try:
             with stages.timed("score") if stages else nullcontext():
-                stopped = _judge(args, scoring)
+                stopped = _judge(args, scoring, incidents)
         finally:
             made = scoring.write(args.total_cases)
         evaluation = tracks.tracks(scoring.evaluated_rows(), args.total_cases)
@@ -102,22 +107,20 @@ def score_results(
     return 1 if stopped or not made["all"]["count_eval_success"] else 0
 
 
-def _judge(args: argparse.Namespace, scoring) -> str:
+def _judge(args: argparse.Namespace, scoring, incidents) -> str:
     """Judge what is left; returns why it gave up, or nothing."""
     from tqdm import tqdm
 
-    from genevolve_fast.incidents import Incidents
-
-    todo, incidents = scoring.todo(), Incidents()
+    todo = scoring.todo()
     if not todo:
         return ""
+    image_judge, program_judge = open_judges(args, incidents)
     with tqdm(total=len(todo), desc="score", unit="judgement", dynamic_ncols=True) as bar:
 
         def progress(counts) -> None:
             bar.set_postfix(failed=counts.failed, refresh=False)
             bar.update(counts.ends.total() - bar.n)
 
-        image_judge, program_judge = open_judges(args, incidents)
         run = scoring.run(image_judge, program_judge, parallel=args.judge_parallel, progress=progress)
         counts = asyncio.run(run)
     print(counts.line())

@@ -75,10 +75,7 @@ def judge_pictures(
 
     if not pictures:
         raise EvaluateError("there is no picture to judge: they are named {prompt_id}.png")
-    if not args.judge_model:
-        raise EvaluateError("--judge-model is missing: who grades the pictures")
-    if args.judge_parallel < 1:
-        raise EvaluateError("--judge-parallel must be at least 1")
+    judge_address(args)  # before anything is forgotten
     scoring = WiseScoring(protocol, prompts, pictures, folder.resolve(), args.judge_model, args.fresh)
     with closing(scoring):
         try:
@@ -123,19 +120,28 @@ async def _judge(args: argparse.Namespace, scoring) -> str:
 
 def open_endpoint(args: argparse.Namespace, incidents):
     """The judge's chat endpoint. Raises EvaluateError naming what is missing."""
+    from genevolve_fast.net.chat import ChatEndpoint
+
+    url, key = judge_address(args)
+    return ChatEndpoint(args.judge_model, url, key, patience_s=120.0, incidents=incidents, source="wise_judge")
+
+
+def judge_address(args: argparse.Namespace) -> tuple[str, str]:
+    """(base URL, key) of the judge. Raises EvaluateError naming the flag that is missing or wrong."""
     import os
 
     from genevolve_fast.evaluate.ledger import EvaluateError
-    from genevolve_fast.net.chat import NO_KEY, ChatEndpoint
+    from genevolve_fast.net.chat import NO_KEY, checked_base_url, checked_key
 
-    if not args.judge_base_url:
-        raise EvaluateError("--judge-base-url is missing: where the judge is served")
+    if args.judge_parallel < 1:
+        raise EvaluateError("--judge-parallel must be at least 1")
+    for name, what in (("judge_model", "who grades the pictures"), ("judge_base_url", "where the judge is served")):
+        if not getattr(args, name):
+            raise EvaluateError(f"--{name.replace('_', '-')} is missing: {what}")
     key = os.environ.get(args.judge_api_key_env, "") if args.judge_api_key_env else NO_KEY
     if not key:
         raise EvaluateError(f"--judge-api-key-env: {args.judge_api_key_env} is not set")
     try:
-        return ChatEndpoint(
-            args.judge_model, args.judge_base_url, key, patience_s=120.0, incidents=incidents, source="wise_judge"
-        )
+        return checked_base_url(args.judge_base_url), checked_key(key)
     except ValueError as error:
-        raise EvaluateError(f"--judge-base-url: {error}") from None
+        raise EvaluateError(f"the judge's server: {error}") from None

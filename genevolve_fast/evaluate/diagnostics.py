@@ -164,7 +164,7 @@ def diagnose(
     out: dict[str, Any] = {
         "rows": len(rows),
         "programs": sum(bool(row.get("gen_prompt")) for row in rows),
-        "terminations": dict(sorted(Counter(str(row.get("termination")) for row in rows).items())),
+        "terminations": dict(sorted(Counter(str(row.get("termination") or "unknown") for row in rows).items())),
         "rounds_mean": _share(sum(int(row.get("rounds") or 0) for row in rows), len(rows)),
         "tools": _tools([call for _, call in calls], len(rows)),
         "references": _reference_counts(rows, roots),

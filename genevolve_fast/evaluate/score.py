@@ -12,6 +12,7 @@ import numpy as np
 
 from genevolve_fast.evaluate.ledger import Judging, Ledger, judge_all
 from genevolve_fast.evaluate.score_files import (
+    FIELDS,
     NOT_EVALUATED,
     failed_row,
     is_judged,
@@ -151,7 +152,7 @@ class Scoring:
         known = {line["position"] for line in self.ledger.done.values() if line.get("kind") == "image"}
         earlier: dict[tuple, dict[str, Any]] = {}
         for i, row in enumerate(read_rows(path)):
-            if is_judged(row):
+            if is_judged(row) and all(isinstance(row["scores"].get(name), int | float) for name in FIELDS):
                 earlier[_same(row, i)] = row["scores"]
         adopted = 0
         for item in self.items:
