@@ -46,10 +46,7 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "integrations": {"ops", "policy"},
     "sandbox": {"agent", "data", "experience", "policy", "train"},
 }
-MODEL_FILES = {
-    "experience/qwen_embedder.py",
-    "render/local.py",
-}  # of rooms without torch: these import it inside functions
+MODEL_FILES = {"experience/qwen_embedder.py", "render/local.py"}  # torch inside their functions, in rooms without it
 OPTIONAL = {"flash_attn"}  # of the operations: imported where it is asked for, never when they are
 NO_TORCH = {"net", "agent", "reward", "experience", "report", "render"}
 

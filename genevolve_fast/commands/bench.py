@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from genevolve_fast.commands.opening import RUNS, AddCommand, load, open_policy, open_world, set_threads
+from genevolve_fast.commands.render import add_renderer_flags, add_without_references
 from genevolve_fast.commands.rollout import add_agent_flags
 from genevolve_fast.commands.score import add_score_flags
 
@@ -47,7 +48,8 @@ def add(command: AddCommand) -> None:
     rollouts.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     add_agent_flags(rollouts, policy=False)
     rest = p.add_argument_group("render and score, on a published bench")
-    rest.add_argument("--renderer", choices=["canvas"], default="canvas", help="(default: %(default)s)")
+    add_renderer_flags(rest, default="canvas")
+    add_without_references(rest)
     rest.add_argument("--render-seed", type=int, default=0, help="seed of the renderer (default: %(default)s)")
     rest.add_argument("--fresh", action="store_true", help="forget what the stages' folders hold")
     add_score_flags(rest)
@@ -233,16 +235,9 @@ def render_stage(args: argparse.Namespace, stages: Stages) -> int:
     from genevolve_fast.commands.render import run_render
 
     source, folder = stages.folder / "rollout" / "results.json", stages.folder / "render"
-    if args.fresh:
-        _forget_pictures(folder)
     print(f"render: {folder}", flush=True)
     with stages.timed("render"):
         return run_render(Namespace(**vars(args) | {"input": source, "output_dir": folder, "seed": args.render_seed}))
-
-
-def _forget_pictures(folder: Path) -> None:
-    for picture in folder.glob("*.png"):
-        picture.unlink()
 
 
 def score_stage(args: argparse.Namespace, truth_root: Path, stages: Stages, name: str) -> int:

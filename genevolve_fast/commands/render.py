@@ -27,6 +27,10 @@ def add(command: AddCommand) -> None:
     p.add_argument("--seed", type=int, help="of every picture (default: 0)")
     p.add_argument("--parallel", type=int, default=4, help="pictures at a time (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the pictures that the folder already holds")
+    add_without_references(p)
+
+
+def add_without_references(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--without-references",
         choices=["program", "request"],
