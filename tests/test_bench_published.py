@@ -72,7 +72,7 @@ def test_only_what_failed_is_done_again(data, agent, tmp_path, capsys):
     made = json.loads((out / "score" / "summary.json").read_text())
     assert (made["all"]["count_eval_success"], made["all"]["denominator"]) == (ROWS - 1, ROWS)
     assert made["all"]["overall_missing_zero"] < made["all"]["overall"] and len(made["missing_case_ids"]) == 1
-    (out / "render" / "bench-0-000003.png").unlink()
+    (out / "render" / "images" / "bench-0-000003.png").unlink()
     agent.faults()
     assert main(command(data, agent, out, "--parallel", "1")) == 0
     assert "2 judged" not in (said := capsys.readouterr().out) and "1 judged, 0 failed" in said

@@ -71,9 +71,10 @@ def _digest(row: Mapping[str, Any]) -> str:
 
 
 def program_of(row: Mapping[str, Any], draw_request: bool) -> Program:
-    """What a row asks to be drawn: its program, or the request where it has none.
+    """What a row asks to be drawn: its program, or the request where it has none and no failure took it.
 
-    `draw_request`: the request also where the program has no references, as the released script does. Raises RowError.
+    `draw_request`: the request also where the program has no references or its rollout failed, as the released script
+    does. Raises RowError.
     """
     gen_prompt, listed = row.get("gen_prompt") or "", row.get("reference_images") or []
     if not isinstance(gen_prompt, str):
@@ -82,6 +83,8 @@ def program_of(row: Mapping[str, Any], draw_request: bool) -> Program:
         raise RowError("reference_images is no list of objects", "program")
     if gen_prompt.strip() and (listed or not draw_request):
         return Program(gen_prompt.strip(), tuple(Reference(**{k: _text(r.get(k)) for k in _FIELDS}) for r in listed))
+    if row.get("termination") == "error" and not draw_request:
+        raise RowError("its rollout failed, so there is no program", "program")
     request = row.get("prompt") or row.get("question") or ""
     if not isinstance(request, str) or not request.strip():
         raise RowError("there is neither a gen_prompt nor a prompt", "program")
