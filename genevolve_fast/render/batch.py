@@ -282,4 +282,4 @@ async def _draw(row: Row, renderer: Renderer, seed: int, draw_request: bool, bas
         raise RowError(refusal(renderer, count), "program")
     references = await off_loop(read_references, program, bases)
     pixels = await renderer.render(program, references, seed)
-    return await asyncio.to_thread(png_bytes, pixels)
+    return await off_loop(png_bytes, pixels)

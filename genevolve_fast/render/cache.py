@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from genevolve_fast.net.cache import AnswerCache
 from genevolve_fast.net.pictures import decode_image, png_bytes
 from genevolve_fast.net.web import FetchError
 from genevolve_fast.protocols import Renderer, RenderError
-from genevolve_fast.render.endpoints import MAX_SIDE, SOURCE
+from genevolve_fast.render.endpoints import MAX_SIDE, SOURCE, off_loop
 from genevolve_fast.trajectory import Program, image_hash
 
 
@@ -33,7 +32,7 @@ class CachedRenderer:
         asked = {
             "renderer": self._identity,
             "gen_prompt": program.gen_prompt,
-            "references": await asyncio.to_thread(lambda: [image_hash(pixels) for pixels in references]),
+            "references": await off_loop(lambda: [image_hash(pixels) for pixels in references]),
             "seed": seed,
         }
 
@@ -42,13 +41,13 @@ class CachedRenderer:
                 pixels = await self._renderer.render(program, references, seed)
             except RenderError as error:
                 raise FetchError(str(error), error.kind) from error
-            return await asyncio.to_thread(png_bytes, pixels)
+            return await off_loop(png_bytes, pixels)
 
         try:
             data = await self._cache.get(SOURCE, asked, draw)
         except FetchError as error:
             raise RenderError(str(error), error.kind) from None
         try:
-            return (await asyncio.to_thread(decode_image, data, MAX_SIDE**2, MAX_SIDE)).pixels
+            return (await off_loop(decode_image, data, MAX_SIDE**2, MAX_SIDE)).pixels
         except FetchError as error:  # its hash is right: something else wrote it
             raise RenderError(f"the cache holds no picture: {error}", "bad_response") from None

@@ -33,7 +33,7 @@ MAX_SIDE = 16_384  # of a picture that comes back; it is never scaled
 _LONGEST_REST_S = 60.0
 _ERROR_BYTES = 4096
 _MAX_SAID = 300  # characters of what a service says went wrong
-_DECODERS = ThreadPoolExecutor(2, "decode-picture")  # a picture may need 4 bytes a pixel while it is decoded
+_DECODERS = ThreadPoolExecutor(2, "pictures")  # a picture of 40 megapixels needs 500 MB while it is decoded
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ def parsed(body: bytes, where: str) -> dict[str, Any]:
 
 
 async def off_loop(work: Callable[..., T], *arguments: Any) -> T:
-    """`work(*arguments)` in one of few threads: reading an answer must not hold up the others' requests."""
+    """`work(*arguments)` in one of two threads: work on pictures must neither hold up requests nor fill the memory."""
     return await asyncio.get_running_loop().run_in_executor(_DECODERS, work, *arguments)
 
 
