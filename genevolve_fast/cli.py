@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.agent.journal import BatchError
     from genevolve_fast.data.conversations import DataError
+    from genevolve_fast.experience.memory import OtherEmbedder
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
@@ -53,7 +54,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.trajectory import InvariantError
 
     mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError, ReportError
-    return *mistakes, RunError, ServeError, ShapeError, FileNotFoundError
+    return *mistakes, OtherEmbedder, RunError, ServeError, ShapeError, FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
