@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.data.conversations import DataError
     from genevolve_fast.evaluate.ledger import EvaluateError
+    from genevolve_fast.experience.memory import OtherEmbedder
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
     from genevolve_fast.profile.shapes import ShapeError
@@ -55,7 +56,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.trajectory import InvariantError
 
     mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, EvaluateError, InvariantError, PlanError
-    return *mistakes, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
+    return *mistakes, OtherEmbedder, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:

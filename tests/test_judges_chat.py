@@ -369,7 +369,7 @@ def test_a_verdict_belongs_to_its_pixels_model_and_text(server, tmp_path):
 
 
 def test_one_rate_limit_for_both_judges_and_every_attempt(server):
-    server.fault("status:500", times=2)
+    server.fault("status:429,0", times=2)  # asked again at once, but for the limit
     calls = [(r, PROGRAMS[0]) for r in REQUESTS[:3]] + [(r, WORLD.truth(r)) for r in REQUESTS[:3]]
     ask(server, *calls, requests_per_minute=600, attempts=2)
     times = server.log()["times"][-8:]

@@ -12,6 +12,10 @@ import numpy as np
 from genevolve_fast.protocols import Embedder, Experience
 
 
+class OtherEmbedder(ValueError):
+    """A memory was written with another embedder than it is read with."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """One comparison: the request it came from, what it taught, the reward gap and the step."""
@@ -73,11 +77,11 @@ class ExperienceMemory:
 
     @classmethod
     def load(cls, path: Path, embedder: Embedder, *, reembed: bool = False) -> ExperienceMemory:
-        """Read what `save` wrote. Raises ValueError where another embedder wrote it, unless told to `reembed`."""
+        """Read what `save` wrote. Raises OtherEmbedder, unless told to `reembed`."""
         data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         saved = data.get("embedder", embedder.name)  # older releases did not say
         if saved != embedder.name and not reembed:
-            raise ValueError(
+            raise OtherEmbedder(
                 f"{path.with_suffix('.json')} was written with the embedder {saved!r}, this is {embedder.name!r}: "
                 f"similarity {data['similarity']:g} would mean something else"
             )
