@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.opening import AddCommand
-from genevolve_fast.commands.rollout import agent_flags, open_runner, rollout_settings
+from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
 
 def add(command: AddCommand) -> None:
@@ -64,7 +64,7 @@ def add(command: AddCommand) -> None:
         default="agent",
         help="agent: the flags below; else the sandbox's script, with its habits or without (default: %(default)s)",
     )
-    agent_flags(p)
+    add_agent_flags(p)
 
     p = step(
         "filter",
@@ -187,9 +187,10 @@ def chat_settings(args: argparse.Namespace, used: bool, flag: str) -> dict[str, 
 
 
 def say(folder: Path, manifest: Mapping[str, Any], incidents=None) -> None:
-    """What a step made, a line a count."""
+    """What a step made, a line a count; of what did not happen nothing is said."""
     for name, count in manifest["counts"].items():
-        print(f"{name:32} {count:7}")
+        if count or ":" not in name:
+            print(f"{name:34} {count:7}")
     if incidents is not None and (attempts := incidents.take()):
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
     print(f"written to {folder}")
@@ -332,7 +333,7 @@ def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.teacher == "agent":
         return {"teacher": "agent"} | rollout_settings(args)
     fresh = argparse.ArgumentParser()
-    agent_flags(fresh)
+    add_agent_flags(fresh)
     plain = vars(fresh.parse_args([]))
     changed = [n for n in plain if n not in _SCRIPT_READS and getattr(args, n) != plain[n]]
     if changed or args.tools not in (plain["tools"], "sandbox"):
@@ -400,7 +401,6 @@ def run_filter(args: argparse.Namespace) -> int:
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
     sifted = sift(read_trajectories(source_step), config, source_step)
-    print(sifted.table())
 
     async def reviewed():
         if args.review == "rule":

@@ -25,10 +25,10 @@ def add(command: AddCommand) -> None:
     p.add_argument("--output-dir", type=Path, required=True, help="folder of results.json; started again, it continues")
     p.add_argument("--max-samples", type=int, help="only the first rows")
     p.add_argument("--fresh", action="store_true", help="forget the rows that the folder already holds")
-    agent_flags(p)
+    add_agent_flags(p)
 
 
-def agent_flags(p: argparse.ArgumentParser) -> None:
+def add_agent_flags(p: argparse.ArgumentParser) -> None:
     """Who answers, within which limits, with which tools: what `open_runner` reads."""
     p.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     p.add_argument("--model", help="name the server gave the model (default: $GENEVOLVE_MODEL, else GenEvolve)")
