@@ -29,6 +29,7 @@ from genevolve_fast.evaluate.bench import load_bench, run_bench, save_bench, tab
 from genevolve_fast.evaluate.scoreboard import record
 
 COMMAND = "python -m benchmarks.data_chain"
+SHARES = "0.7,0.1,0.2"
 STEPS = ("pool", "trajectories", "filters", "ground truth", "SFT view", "feedback view", "evolve", "bench")
 
 
@@ -64,7 +65,7 @@ class Chain:
 def run_chain(folder: Path, size: Size) -> Chain:
     """Run every step in `folder`, which must be empty, and prove each step's output read."""
     chain = Chain(folder, size, {}, {})
-    timed(chain, "pool", lambda: data("pool", folder / "pool", "--count", str(size.requests)))
+    timed(chain, "pool", lambda: data("pool", folder / "pool", "--count", str(size.requests), "--shares", SHARES))
     steps = (
         ("trajectories", "trajectories", "pool", ["--teacher", "demonstrator"]),
         ("filters", "filter", "trajectories", []),

@@ -93,12 +93,12 @@ def test_any_chat_model_teaches_and_its_pictures_are_kept(server, tmp_path, caps
 
 def test_the_demonstrators_habits_are_what_the_filters_drop():
     counts = manifest(made("filter"))["counts"]
-    assert counts["read"] == counts["kept"] + counts["dropped"] and counts["failed ordinals_right"] > 0
+    assert counts["read"] == counts["kept"] + counts["dropped"] and counts["failed: ordinals_right"] > 0
     rows = list(read_jsonl(made("filter") / "dropped.jsonl"))
     assert len(rows) == counts["dropped"] and all(row["reasons"] for row in rows)
     for f in FILTERS:
-        assert sum(f.name in row["reasons"] for row in rows) == counts[f"failed {f.name}"]
-    assert sum("review" in row["reasons"] for row in rows) == counts["failed review"] > 0
+        assert sum(f.name in row["reasons"] for row in rows) == counts[f"failed: {f.name}"]
+    assert sum("review" in row["reasons"] for row in rows) == counts["failed: review"] > 0
 
 
 def example(tmp_path) -> tuple[Teaching, object]:
@@ -368,7 +368,7 @@ def test_a_silent_or_unclear_reviewer_leaves_a_row_undecided_until_it_is_asked_a
     )
     assert main(command) == 1
     counts = manifest(tmp_path / "f")["counts"]
-    assert (counts["kept"], counts["failed review"], counts["undecided"]) == (1, 1, 4)
+    assert (counts["kept"], counts["failed: review"], counts["undecided"]) == (1, 1, 4)
     assert counts["undecided: bad_response"] == 3 and counts["undecided: client_error"] == 1
     assert [row["reasons"]["review"] for row in read_jsonl(tmp_path / "f" / "dropped.jsonl")] == ["The face is wrong."]
     body = server.seen()[0]["body"]

@@ -188,9 +188,10 @@ def chat_settings(args: argparse.Namespace, used: bool, flag: str) -> dict[str, 
 
 
 def say(folder: Path, manifest: Mapping[str, Any], incidents=None) -> None:
-    """What a step made, a line a count."""
+    """What a step made, a line a count; of what did not happen nothing is said."""
     for name, count in manifest["counts"].items():
-        print(f"{name:32} {count:7}")
+        if count or ":" not in name:
+            print(f"{name:34} {count:7}")
     if incidents is not None and (attempts := incidents.take()):
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
     print(f"written to {folder}")
@@ -401,7 +402,6 @@ def run_filter(args: argparse.Namespace) -> int:
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
     sifted = sift(read_trajectories(source_step), config, source_step)
-    print(sifted.table())
 
     async def reviewed():
         if args.review == "rule":

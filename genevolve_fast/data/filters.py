@@ -223,10 +223,6 @@ class Sifted:
     failed: Counter[str] = field(default_factory=Counter)
     only: Counter[str] = field(default_factory=Counter)
 
-    def table(self) -> str:
-        lines = [f"{'filter':22} {'failed':>7} {'only this':>10}"]
-        return "\n".join([*lines, *(f"{f.name:22} {self.failed[f.name]:7} {self.only[f.name]:10}" for f in FILTERS)])
-
 
 def sift(
     trajectories: Iterable[Teaching], config: FilterConfig, step: Step, filters: Sequence[Filter] = FILTERS

@@ -63,8 +63,9 @@ def write_filtered(
         "read": len(sifted.kept) + len(sifted.dropped),
         "kept": len(decided["pass"]),
         "dropped": len(sifted.dropped) + len(failed),
-        **{f"failed {f.name}": sifted.failed[f.name] for f in FILTERS},
-        "failed review": len(failed),
+        **{f"failed: {f.name}": sifted.failed[f.name] for f in FILTERS},
+        **{f"failed only: {f.name}": sifted.only[f.name] for f in FILTERS},
+        "failed: review": len(failed),
         "undecided": len(open_),
         **{f"undecided: {kind}": n for kind, n in sorted(kinds.items())},
     }

@@ -1,4 +1,4 @@
-"""A dataset hub on loopback: one folder as the repository loopback/data, as `datasets` and `huggingface_hub` ask.
+"""A dataset hub on loopback: one folder as the repository loopback/data, for the real `datasets` and `huggingface_hub`.
 
 `python -m tests.loopback.hub --port P --folder DIR`
 """
