@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -201,6 +202,38 @@ def test_a_killed_batch_continues_where_it_was(tmp_path):
         drawn = rows_of(tmp_path / "out")
         assert [r["id"] for r in drawn] == list(range(30)) and all(r["success"] for r in drawn)
         assert all(np.array_equal(pixels(r["output_path"]), canvas()) for r in drawn)
+
+
+@pytest.mark.slow
+def test_services_that_die_and_come_back_lose_no_row(tmp_path, capsys):
+    rows = [row(i, [reference(tmp_path)], gen_prompt=f"{PROMPT} The text '{i}'.") for i in range(60)]
+    with LoopbackRender() as one, LoopbackRender() as two:
+
+        def disturb() -> None:
+            for server in (one, two, one):
+                time.sleep(0.7)
+                server.kill()
+                if server is one:
+                    two.fault(GENERATE, "status:503", 2)
+                time.sleep(0.5)
+                server.start()
+                server.fault(GENERATE, "delay:0.1")
+
+        for server in (one, two):
+            server.fault(GENERATE, "delay:0.1")
+        options = ["--service-url", two.url, "--renderer-set", "patience_s=60", "--renderer-set", "concurrency=2"]
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        folder = tmp_path / "out"
+        status = main(
+            arguments(batch(tmp_path, rows), folder, "--renderer", "qwen-service", "--service-url", one.url, *options)
+        )
+        thread.join()
+    assert status == 0
+    drawn = rows_of(folder)
+    assert len(drawn) == 60 and all(r["success"] for r in drawn)
+    assert all(np.array_equal(pixels(r["output_path"]), canvas(r["gen_prompt"])) for r in drawn)
+    assert "render/connect" in capsys.readouterr().out
 
 
 @pytest.mark.slow

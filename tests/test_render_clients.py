@@ -15,6 +15,7 @@ from loopback.web import free_port, png
 
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.net.cache import AnswerCache
+from genevolve_fast.net.web import FetchError
 from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.render.cache import CachedRenderer
 from genevolve_fast.render.config import RendererConfig, open_renderer
@@ -473,14 +474,36 @@ def test_an_answer_with_line_breaks_and_a_data_url_is_read(service):
         assert (render(client(service)) == 7).all()
 
 
-def test_calls_end_when_no_address_is_left_in_time():
-    async def never(endpoint, seconds):
-        await asyncio.sleep(0.05)
-        from genevolve_fast.net.web import FetchError
+def test_patience_begins_when_a_service_goes_away_not_when_the_picture_was_asked_for():
+    began = time.monotonic()
+    times = []
 
+    async def ask(endpoint, seconds):
+        times.append(time.monotonic() - began)
+        if len(times) == 1:
+            await asyncio.sleep(0.6)  # drawing, longer than the patience
+            raise FetchError("gone", "connect")
+        return "picture"
+
+    limits = quick(attempts=1, patience_s=0.4)
+    assert asyncio.run(Endpoints(["http://h:1"], limits, Incidents()).call(ask)) == "picture"
+    assert len(times) == 2
+
+
+def test_waiting_for_a_turn_uses_up_neither_patience_nor_deadline(service):
+    service.fault(GENERATE, "delay:0.3")
+    renderer = client(service, limits=quick(concurrency=1, request_timeout_s=1.2, picture_timeout_s=1.2, attempts=1))
+
+    async def many():
+        return await asyncio.gather(*(renderer.render(EDIT, [ANCHOR], seed) for seed in range(6)))
+
+    assert len(asyncio.run(many())) == 6
+
+
+def test_a_service_that_stays_away_is_given_up_by_the_deadline():
+    async def never(endpoint, seconds):
         raise FetchError("away", "server_error")
 
-    endpoints = Endpoints(["http://h:1"], quick(picture_timeout_s=0.5, patience_s=30, probe_after_s=0.05), Incidents())
-    with pytest.raises(RenderError) as raised:
-        asyncio.run(endpoints.call(never))
-    assert raised.value.kind in ("timeout", "server_error")
+    limits = quick(picture_timeout_s=0.7, request_timeout_s=0.5, patience_s=30, probe_after_s=0.05)
+    with pytest.raises(RenderError, match="away"):
+        asyncio.run(Endpoints(["http://h:1"], limits, Incidents()).call(never))

@@ -107,9 +107,11 @@ class _Pool:
         self._turns = 0
         self._changed = asyncio.Event()
 
-    async def take(self, avoid: Endpoint | None, patient_until: float, deadline: float | None) -> Endpoint:
+    async def take(
+        self, avoid: Endpoint | None, away_since: float | None, patience_s: float, deadline: float | None
+    ) -> Endpoint:
         """A free endpoint, waited for. Raises FetchError: all circuits stay open too long, or the deadline is over."""
-        clock = asyncio.get_running_loop().time
+        clock, since = asyncio.get_running_loop().time, away_since
         while True:
             now = clock()
             if ready := [e for e in self.endpoints if e.ready(now)]:
@@ -118,7 +120,9 @@ class _Pool:
                 best.active, best.turn = best.active + 1, self._turns
                 return best
             resting = [e.rest_until for e in self.endpoints if e.rest_until > now]
-            if all(e.broken for e in self.endpoints) and resting and min(resting) > patient_until:
+            if not all(e.broken for e in self.endpoints):
+                since = away_since
+            elif resting and min(resting) > (since := since or now) + patience_s:
                 raise FetchError("", "connect")
             if deadline is not None and now >= deadline:
                 raise FetchError("", "timeout")
@@ -148,11 +152,11 @@ class Endpoints:
         """
         pool, clock, limits = self._pools(), asyncio.get_running_loop().time, self.limits
         tries, error, last = 0, CallError("no service answers", "connect", "away"), None
-        called, began = clock(), None
+        began = away_since = None
         while True:
             deadline = None if began is None else began + limits.picture_timeout_s  # waiting for a turn is no fault
             try:
-                last = await pool.take(last, called + limits.patience_s, deadline)
+                last = await pool.take(last, away_since, limits.patience_s, deadline)
             except FetchError as reason:
                 raise self._given_up(error, tries, reason.kind) from None
             began = began or clock()
@@ -164,18 +168,20 @@ class Endpoints:
             except FetchError as failure:
                 tries, error = tries + 1, _typed(failure)
                 self._incidents.note(SOURCE, error.kind)
-                last.failed_with(error, clock())
-                if self._over(error, tries, clock() - began):
+                now = clock()
+                last.failed_with(error, now)
+                away_since = (away_since or now) if error.fault == "away" else None
+                if self._over(error, tries, now - began, now - (away_since or now)):
                     raise self._given_up(error, tries) from None
             finally:
                 pool.give_back(last)
 
-    def _over(self, error: CallError, tries: int, seconds: float) -> bool:
+    def _over(self, error: CallError, tries: int, seconds: float, away_s: float) -> bool:
         if error.fault == "request" or seconds >= self.limits.picture_timeout_s:
             return True
         if error.kind == "client_error":  # this address does not want us; another may
             return tries >= min(len(self._urls), self.limits.attempts)
-        patient = error.fault == "away" and seconds < self.limits.patience_s
+        patient = error.fault == "away" and away_s < self.limits.patience_s
         return tries >= self.limits.attempts and not patient
 
     def _given_up(self, error: CallError, tries: int, why: str = "") -> RenderError:
