@@ -39,6 +39,18 @@ def made(step: str) -> Path:
     return folder
 
 
+@lru_cache(maxsize=1)
+def chat_server():
+    """One chat server process for all tests; each plans its own faults."""
+    import atexit
+
+    from loopback.chat import LoopbackChat
+
+    server = LoopbackChat().start()
+    atexit.register(server.kill)
+    return server
+
+
 def copied(step: str, target: Path) -> Path:
     """A copy of its own of a step's folder."""
     shutil.copytree(made(step), target)

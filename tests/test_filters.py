@@ -8,8 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data_folders import copied, made
-from loopback.chat import LoopbackChat
+from data_folders import chat_server, copied, made
 from PIL import Image
 
 from genevolve_fast.cli import main
@@ -64,11 +63,9 @@ def test_a_batch_goes_on_where_it_was_cut(tmp_path, capsys):
     assert "--temperature would do nothing with --teacher demonstrator" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
-    process = LoopbackChat().start()
-    yield process
-    process.kill()
+    return chat_server()
 
 
 @pytest.mark.slow

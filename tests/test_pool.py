@@ -8,10 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from data_folders import copied, made
+from data_folders import chat_server, copied, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback.chat import LoopbackChat
 from pydantic import ValidationError
 
 from genevolve_fast.cli import main
@@ -189,11 +188,9 @@ def test_a_pool_in_which_nothing_is_left_is_refused(tmp_path):
 # --- a chat model writes ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
-    process = LoopbackChat().start()
-    yield process
-    process.kill()
+    return chat_server()
 
 
 def written(number: int, **changes) -> dict:

@@ -9,8 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data_folders import copied, made
-from loopback.chat import LoopbackChat
+from data_folders import chat_server, copied, made
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
@@ -138,36 +137,33 @@ def test_a_judge_that_fails_decides_nothing_and_is_asked_again(tmp_path):
 
 
 def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
-    server = LoopbackChat().start()
-    try:
-        passes, fails = ({"text": json.dumps({"pass": p, "reason": "I see it."})} for p in (True, False))
-        step, trajectories = filtered()
-        server.faults(passes, fails, {"text": "Hm."}, *[passes] * len(trajectories))
-        command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
-        command += [
-            "--review",
-            "chat",
-            "--model",
-            "vlm",
-            "--base-url",
-            server.url,
-            "--patience",
-            "0",
-            "--parallel",
-            "1",
-        ]
-        assert main(command) == 1
-        counts = manifest(tmp_path / "t")["counts"]
-        assert counts["dropped"] == 1 and counts["failed: review/bad_response"] == 1
-        assert counts["kept"] == len(trajectories) - 2
-        parts = server.seen()[0]["body"]["messages"][1]["content"]
-        references = len(trajectories[0].program.reference_images)
-        assert sum(p["type"] == "image_url" for p in parts) == 1 + references
-        assert parts[-1]["image_url"]["url"].startswith("data:image/png;base64,")
-        server.faults(passes)
-        assert main(command) == 0 and len(server.seen()) == 1
-    finally:
-        server.kill()
+    server = chat_server()
+    passes, fails = ({"text": json.dumps({"pass": p, "reason": "I see it."})} for p in (True, False))
+    step, trajectories = filtered()
+    server.faults(passes, fails, {"text": "Hm."}, *[passes] * len(trajectories))
+    command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
+    command += [
+        "--review",
+        "chat",
+        "--model",
+        "vlm",
+        "--base-url",
+        server.url,
+        "--patience",
+        "0",
+        "--parallel",
+        "1",
+    ]
+    assert main(command) == 1
+    counts = manifest(tmp_path / "t")["counts"]
+    assert counts["dropped"] == 1 and counts["failed: review/bad_response"] == 1
+    assert counts["kept"] == len(trajectories) - 2
+    parts = server.seen()[0]["body"]["messages"][1]["content"]
+    references = len(trajectories[0].program.reference_images)
+    assert sum(p["type"] == "image_url" for p in parts) == 1 + references
+    assert parts[-1]["image_url"]["url"].startswith("data:image/png;base64,")
+    server.faults(passes)
+    assert main(command) == 0 and len(server.seen()) == 1
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
