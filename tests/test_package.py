@@ -123,7 +123,7 @@ def test_the_wheel_is_complete_and_says_what_it_runs_on(tmp_path):
 
 
 def test_every_command_explains_itself(capsys):
-    commands = {"demo", "sft", "evolve", "bench", "render", "report", "scoreboard"}
+    commands = {"demo", "sft", "data", "evolve", "bench", "render", "report", "scoreboard"}
     listed = next(a for a in parser()._actions if a.dest == "command").choices
     assert commands <= set(listed)
     for name in commands:
