@@ -68,21 +68,24 @@ def server():
     return chat_server()
 
 
-@pytest.mark.slow
-def test_any_chat_model_teaches_and_its_pictures_are_kept(server, tmp_path, capsys):
-    """The loopback model knows the questions of the sandbox's first 60 requests, which the pool holds."""
-    server.faults()
-    command = ["data", "trajectories", "--input", str(made("pool")), "--output-dir", str(tmp_path / "t")]
-    command += ["--model", "tiny", "--base-url", server.url, "--tools", "sandbox", "--patience", "0", "--parallel", "2"]
+def test_any_chat_model_teaches_its_pictures_are_kept_and_what_failed_runs_again(server, tmp_path, capsys):
+    """The loopback model knows the questions of the sandbox's first 60 requests."""
+    assert main(["data", "pool", "--output-dir", str(tmp_path / "pool"), "--count", "6"]) == 0
+    command = ["data", "trajectories", "--input", str(tmp_path / "pool"), "--output-dir", str(tmp_path / "t")]
+    command += ["--model", "tiny", "--base-url", server.url, "--tools", "sandbox", "--patience", "0", "--parallel", "1"]
+    server.faults({"status": 400})
+    assert main(command) == 1 and "engine/client_error" in capsys.readouterr().err
+    assert manifest(tmp_path / "t")["counts"]["failed"] == 1
+    assert len(list(read_trajectories(open_step(tmp_path / "t", "trajectories")))) == 5
     assert main(command) == 0
     rows = list(read_trajectories(open_step(tmp_path / "t", "trajectories")))
     seeing = [t for t in rows if t.images]
-    assert len(rows) == 48 and seeing and not any(t.placed() for t in rows)  # text observations
+    assert len(rows) == 6 and seeing and not any(t.placed() for t in rows)  # text observations
     assert all(i["file"].startswith("images/") for t in seeing for i in t.images)
-    assert main(["data", "filter", "--input", str(tmp_path / "t"), "--output-dir", str(tmp_path / "f")]) == 0
-    assert manifest(tmp_path / "f")["counts"]["kept"] == 48  # the perfect demonstrator speaks through the server
     told = json.dumps(server.seen())
-    assert "emblem_design" not in told and "withheld" not in told
+    assert rows[0].request.question in told and "emblem_design" not in told and "checklist" not in told
+    assert main(["data", "filter", "--input", str(tmp_path / "t"), "--output-dir", str(tmp_path / "f")]) == 0
+    assert manifest(tmp_path / "f")["counts"]["kept"] == 6  # the perfect demonstrator speaks through the server
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def example(tmp_path) -> tuple[Teaching, object]:
     from genevolve_fast.data.steps import close_step, write_rows
 
     write_rows(folder / TABLE, [t.to_row()])
-    close_step(folder, "trajectories", source=None, settings={}, tables=[TABLE], counts={})
+    close_step(folder, "trajectories", source=None, settings={}, tables=[TABLE], counts={"trajectories": 1})
     return t, open_step(folder, "trajectories")
 
 

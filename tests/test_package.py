@@ -42,7 +42,7 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
         "reward",
         "rollout",
     },
-    "evaluate": {"agent", "train"},
+    "evaluate": {"agent", "data", "train"},
     "integrations": {"ops", "policy"},
     "sandbox": {"agent", "data", "experience", "policy", "train"},
 }

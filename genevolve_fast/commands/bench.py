@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from genevolve_fast.commands.opening import RUNS, AddCommand, load, open_policy, open_world, set_threads
 from genevolve_fast.commands.render import add_renderer_flags, add_without_references
@@ -16,7 +16,6 @@ from genevolve_fast.commands.rollout import add_agent_flags
 from genevolve_fast.commands.score import add_score_flags
 
 _SANDBOX_REQUESTS = 200
-_TABLES = ("test.jsonl", "bench.jsonl", "GenEvolve-Bench/test.jsonl")
 
 
 def add(command: AddCommand) -> None:
@@ -32,7 +31,9 @@ def add(command: AddCommand) -> None:
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument(
-        "--data", default="sandbox", help="sandbox, or a published bench: its folder or table (default: %(default)s)"
+        "--data",
+        default="sandbox",
+        help="sandbox, or a published bench: folder, table or hub id (default: %(default)s)",
     )
     what.add_argument("--wise", type=Path, metavar="FOLDER", help="data folder of WISE in place of --data")
     p.add_argument("--policy", help="folder of a policy (default: sandbox:start; on a published bench a chat server)")
@@ -155,13 +156,12 @@ class Stages:
 
 def run_stages(args: argparse.Namespace) -> int:
     """Rollout, render, score. A stage that gave up ends the command with its status; the next run goes on there."""
-    from genevolve_fast.agent.journal import read_samples, sample_of
+    from genevolve_fast.agent.journal import sample_of
 
     name = args.name or args.policy or args.model or "GenEvolve"
     stages = Stages(args.out or RUNS / "bench" / name.replace("/", "_").replace(":", "_"))
     if args.wise is None:
-        table = bench_table(Path(args.data))
-        samples = read_samples(table)
+        samples, truth_root = read_bench(args.data)
     else:
         from genevolve_fast.evaluate.wise import read_prompts
 
@@ -175,20 +175,31 @@ def run_stages(args: argparse.Namespace) -> int:
     if status := render_stage(args, stages):
         return status
     if args.wise is None:
-        return score_stage(args, table.parent, stages, name)
+        return score_stage(args, truth_root, stages, name)
     return wise_stage(args, protocol, prompts[: args.requests], stages, name)
 
 
-def bench_table(data: Path) -> Path:
-    """The rows of a published bench: the file itself, or the table in its folder."""
-    from genevolve_fast.evaluate.ledger import EvaluateError
+def read_bench(data: str) -> tuple[list, Path]:
+    """(rows of a published bench to answer, the folder that their ground truth lies in). Raises DataError, a bad row too.
 
-    if data.is_file():
-        return data
-    for name in _TABLES:
-        if (data / name).is_file():
-            return data / name
-    raise EvaluateError(f"--data {data} holds no bench: neither {', '.join(_TABLES[:-1])} nor {_TABLES[-1]}")
+    The pictures of a bench on the hub are brought here first.
+    """
+    from genevolve_fast.agent.journal import sample_of
+    from genevolve_fast.data.published import check_request, open_set
+    from genevolve_fast.data.rows import BadRow, DataError
+
+    source = open_set(data, "bench")
+    samples, root = [], None
+    for line, row in source.rows():
+        if isinstance(row, BadRow):
+            raise row
+        check_request(row, source.where, line)
+        truth = source.file(row["gt_image"])
+        root = root or truth.parents[len(PurePosixPath(row["gt_image"]).parts) - 1]
+        samples.append(sample_of(len(samples), row, f"{source.where}, line {line}"))
+    if root is None:
+        raise DataError(f"{source.where} holds no rows")
+    return samples, root
 
 
 def _check_scoring(args: argparse.Namespace) -> None:

@@ -401,7 +401,9 @@ def run_filter(args: argparse.Namespace) -> int:
     settings |= {"min_score": min_score} if args.review == "rule" else {}
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
-    sifted = sift(read_trajectories(source_step), config, source_step)
+    total = source_step.manifest["counts"]["trajectories"]
+    with bar(total, "filter") as passed:
+        sifted = sift(read_trajectories(source_step), config, source_step, progress=lambda: passed.update(1))
 
     async def reviewed():
         if args.review == "rule":
@@ -432,7 +434,6 @@ def filter_config(pairs: list[str]):
 
     from genevolve_fast.data.filters import FilterConfig
     from genevolve_fast.data.rows import DataError
-    from genevolve_fast.train.config import wrong_fields
 
     fields = {}
     for pair in pairs:
@@ -446,6 +447,8 @@ def filter_config(pairs: list[str]):
     try:
         return FilterConfig(**fields)
     except ValidationError as error:
+        from genevolve_fast.train.config import wrong_fields
+
         raise DataError(f"--set: {'; '.join(wrong_fields(error))}") from None
 
 
@@ -514,7 +517,11 @@ def run_sft_view(args: argparse.Namespace) -> int:
 
     made = open_step(args.input, "truth", "filter")
     settings = {"bench": args.bench, "near": args.near}
-    say(args.output_dir, write_sft_view(args.output_dir, made, settings, bench=args.bench, near=args.near))
+    with bar(made.manifest["counts"]["kept"], "sft-view") as shown:
+        manifest = write_sft_view(
+            args.output_dir, made, settings, bench=args.bench, near=args.near, progress=lambda: shown.update(1)
+        )
+    say(args.output_dir, manifest)
     return 0
 
 

@@ -225,12 +225,17 @@ class Sifted:
 
 
 def sift(
-    trajectories: Iterable[Teaching], config: FilterConfig, step: Step, filters: Sequence[Filter] = FILTERS
+    trajectories: Iterable[Teaching],
+    config: FilterConfig,
+    step: Step,
+    filters: Sequence[Filter] = FILTERS,
+    progress: Callable[[], None] = lambda: None,
 ) -> Sifted:
     """Run every filter on every trajectory. `step` is the folder that holds the pictures."""
     out = Sifted()
     for t in trajectories:
         reasons = {f.name: reason for f in filters if (reason := f.check(t, config, step))}
+        progress()
         if not reasons:
             out.kept.append(t)
             continue

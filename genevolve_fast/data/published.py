@@ -195,9 +195,16 @@ def check_request(row: Mapping[str, Any], where: str, line: int) -> Request:
     built = row.get("extra_info", {}).get(CONSTRUCTION) or {}
     if not isinstance(built, dict):
         raise bad(f"extra_info.{CONSTRUCTION}", f"must be an object, not {_shown(built)}")
-    built = {name: value for name, value in built.items() if value is not None}
     if clash := sorted({"id", "question", "prompt", "gt_image", "eval_type", "category", "difficulty"} & set(built)):
         raise bad(f"extra_info.{CONSTRUCTION}", f"may not hold {', '.join(clash)}")
+    return request_of(row)
+
+
+def request_of(row: Mapping[str, Any]) -> Request:
+    """The request of a row; what `extra_info.construction` holds becomes fields of `extra`, where judges look for it."""
+    info = row.get("extra_info")
+    built = info.get(CONSTRUCTION) if isinstance(info, Mapping) else None
+    built = {k: v for k, v in built.items() if v is not None} if isinstance(built, Mapping) else {}
     return Request.from_row({**built, **row})
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from genevolve_fast.agent.journal import JOURNAL, Sample
 from genevolve_fast.data.pool import pool_requests
 from genevolve_fast.data.published import IMAGE_PLACEHOLDER
-from genevolve_fast.data.rows import DataError, read_picture
 from genevolve_fast.data.steps import Step, StepError, close_step, file_hash, keep_picture, write_rows
 from genevolve_fast.trajectory import Message, Program, Reference, Request
 
@@ -165,7 +164,10 @@ def _journal(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 class _Files:
-    """The pictures of a batch as files of its folder: what lies elsewhere is copied, what cannot be read is none."""
+    """The pictures of a batch as files of its folder; what lies elsewhere is copied.
+
+    Tools decode what they show before they show it, so nothing is decoded again here.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
@@ -184,9 +186,7 @@ class _Files:
     def _kept(self, path: Path) -> tuple[str, str]:
         own = self._folder / "images" / path.name
         path = own if own.exists() else path  # the folder may have moved since
-        try:
-            read_picture(path)
-        except DataError:
+        if not path.is_file():
             return "", ""
         if path.resolve().is_relative_to(self._folder):
             return path.resolve().relative_to(self._folder).as_posix(), file_hash(path)

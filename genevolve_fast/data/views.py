@@ -11,7 +11,7 @@ from typing import Any
 
 from genevolve_fast.data.pool import Seen
 from genevolve_fast.data.published import IMAGE_PLACEHOLDER, LAYOUTS, Which, open_set, read_requests
-from genevolve_fast.data.rows import BadRows, DataError, read_picture
+from genevolve_fast.data.rows import MAX_SIDE, BadRows, DataError, read_picture
 from genevolve_fast.data.steps import Step, close_step, finished, link_picture, write_bytes, write_rows
 from genevolve_fast.data.trajectories import TABLE as TRAJECTORIES
 from genevolve_fast.data.trajectories import Teaching, read_trajectories
@@ -72,7 +72,13 @@ def read_truth(step: Step) -> list[Truthful]:
 
 
 def write_sft_view(
-    root: Path, source: Step, settings: Mapping[str, Any], *, bench: str = "", near: float = 0.85
+    root: Path,
+    source: Step,
+    settings: Mapping[str, Any],
+    *,
+    bench: str = "",
+    near: float = 0.85,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """`root/GenEvolve-Data-SFT` of the train and eval trajectories of a truth or filter step; returns its manifest.
 
@@ -102,6 +108,7 @@ def write_sft_view(
                 pictures.add(image["sha256"])
             secret.check_text(t, row)
             rows[t.split].append(row)
+            progress()
         for split, of in rows.items():
             write_rows(folder / f"{split}.jsonl", of)
         left_out = {"repeats the bench": len(sides) - len(teachings)}
@@ -140,15 +147,33 @@ class _Secret:
 
     def __init__(self, source: Step, truths: Sequence[Truthful]) -> None:
         self._bytes = {t.gt_sha256 for t in truths}
-        self._pixels = {image_hash(read_picture(source.picture(t.gt_file, t.gt_sha256))) for t in truths}
+        self._pixels: set[str] = set()
+        self._sizes: set[tuple[int, int]] = set()
+        for t in truths:
+            pixels = read_picture(source.picture(t.gt_file, t.gt_sha256))
+            self._pixels.add(image_hash(pixels))
+            self._sizes.add((min(pixels.shape[:2]), max(pixels.shape[:2])))
         self._names = {t.gt_file for t in truths}
         self._known: dict[str, bool] = {}
 
     def check(self, t: Teaching, path: Path, sha: str) -> None:
         if sha not in self._known:
-            self._known[sha] = sha in self._bytes or image_hash(read_picture(path)) in self._pixels
+            self._known[sha] = sha in self._bytes or self._same_pixels(path)
         if self._known[sha]:
             raise ViewError(f"{t.id}: one of its pictures is a ground truth, which an SFT view must not hold")
+
+    def _same_pixels(self, path: Path) -> bool:
+        """Decodes only what has the size of a ground truth, or would be scaled down."""
+        from PIL import Image
+
+        try:
+            with Image.open(path) as picture:
+                size = min(picture.size), max(picture.size)
+            if size not in self._sizes and size[1] <= MAX_SIDE:
+                return False
+        except (OSError, Image.DecompressionBombError):
+            pass  # read_picture says what is wrong with it
+        return image_hash(read_picture(path)) in self._pixels
 
     def check_text(self, t: Teaching, row: Mapping[str, Any]) -> None:
         text = json_text(dict(row))

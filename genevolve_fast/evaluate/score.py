@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from genevolve_fast.data.published import request_of
 from genevolve_fast.evaluate.ledger import Judging, Ledger, judge_all
 from genevolve_fast.evaluate.score_files import (
     FIELDS,
@@ -132,7 +133,7 @@ class Scoring:
         if not prompt:
             self.errors[position] = "empty_prompt"
             return []
-        request = Request.from_row(kept | {"question": prompt, "id": row_id(row, position)})
+        request = request_of(kept | {"question": prompt, "id": row_id(row, position)})
         out = []
         picture, truth = picture_path(row, self.roots), truth_path(row, self.roots)
         if rendered(row, self.roots) and picture and truth:
