@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from genevolve_fast import trajectory
 from genevolve_fast.cli import main as command
 from genevolve_fast.data.config import DataConfig, open_requests
 from genevolve_fast.data.conversations import ImageFiles, load_conversations
-from genevolve_fast.data.rows import DataError
 from genevolve_fast.data.steps import MANIFEST, file_hash
-from genevolve_fast.evaluate.bench import load_bench, run_bench, save_bench, table
 from genevolve_fast.evaluate.scoreboard import record
 
 COMMAND = "python -m benchmarks.data_chain"
@@ -195,50 +192,44 @@ def sft_command(view: Path, runs: Path) -> list[str]:
 
 
 def evolve_and_prove(chain: Chain) -> None:
-    """Evolve the SFT policy on the feedback view, judge it on the bench view, read the bench back."""
-    from genevolve_fast.commands.opening import config_path, open_policy, open_world
-    from genevolve_fast.train.config import EvolveConfig, load_config
-    from genevolve_fast.train.evolve import evolve
+    """Evolve the SFT policy on the feedback view, then bench it on the bench view."""
+    runs, view = chain.folder / "runs", chain.folder / "view"
+    status, said = timed(chain, "evolve", lambda: run(*evolve_command(chain, view, runs)))
+    if status:
+        raise RuntimeError(f"evolve ended with status {status}:\n{said}")
+    chain.proofs["feedback view"] = prove_feedback(chain)
+    evolved, out = runs / "evolve" / "policy", chain.folder / "bench"
+    status, said = timed(chain, "bench", lambda: run(*bench_command(view, evolved, out)))
+    if status:
+        raise RuntimeError(f"bench ended with status {status}:\n{said}")
+    chain.proofs["evolve"] = prove_evolved(chain, evolved)
+    chain.proofs["bench"] = prove_bench(chain, out)
 
-    runs, view, size = chain.folder / "runs", chain.folder / "view", chain.size
+
+def evolve_command(chain: Chain, view: Path, runs: Path) -> list[str]:
+    size = chain.size
     fields = {
         "name": "evolve",
         "steps": size.evolve_steps,
-        "policy.path": runs / "sft" / "policy",
+        "data.path": view,
+        "policy.path": chain.folder / "runs" / "sft" / "policy",
         "rollout.prompts_per_step": size.prompts,
         "rollout.num_generations": size.generations,
         "checkpoint.every": size.evolve_steps,
     }
-    config = load_config(EvolveConfig, config_path("demo"), [f"{name}={value}" for name, value in fields.items()])
-    pool, truth = open_requests(DataConfig(path=str(view)), "rl")
-    asked: set[str] = set()
-
-    def counted(request):
-        asked.add(request.id)
-        return truth(request)
-
-    world = replace(open_world(config)[1], truth=counted)
-    run_folder = runs / "evolve"
-    with contextlib.redirect_stderr(io.StringIO()):
-        timed(
-            chain, "evolve", lambda: evolve(config, open_policy(config.policy), world, pool, run_folder, resume=False)
-        )
-    chain.proofs["feedback view"] = prove_feedback(chain, pool, asked)
-
-    before, after = (file_hash(folder / "policy" / "model.safetensors") for folder in (runs / "sft", run_folder))
-    requests, bench_truth = open_requests(DataConfig(path=str(view)), "bench")
-    evolved = config.policy.model_copy(update={"path": str(run_folder / "policy")})
-    bench = timed(chain, "bench", lambda: bench_of(evolved, config, replace(world, truth=bench_truth), requests))
-    read = weights_hash(open_policy(evolved)) != weights_hash(open_policy(config.policy))
-    (chain.folder / "proof" / "policy").mkdir(parents=True)
-    gone = config.policy.model_copy(update={"path": str(chain.folder / "proof" / "policy")})
-    if before != after and read and refused(lambda: bench_of(gone, config, world, requests)):
-        chain.proofs["evolve"] = f"bench: judged with {after[:12]}, the start was {before[:12]}; no policy, no bench"
-    chain.proofs["bench"] = prove_bench(chain, bench, requests)
+    flags = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+    return ["evolve", "--config", "demo", "--runs", str(runs), *flags]
 
 
-def prove_feedback(chain: Chain, pool, asked: set[str]) -> str:
-    """Every rollout's request is a row of the view, its truth was read from it; a picture less is named."""
+def bench_command(view: Path, policy: Path, out: Path) -> list[str]:
+    sandbox = ("--tools", "sandbox", "--judge", "sandbox", "--observe-images", "tokens", "--seed", "0")
+    limits = ("--max-tokens", "160", "--max-rounds", "6", "--max-response-length", "900")
+    return ["bench", "--data", str(view), "--policy", str(policy), "--out", str(out), *sandbox, *limits]
+
+
+def prove_feedback(chain: Chain) -> str:
+    """Every rollout's request is a row of the view and was judged; a picture less is named by line."""
+    pool, _ = open_requests(DataConfig(path=str(chain.folder / "view")), "rl")
     questions = {request.id: request.question for request in pool}
     rollouts = [
         t
@@ -252,62 +243,56 @@ def prove_feedback(chain: Chain, pool, asked: set[str]) -> str:
     lacking = chain.folder / "proof" / "view-lacking"
     shutil.copytree(chain.folder / "view", lacking)
     (lacking / "GenEvolve-Data-RL" / "images" / "case_00000.png").unlink()
-    named = refused(lambda: open_requests(DataConfig(path=str(lacking)), "rl"), "line 1: gt_image")
-    if not (whole and same and judged and named and {t.request_id for t in rollouts} == asked):
+    status, said = run(*evolve_command(chain, lacking, chain.folder / "proof" / "runs"))
+    if not (whole and same and judged and status == 2 and "line 1: gt_image" in said):
         return ""
+    asked = {t.request_id for t in rollouts}
     return f"evolve: {len(rollouts)} judged rollouts of {len(asked)} of {len(pool)} requests; a lost picture is named"
 
 
-def bench_of(policy_config, config, world, requests):
-    from genevolve_fast.commands.opening import open_policy
-    from genevolve_fast.rollout.transformers_engine import TransformersEngine
-    from genevolve_fast.train.evolve import session_settings
-
-    policy = open_policy(policy_config).eval()
-    return run_bench(
-        "evolved",
-        list(requests),
-        world=world,
-        engine=TransformersEngine(policy, max_batch=config.rollout.max_batch),
-        codec=policy.codec,
-        settings=session_settings(config.rollout, world, config.evaluate.temperature, config.evaluate.top_p),
-    )
-
-
-def prove_bench(chain: Chain, bench, requests) -> str:
-    """The summary is made of the bench's file: another reward in it is another mean."""
-    folder = chain.folder / "bench"
-    timed(chain, "bench", lambda: save_bench(bench, list(requests), folder))
-    read = load_bench(folder)
-    print(table([read]))
-    rows = json.loads((folder / "bench.json").read_text())
-    raised = chain.folder / "proof" / "bench"
-    raised.mkdir(parents=True)
-    for row in rows["rows"]:
-        row["reward"] = 1.0
-    (raised / "bench.json").write_text(json.dumps(rows))
-    judged = [row.reward for row in read.rows if row.reward is not None]
-    if len(judged) != len(requests) or read.summary()["reward"] == load_bench(raised).summary()["reward"]:
+def prove_evolved(chain: Chain, evolved: Path) -> str:
+    """The bench samples from the evolved weights: it says other things with other weights, and nothing without."""
+    other, gone = chain.folder / "proof" / "policy-other", chain.folder / "proof" / "policy-gone"
+    shutil.copytree(evolved, other)
+    shutil.copytree(evolved, gone)
+    (gone / "model.safetensors").unlink()
+    with_other_weights(other / "model.safetensors")
+    view, answers = chain.folder / "view", []
+    for policy, out in ((evolved, chain.folder / "bench"), (other, chain.folder / "proof" / "bench-other")):
+        if policy is other:
+            run(*bench_command(view, policy, out))
+        rows = json.loads((out / "rollout" / "results.json").read_text())
+        answers.append([row["messages"] for row in rows])
+    status, _ = run(*bench_command(view, gone, chain.folder / "proof" / "bench-gone"))
+    after, before = (file_hash(f / "model.safetensors") for f in (evolved, chain.folder / "runs" / "sft" / "policy"))
+    if answers[0] == answers[1] or status == 0 or before == after:
         return ""
     return (
-        f"summary: {len(judged)} judged requests, mean reward {read.summary()['reward']:.3f}, other rows another mean"
+        f"bench: sampled from {after[:12]}, the start was {before[:12]}; other weights answer otherwise, none: refused"
     )
 
 
-def refused(work: Callable[[], object], told: str = "") -> bool:
-    try:
-        work()
-    except (DataError, OSError, ValueError) as error:
-        return told in str(error)
-    return False
+def prove_bench(chain: Chain, out: Path) -> str:
+    """The summary is made of the bench's rows: `score` without one of the pictures counts one less."""
+    summary = json.loads((out / "score" / "summary.json").read_text())["all"]
+    rows = json.loads((out / "render" / "results.json").read_text())
+    fewer = chain.folder / "proof" / "bench-fewer.json"
+    rows[0] |= {"success": False, "image_status": "error: taken out"}
+    fewer.write_text(json.dumps(rows))
+    folder, truth = chain.folder / "proof" / "score", chain.folder / "view" / "GenEvolve-Bench"
+    flags = ("--judge", "sandbox", "--gt-root", str(truth), "--output-dir", str(folder))
+    run("score", "--results", str(fewer), *flags)
+    less = json.loads((folder / "summary.json").read_text())["all"]
+    if summary["count_eval_success"] != len(rows) or less["count_eval_success"] != len(rows) - 1:
+        return ""
+    return f"summary: {len(rows)} judged requests, overall {summary['overall']:.3f}; one picture less is one row less"
 
 
-def weights_hash(policy) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().numpy().tobytes())
-    return digest.hexdigest()
+def with_other_weights(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    save_file({name: -value for name, value in weights.items()}, file, metadata={"format": "pt"})
 
 
 # --- altered folders --------------------------------------------------------------------------------------------------

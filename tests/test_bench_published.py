@@ -136,7 +136,7 @@ def test_wise_prompts_go_the_same_way(agent, tmp_path, capsys):
     [
         (["--model", "m"], "--model is of a published bench"),
         (["--judge", "sandbox"], "--judge is of a published bench"),
-        (["--data", "nowhere"], "holds no bench"),
+        (["--data", "nowhere"], "no such file or folder"),
         (["--data", "nowhere", "--set", "a=b"], "--set is of the sandbox"),
         (["--requests", "0"], "at least 1"),
         (["--wise", "nowhere", "--judge-model", "m"], "cannot be read"),

@@ -33,7 +33,7 @@ def add(command: AddCommand) -> None:
     what.add_argument(
         "--data",
         default="sandbox",
-        help="sandbox, or a published bench: folder, table or hub id (default: %(default)s)",
+        help="sandbox, or a bench: folder, table or hub id (default: %(default)s)",
     )
     what.add_argument("--wise", type=Path, metavar="FOLDER", help="data folder of WISE in place of --data")
     p.add_argument("--policy", help="folder of a policy (default: sandbox:start; on a published bench a chat server)")
@@ -180,7 +180,7 @@ def run_stages(args: argparse.Namespace) -> int:
 
 
 def read_bench(data: str) -> tuple[list, Path]:
-    """(rows of a published bench to answer, the folder that their ground truth lies in). Raises DataError, a bad row too.
+    """(rows of a published bench to answer, the folder of their ground truth). Raises DataError, for a bad row too.
 
     The pictures of a bench on the hub are brought here first.
     """

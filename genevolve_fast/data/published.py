@@ -201,7 +201,7 @@ def check_request(row: Mapping[str, Any], where: str, line: int) -> Request:
 
 
 def request_of(row: Mapping[str, Any]) -> Request:
-    """The request of a row; what `extra_info.construction` holds becomes fields of `extra`, where judges look for it."""
+    """The request of a row; what `extra_info.construction` holds is put into `extra`, where judges look for it."""
     info = row.get("extra_info")
     built = info.get(CONSTRUCTION) if isinstance(info, Mapping) else None
     built = {k: v for k, v in built.items() if v is not None} if isinstance(built, Mapping) else {}
