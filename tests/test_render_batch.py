@@ -179,6 +179,7 @@ def test_only_what_failed_is_drawn_again(tmp_path, service, capsys):
     assert "5 drawn, 0 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_batch_continues_where_it_was(tmp_path):
     with LoopbackRender() as server:
         server.fault(GENERATE, "delay:0.1")
