@@ -424,7 +424,9 @@ def test_a_configuration_opens_what_it_names(service, tmp_path, monkeypatch):
 def test_text_to_image_services_are_sent_no_pictures(service):
     opened = open_renderer(RendererConfig(kind="text-to-image", urls=(service.url,)), Incidents())
     assert np.array_equal(render(opened, TEXT), canvas(TEXT))
-    assert json.loads(service.asked()[-1]["body"])["image_urls"] == []
+    asked = json.loads(service.asked()[-1]["body"])
+    assert asked["image_urls"] == [] and asked["width"] == asked["height"] == 1024
+    assert not {"num_inference_steps", "true_cfg_scale", "guidance_scale", "negative_prompt"} & set(asked)
     assert "draws from text alone" in str(failure(opened, EDIT))
 
 
