@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from loopback.render import GEMINI, GENERATE, LoopbackRender
+from loopback.canvas_service import GEMINI, GENERATE, LoopbackCanvas
 from loopback.web import free_port, png
 
 from genevolve_fast.incidents import Incidents
@@ -35,13 +35,13 @@ QUICK = CallLimits(request_timeout_s=10, picture_timeout_s=30, attempts=3, patie
 
 @pytest.fixture(scope="module")
 def service():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def second():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 
@@ -69,11 +69,11 @@ def canvas(program: Program = EDIT, seed: int = 0) -> np.ndarray:
     return render(CanvasRenderer(), program, seed=seed)
 
 
-def client(*servers: LoopbackRender, limits: CallLimits = QUICK, **more) -> ServiceRenderer:
+def client(*servers: LoopbackCanvas, limits: CallLimits = QUICK, **more) -> ServiceRenderer:
     return ServiceRenderer([s.url for s in servers], limits=limits, **more)
 
 
-def banana(server: LoopbackRender, limits: CallLimits = QUICK, **more) -> NanoBanana:
+def banana(server: LoopbackCanvas, limits: CallLimits = QUICK, **more) -> NanoBanana:
     return NanoBanana(KEY, base_url=server.gemini, limits=limits, **more)
 
 
@@ -185,7 +185,7 @@ def test_the_choice_goes_by_what_failed_here_then_by_health_then_by_load_then_in
 
 
 def test_no_address_gets_more_requests_at_a_time_than_allowed():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         server.fault(GENERATE, "delay:0.05")
         renderer = client(server, limits=quick(concurrency=2))
 
@@ -239,7 +239,7 @@ def test_busy_services_are_given_the_time_they_ask_for_and_break_no_circuit(serv
 
 
 def test_a_service_that_restarts_is_waited_for():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         renderer = client(server, limits=quick(patience_s=60))
         server.kill()
         back = threading.Timer(1.0, server.start)
