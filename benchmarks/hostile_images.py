@@ -12,8 +12,8 @@ from pathlib import Path
 from genevolve_fast.evaluate.scoreboard import record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from loopback.canvas_service import LoopbackCanvas  # noqa: E402
 from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, PeakMemory, as_answers, as_references, cases  # noqa: E402
-from loopback.render import LoopbackRender  # noqa: E402
 
 
 def run(chosen: Sequence[Case]) -> tuple[list[str], int]:
@@ -22,7 +22,7 @@ def run(chosen: Sequence[Case]) -> tuple[list[str], int]:
     with PeakMemory() as memory:
         with tempfile.TemporaryDirectory() as folder:
             failures += [f"{name} as a reference: {said}" for name, said in as_references(chosen, Path(folder)).items()]
-        with LoopbackRender() as server:
+        with LoopbackCanvas() as server:
             for way, path in WAYS.items():
                 wrong = as_answers(chosen, server, path)
                 failures += [f"{name} from {way}: {said}" for name, said in wrong.items()]

@@ -25,9 +25,9 @@ from pathlib import Path
 from genevolve_fast import trajectory
 from genevolve_fast.evaluate.scoreboard import DEFAULT_FILE, record
 from genevolve_fast.trajectory import Failed, Judged
+from tests.loopback.canvas_service import LoopbackRender
 from tests.loopback.engine import LoopbackEngine
 from tests.loopback.judge import LoopbackJudge
-from tests.loopback.render import LoopbackRender
 from tests.loopback.render_service import LoopbackRenderService
 from tests.loopback.web import LoopbackWeb
 

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
+from loopback.canvas_service import GEMINI, GENERATE, LoopbackCanvas
 from loopback.chat import LoopbackChat
-from loopback.render import GEMINI, GENERATE, LoopbackRender
 
 from genevolve_fast.cli import main
 from genevolve_fast.sandbox.canvas import CanvasRenderer
@@ -25,7 +25,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def service():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 

@@ -6,15 +6,15 @@ import time
 
 import numpy as np
 import pytest
+from loopback.canvas_service import LoopbackCanvas
 from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, PeakMemory, as_answers, as_references, small_cases, wrong
-from loopback.render import LoopbackRender
 
 CASES = small_cases()
 
 
 @pytest.fixture(scope="module")
 def service():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 

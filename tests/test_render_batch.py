@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback.render import GENERATE, LoopbackRender
+from loopback.canvas_service import GENERATE, LoopbackCanvas
 from loopback.web import png
 
 from genevolve_fast.cli import main
@@ -33,7 +33,7 @@ PROMPT = "Background blue. The emblem of the first reference image at the middle
 
 @pytest.fixture(scope="module")
 def service():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 
@@ -73,7 +73,7 @@ def canvas(prompt: str = PROMPT, count: int = 1, seed: int = 0) -> np.ndarray:
     return asyncio.run(CanvasRenderer().render(program, [draw_reference("anchor", "red")] * count, seed))
 
 
-def via(server: LoopbackRender, *more: str) -> list[str]:
+def via(server: LoopbackCanvas, *more: str) -> list[str]:
     quick = ("patience_s=0", "attempts=1", "break_after=9")
     options = [x for pair in quick for x in ("--renderer-set", pair)]
     return ["--renderer", "qwen-service", "--service-url", server.url, *options, *more]
@@ -179,8 +179,9 @@ def test_only_what_failed_is_drawn_again(tmp_path, service, capsys):
     assert "5 drawn, 0 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_batch_continues_where_it_was(tmp_path):
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         server.fault(GENERATE, "delay:0.1")
         rows = [row(i, [reference(tmp_path)]) for i in range(30)]
         command = arguments(batch(tmp_path, rows), tmp_path / "out", *via(server, "--parallel", "2"))
@@ -207,7 +208,7 @@ def test_a_killed_batch_continues_where_it_was(tmp_path):
 @pytest.mark.slow
 def test_services_that_die_and_come_back_lose_no_row(tmp_path, capsys):
     rows = [row(i, [reference(tmp_path)], gen_prompt=f"{PROMPT} The text '{i}'.") for i in range(60)]
-    with LoopbackRender() as one, LoopbackRender() as two:
+    with LoopbackCanvas() as one, LoopbackCanvas() as two:
 
         def disturb() -> None:
             for server in (one, two, one):
@@ -239,7 +240,7 @@ def test_services_that_die_and_come_back_lose_no_row(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_batch_with_its_results_written(tmp_path, number):
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         server.fault(GENERATE, "delay:0.1")
         rows = [row(i, [reference(tmp_path)]) for i in range(60)]
         command = arguments(batch(tmp_path, rows), tmp_path / "out", *via(server, "--parallel", "2"))

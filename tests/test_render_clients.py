@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from loopback.render import GEMINI, GENERATE, LoopbackRender
+from loopback.canvas_service import GEMINI, GENERATE, LoopbackCanvas
 from loopback.web import free_port, png
 
 from genevolve_fast.incidents import Incidents
@@ -19,7 +19,7 @@ from genevolve_fast.net.web import FetchError
 from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.render.cache import CachedRenderer
 from genevolve_fast.render.config import RendererConfig, open_renderer
-from genevolve_fast.render.endpoints import CallLimits, Endpoint, Endpoints
+from genevolve_fast.render.endpoints import CallError, CallLimits, Endpoint, Endpoints, _Pool
 from genevolve_fast.render.nano_banana import NanoBanana
 from genevolve_fast.render.routed import RoutedRenderer
 from genevolve_fast.render.service_client import ServiceRenderer, output_size
@@ -35,13 +35,13 @@ QUICK = CallLimits(request_timeout_s=10, picture_timeout_s=30, attempts=3, patie
 
 @pytest.fixture(scope="module")
 def service():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def second():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         yield server
 
 
@@ -69,11 +69,11 @@ def canvas(program: Program = EDIT, seed: int = 0) -> np.ndarray:
     return render(CanvasRenderer(), program, seed=seed)
 
 
-def client(*servers: LoopbackRender, limits: CallLimits = QUICK, **more) -> ServiceRenderer:
+def client(*servers: LoopbackCanvas, limits: CallLimits = QUICK, **more) -> ServiceRenderer:
     return ServiceRenderer([s.url for s in servers], limits=limits, **more)
 
 
-def banana(server: LoopbackRender, limits: CallLimits = QUICK, **more) -> NanoBanana:
+def banana(server: LoopbackCanvas, limits: CallLimits = QUICK, **more) -> NanoBanana:
     return NanoBanana(KEY, base_url=server.gemini, limits=limits, **more)
 
 
@@ -170,8 +170,22 @@ def test_the_least_busy_address_is_asked(service, second):
     assert slow + fast == 10 and 1 <= slow < fast
 
 
+def test_the_choice_goes_by_what_failed_here_then_by_health_then_by_load_then_in_turn():
+    async def taken(*changes: tuple[int, int], avoid: int | None = None) -> list[str]:
+        pool = _Pool([f"http://{name}:1" for name in "abc"], quick(concurrency=9))
+        for endpoint, (active, failed) in zip(pool.endpoints, changes, strict=True):
+            endpoint.active, endpoint.failed = active, failed
+        hated = None if avoid is None else pool.endpoints[avoid]
+        return [(await pool.take(hated, None, 0.0, None)).where[0] for _ in range(3)]
+
+    assert asyncio.run(taken((2, 0), (0, 0), (1, 0))) == ["b", "c", "b"]
+    assert asyncio.run(taken((0, 0), (0, 0), (0, 0))) == ["a", "b", "c"]
+    assert asyncio.run(taken((0, 1), (3, 0), (3, 0))) == ["b", "c", "b"]
+    assert asyncio.run(taken((0, 0), (5, 2), (5, 2), avoid=0)) == ["b", "c", "b"]
+
+
 def test_no_address_gets_more_requests_at_a_time_than_allowed():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         server.fault(GENERATE, "delay:0.05")
         renderer = client(server, limits=quick(concurrency=2))
 
@@ -183,18 +197,16 @@ def test_no_address_gets_more_requests_at_a_time_than_allowed():
 
 
 def test_an_open_circuit_is_not_asked_and_half_open_once():
-    clock, error = 100.0, Endpoint("http://h:1/generate", quick(break_after=2, probe_after_s=10.0))
-    from genevolve_fast.render.endpoints import CallError
-
+    clock, endpoint = 100.0, Endpoint("http://h:1/generate", quick(break_after=2, probe_after_s=10.0))
     away = CallError("gone", "connect", "away")
     for _ in range(2):
-        assert error.ready(clock + 5)
-        error.failed_with(away, clock)
-    assert error.broken and not error.ready(clock + 9) and error.ready(clock + 10)
-    error.active = 1  # the probe
-    assert not error.ready(clock + 10)
-    error.succeeded()
-    assert error.ready(clock + 10)
+        assert endpoint.ready(clock + 5)
+        endpoint.failed_with(away, clock)
+    assert endpoint.broken and not endpoint.ready(clock + 9) and endpoint.ready(clock + 10)
+    endpoint.active = 1  # the probe
+    assert not endpoint.ready(clock + 10)
+    endpoint.succeeded()
+    assert endpoint.ready(clock + 10)
 
 
 def test_circuits_that_stay_open_fail_without_a_request(service):
@@ -213,14 +225,21 @@ def test_circuits_that_stay_open_fail_without_a_request(service):
 
 
 def test_busy_services_are_given_the_time_they_ask_for_and_break_no_circuit(service):
-    service.fault(GENERATE, "status:503,1", 2)
+    service.fault(GENERATE, "status:503,1", 1)
     started = time.monotonic()
     picture = render(client(service, limits=quick(patience_s=30, break_after=1, attempts=1)))
-    assert np.array_equal(picture, canvas()) and time.monotonic() - started >= 2
+    assert np.array_equal(picture, canvas()) and time.monotonic() - started >= 1
+    for kind in ("rate_limited", "server_error"):
+        busy = Endpoint("http://h:1", quick(break_after=1))
+        busy.failed_with(CallError("full", kind, "away", 2.0), 100.0)
+        assert not busy.broken and not busy.ready(101.9) and busy.ready(102.0)
+    asks_for_hours = Endpoint("http://h:1", quick())
+    asks_for_hours.failed_with(CallError("full", "rate_limited", "away", 99_999.0), 100.0)
+    assert asks_for_hours.ready(160.0)
 
 
 def test_a_service_that_restarts_is_waited_for():
-    with LoopbackRender() as server:
+    with LoopbackCanvas() as server:
         renderer = client(server, limits=quick(patience_s=60))
         server.kill()
         back = threading.Timer(1.0, server.start)
@@ -232,7 +251,7 @@ def test_a_service_that_restarts_is_waited_for():
 
 
 def test_a_service_that_is_gone_is_given_up():
-    renderer = ServiceRenderer([f"http://127.0.0.1:{free_port()}"], limits=quick(patience_s=0.5))
+    renderer = ServiceRenderer([f"http://127.0.0.1:{free_port()}"], limits=quick(attempts=2))
     error = failure(renderer)
     assert error.kind == "connect" and "attempts" in str(error)
 
@@ -405,7 +424,9 @@ def test_a_configuration_opens_what_it_names(service, tmp_path, monkeypatch):
 def test_text_to_image_services_are_sent_no_pictures(service):
     opened = open_renderer(RendererConfig(kind="text-to-image", urls=(service.url,)), Incidents())
     assert np.array_equal(render(opened, TEXT), canvas(TEXT))
-    assert json.loads(service.asked()[-1]["body"])["image_urls"] == []
+    asked = json.loads(service.asked()[-1]["body"])
+    assert asked["image_urls"] == [] and asked["width"] == asked["height"] == 1024
+    assert not {"num_inference_steps", "true_cfg_scale", "guidance_scale", "negative_prompt"} & set(asked)
     assert "draws from text alone" in str(failure(opened, EDIT))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,19 +22,20 @@ from genevolve_fast.render.service_client import ServiceRenderer, ServiceSetting
 
 Kind = Literal["canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana"]
 GEMINI_KEYS = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+_MAX_REFERENCES = 4  # the released client's
 
 _DRAWN = {"num_inference_steps", "true_cfg_scale", "guidance_scale", "negative_prompt", "long_side", "size_multiple"}
 _CALLED = {
     *("api_key_env", "request_timeout_s", "picture_timeout_s", "patience_s", "attempts", "concurrency"),
     *("break_after", "probe_after_s", "max_answer_mb", "max_megapixels"),
 }
-_LOCAL = {"model", "device", "dtype"} | _DRAWN
+_LOCAL = {"model", "device", "dtype", "offload", "max_references"} | _DRAWN
 _SERVICE = {"urls", "model", "reference_side", "max_references"} | _DRAWN | _CALLED
 _EVERY = {"kind", "seed", "cache", "cache_mode"}
 _FIELDS = {  # kind -> the fields that do something
     "canvas": {"kind"},
     "qwen-image-edit": _EVERY | _LOCAL | {"text_to_image"},
-    "text-to-image": _EVERY | _LOCAL,
+    "text-to-image": _EVERY | _LOCAL - {"max_references"},
     "qwen-service": _EVERY | _SERVICE | {"text_to_image"},
     "nano-banana": _EVERY | _CALLED | {"base_url", "model", "aspect_ratio", "image_size", "reference_side"},
 }
@@ -50,8 +50,15 @@ class RendererConfig(BaseModel):
         None, description="Folder or hub id of the weights, or the API's model; a service's, to tell its pictures apart"
     )
     device: str | None = Field(None, description="Where a pipeline runs, such as cuda:1; the GPU where there is one")
-    dtype: str | None = Field(None, description="Of a pipeline's weights; bfloat16 on a GPU")
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; 40 for Qwen-Image-Edit")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Of a pipeline's weights; bfloat16"
+    )
+    offload: Literal["none", "model", "sequential"] | None = Field(
+        None, description="Of a pipeline: keep on the GPU only what computes; none"
+    )
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Denoising steps; 40 for Qwen-Image-Edit, else the pipeline's or service's own"
+    )
     true_cfg_scale: float | None = Field(None, ge=0, description="Classifier-free guidance; 4.0 for Qwen-Image-Edit")
     guidance_scale: float | None = Field(None, ge=0, description="Distilled guidance; 1.0 for Qwen-Image-Edit")
     negative_prompt: str | None = Field(None, description="What the picture shall not show; a blank")
@@ -66,7 +73,7 @@ class RendererConfig(BaseModel):
     aspect_ratio: str | None = Field(None, description="nano-banana: such as 16:9; its own choice")
     image_size: Literal["1K", "2K", "4K"] | None = Field(None, description="nano-banana: the size; its own choice")
     reference_side: int = Field(2048, ge=64, description="References are scaled down to this side before they are sent")
-    max_references: int = Field(4, ge=1, le=16, description="References that a service takes")
+    max_references: int | None = Field(None, ge=1, le=16, description="References of a program at most; 4")
     request_timeout_s: float = Field(1800.0, gt=0, description="Seconds of one request")
     picture_timeout_s: float = Field(3600.0, gt=0, description="Seconds of one picture, all its requests together")
     patience_s: float = Field(120.0, ge=0, description="Seconds that a service may be away (restart, 5xx, busy)")
@@ -160,7 +167,8 @@ class _Absent:
         self.name = config.kind
         edits = config.kind in ("qwen-image-edit", "qwen-service") and config.text_to_image is None
         self.min_references = 1 if edits else 0
-        self.max_references = {"nano-banana": 14, "text-to-image": 0}.get(config.kind, config.max_references)
+        own = {"nano-banana": 14, "text-to-image": 0}.get(config.kind, _MAX_REFERENCES)
+        self.max_references = config.max_references or own
 
     async def render(self, program, references, seed):
         raise AssertionError("a replaying cache asked for a picture")
@@ -179,18 +187,17 @@ def _one(config: RendererConfig, incidents: Incidents) -> Renderer:
             incidents,
         )
     if config.urls:
-        references = (0, 0) if config.kind == "text-to-image" else (1, config.max_references)
         key = _key(config.api_key_env) if config.api_key_env else ""
-        settings = ServiceSettings(**_told(config, _DRAWN | {"reference_side"}))
-        return ServiceRenderer(
-            config.urls, settings, _limits(config), key, incidents, config.kind, references[0], references[1]
-        )
+        own = {} if config.kind == "qwen-service" else dict.fromkeys(_DRAWN - {"long_side", "size_multiple"})
+        settings = ServiceSettings(**own | _told(config, _DRAWN | {"reference_side"}))
+        least, most = (0, 0) if config.kind == "text-to-image" else (1, config.max_references or _MAX_REFERENCES)
+        return ServiceRenderer(config.urls, settings, _limits(config), key, incidents, config.kind, least, most)
     from genevolve_fast.render.local import LocalRenderer, PipelineSettings
 
     return LocalRenderer(PipelineSettings(kind=config.kind, **_told(config, _LOCAL)))
 
 
-def _told(config: RendererConfig, names: set[str]) -> Mapping[str, Any]:
+def _told(config: RendererConfig, names: set[str]) -> dict[str, Any]:
     """Fields with a value; the others are left to the defaults of what is opened."""
     return {name: value for name in sorted(names) if (value := getattr(config, name)) is not None}
 

@@ -28,12 +28,12 @@ from genevolve_fast.trajectory import Program
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What is asked for with every program; the released client's values."""
+    """What is asked for with every program: the released client's values; None leaves it to the service."""
 
-    num_inference_steps: int = 40
-    true_cfg_scale: float = 4.0
-    guidance_scale: float = 1.0
-    negative_prompt: str = " "
+    num_inference_steps: int | None = 40
+    true_cfg_scale: float | None = 4.0
+    guidance_scale: float | None = 1.0
+    negative_prompt: str | None = " "
     long_side: int = 1024  # pixels of the picture's longer side; its shape is the first reference's
     size_multiple: int = 16
     reference_side: int = 2048  # larger references are scaled down before they are sent
@@ -80,7 +80,7 @@ class ServiceRenderer:
             "width": width,
             "height": height,
         }
-        return json.dumps(payload).encode()
+        return json.dumps({name: value for name, value in payload.items() if value is not None}).encode()
 
     async def _ask(self, endpoint: Endpoint, seconds: float, body: bytes) -> np.ndarray:
         secrets = [self.api_key] if self.api_key else []

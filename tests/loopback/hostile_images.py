@@ -27,7 +27,7 @@ from genevolve_fast.render.rows import MAX_SIDE, read_rows
 from genevolve_fast.render.service_client import ServiceRenderer
 from genevolve_fast.trajectory import Program, Reference
 
-from .render import GEMINI, GENERATE, LoopbackRender
+from .canvas_service import GEMINI, GENERATE, LoopbackCanvas
 
 SECONDS = 15.0  # of one file
 MEMORY_LIMIT = 1280 << 20  # two legal pictures of 40 megapixels with transparency decoded at a time, and handed on
@@ -797,7 +797,7 @@ def as_references(chosen: Sequence[Case], folder: Path) -> dict[str, str]:
     return failures
 
 
-def as_answers(chosen: Sequence[Case], server: LoopbackRender, path: str) -> dict[str, str]:
+def as_answers(chosen: Sequence[Case], server: LoopbackCanvas, path: str) -> dict[str, str]:
     """Every file as the picture that a service answers with; {case: what was wrong}."""
     limits = CallLimits(request_timeout_s=SECONDS, patience_s=0, attempts=1, break_after=1 << 30)
     if path == GENERATE:

@@ -1,6 +1,6 @@
 """Rendering services on loopback that draw with the sandbox's canvas, with every fault of them.
 
-`python -m tests.loopback.render --port 8098`:
+`python -m tests.loopback.canvas_service --port 8098`:
 
     POST /generate                                    the released service's contract
     POST /v1beta/models/{model}:generateContent       the Gemini API's
@@ -207,13 +207,13 @@ def _grey():
 # --- running it -------------------------------------------------------------------------------------------------------
 
 
-class LoopbackRender(LoopbackWeb):
+class LoopbackCanvas(LoopbackWeb):
     """The server in a process of its own, which can be killed and started again on the same port."""
 
     def __init__(self, port: int | None = None) -> None:
         super().__init__(port)
         self.gemini = f"{self.url}/v1beta"
-        self._command = [sys.executable, "-m", "tests.loopback.render", f"--port={self.port}"]
+        self._command = [sys.executable, "-m", "tests.loopback.canvas_service", f"--port={self.port}"]
         self._command += [f"--parent={os.getpid()}"]
 
     def calls(self) -> int:
