@@ -25,7 +25,7 @@ from pathlib import Path
 from genevolve_fast import trajectory
 from genevolve_fast.evaluate.scoreboard import DEFAULT_FILE, record
 from genevolve_fast.trajectory import Failed, Judged
-from tests.loopback.canvas_service import LoopbackRender
+from tests.loopback.canvas_service import LoopbackCanvas
 from tests.loopback.engine import LoopbackEngine
 from tests.loopback.judge import LoopbackJudge
 from tests.loopback.render_service import LoopbackRenderService
@@ -120,7 +120,7 @@ def score_through(runs: Path, size: Size = Size(), *, outages: Sequence[Outage] 
     runs.mkdir(parents=True, exist_ok=True)
     with (
         LoopbackRenderService("--model", "sandbox:canvas") as renderer,
-        LoopbackRender() as image_api,
+        LoopbackCanvas() as image_api,
         LoopbackJudge(seed=SEED, train=POOL) as judge,
     ):
         fields = SAMPLED_HERE | scored_by(renderer.url, image_api.gemini, judge.base_url, runs / "cache", "record")
