@@ -169,10 +169,12 @@ def test_what_stands_in_the_way_is_said_in_one_line(uninterrupted, tmp_path, cap
     folder = uninterrupted / "t"
     early = shutil.copytree(folder, tmp_path / "t", ignore=shutil.ignore_patterns("policy", "checkpoints"))
     assert main(["report", str(early)]) == 0 and (early / "report.html").exists()
+    half = shutil.copytree(folder / "policy", tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
     for asked, said in [
         (["evolve", "--config", "genevolve_8b"], "rollout.engine vllm: vllm is not installed"),
         (["evolve", "--config", "demo", "--set", "stepz=1"], "stepz: there is no such field"),
         (["bench", "--policy", "./no/policy", "--out", str(tmp_path)], "no policy './no/policy'"),
+        (["bench", "--policy", str(half), "--out", str(tmp_path)], "has no weights that can be read"),
         (["report", str(tmp_path)], "is not the folder of a run"),
         (["scoreboard", "--file", str(tmp_path / "none.json")], "none.json"),
     ]:
