@@ -1,0 +1,99 @@
+"""What a configuration names in place of the sandbox's parts is opened, or refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genevolve_fast.commands.opening import config_path, open_pool, open_world
+from genevolve_fast.experience.summarizer import ChatSummarizer
+from genevolve_fast.render.cache import CachedRenderer
+from genevolve_fast.render.routed import RoutedRenderer
+from genevolve_fast.reward.chat_judges import ChatImageJudge, ChatProgramJudge
+from genevolve_fast.sandbox.canvas import CanvasRenderer
+from genevolve_fast.sandbox.world import SandboxWorld
+from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config
+
+CHAT = "{kind: chat, model: m, base_url: 'http://127.0.0.1:9/v1'}"
+
+
+def configured(*overrides: str) -> EvolveConfig:
+    return load_config(EvolveConfig, config_path("demo"), list(overrides))
+
+
+def published(folder: Path, *, checklists: bool) -> Path:
+    """Four requests of the sandbox as GenEvolve-Data-RL, each with a picture of its own."""
+    world, rows = SandboxWorld(), []
+    (folder / "GenEvolve-Data-RL" / "images").mkdir(parents=True)
+    for i, request in enumerate(world.requests("train", 4)):
+        name = f"images/case_{i}.png"
+        Image.fromarray(np.full((8, 8, 3), 50 * i, np.uint8)).save(folder / "GenEvolve-Data-RL" / name)
+        info = {"construction": dict(request.extra)} if checklists else {}
+        rows.append({"id": i, "question": request.question, "gt_image": name, "extra_info": info})
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "GenEvolve-Data-RL" / "train.jsonl").write_text(table)
+    return folder
+
+
+def test_sections_replace_what_the_sandbox_brings(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    sections = (
+        "renderer={kind: qwen-service, urls: ['http://127.0.0.1:9'], text_to_image: {kind: nano-banana, api_key_env: "
+        f"A_KEY}}, cache: '{tmp_path / 'pictures'}', cache_mode: record}}",
+        f"judge={CHAT}",
+        f"summarizer={CHAT}",
+    )
+    _, world = open_world(configured(*sections))
+    assert isinstance(world.renderer, CachedRenderer) and isinstance(world.image_judge, ChatImageJudge)
+    assert isinstance(world.program_judge, ChatProgramJudge) and isinstance(world.summarizer, ChatSummarizer)
+    assert (world.renderer.min_references, world.renderer.max_references) == (0, 4)
+    _, plain = open_world(configured())
+    assert isinstance(plain.renderer, CanvasRenderer) and not isinstance(plain.renderer, RoutedRenderer)
+
+
+def test_requests_and_ground_truth_come_from_a_published_folder(tmp_path):
+    data = published(tmp_path, checklists=True)
+    pool, world = open_pool(configured(f"data.path={data}"))
+    assert [r.question for r in pool] == [r.question for r in SandboxWorld().requests("train", 4)]
+    assert [int(world.truth(r).max()) for r in pool] == [0, 50, 100, 150]
+
+
+def test_rules_are_refused_over_requests_without_a_checklist(tmp_path):
+    data = published(tmp_path, checklists=False)
+    with pytest.raises(ConfigError, match=r"judge\.kind, summarizer\.kind rules: .* have no checklist: set kind chat"):
+        open_pool(configured(f"data.path={data}"))
+    alone = (f"judge={CHAT}", "experience.enabled=false", "objective.sdl_coef=0")
+    pool, _ = open_pool(configured(f"data.path={data}", *alone))
+    assert len(pool) == 4
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["data.path=somewhere"], "pool_size is of data.path 'sandbox'"),
+        (["experience.enabled=false", "objective.sdl_coef=0", f"summarizer={CHAT}"], "summarizer without experience"),
+        (["renderer.long_side=512"], "long_side with kind canvas: it has nothing to set"),
+        (["judge.model=m"], "model with kind rules would do nothing"),
+        (["embedder.batch_size=4"], "batch_size with kind hashed would do nothing"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(overrides, told):
+    with pytest.raises(ConfigError, match="^(?s:.*)" + told):
+        configured("pool_size=400", *overrides)
+
+
+@pytest.mark.parametrize(
+    "section, told",
+    [
+        ("renderer={kind: nano-banana, api_key_env: NO_SUCH_KEY}", "NO_SUCH_KEY is not set"),
+        ("judge={kind: chat, model: m, base_url: 'http://h/v1', api_key_env: NO_SUCH_KEY}", "NO_SUCH_KEY is not set"),
+        ("embedder={kind: qwen, model: /no/such/folder}", "/no/such/folder"),
+    ],
+)
+def test_what_is_missing_is_named_when_the_world_is_opened(section, told):
+    with pytest.raises(ConfigError, match=told):
+        open_world(configured(section))
