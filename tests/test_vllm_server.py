@@ -48,7 +48,7 @@ def connected(tmp_path):
     engines = []
 
     def connect(policy: Policy, *servers: LoopbackEngine, **more) -> VllmServerEngine:
-        settings = {"sync_dir": tmp_path / "weights", "patience_s": 20.0, "timeout_s": 30.0} | more
+        settings = {"sync_dir": tmp_path / "weights", "patience_s": 60.0, "timeout_s": 60.0} | more
         engines.append(VllmServerEngine(policy, [s.url for s in servers], incidents=Incidents(), **settings))
         return engines[-1]
 
