@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.data.conversations import DataError
-    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.experience.memory import OtherEmbedder
     from genevolve_fast.policy.adapters import AdapterError
     from genevolve_fast.profile.plan import PlanError
@@ -55,7 +54,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from genevolve_fast.train.run import RunError
     from genevolve_fast.trajectory import InvariantError
 
-    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, EvaluateError, InvariantError, PlanError
+    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError
     return *mistakes, OtherEmbedder, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
 
 
@@ -365,9 +364,9 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Bench, evolve, bench again, compare, report. Every part that is already there is kept."""
     from genevolve_fast.evaluate.bench import paired_gain, table
+    from genevolve_fast.files import write_text
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.evolve import evolve
-    from genevolve_fast.train.run import write_atomic
 
     if args.fields:
         return show_fields(EvolveConfig)
@@ -390,7 +389,7 @@ def run_demo(args: argparse.Namespace) -> int:
     summary = {"before": before.summary(), "after": after.summary(), "gain": gain.__dict__, "categories": {}}
     for side, of in (("before", before), ("after", after)):
         summary["categories"][side] = of.by_category()
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{table([before, after])}\n\nreward, after - before, 95 % interval: {gain}")
     return write_report(folder, policy)
 

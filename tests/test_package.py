@@ -14,7 +14,7 @@ import pytest
 from genevolve_fast.cli import main, parser
 
 ROOT = Path(__file__).parents[1]
-FLOOR = {"trajectory", "protocols", "incidents", "event_loop", "resumable", "net"}
+FLOOR = {"trajectory", "protocols", "incidents", "event_loop", "files", "resumable", "net"}
 ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "net": set(),
     "kernels": set(),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from genevolve_fast.data.conversations import ImageFiles, load_conversations
 from genevolve_fast.data.published import CONSTRUCTION, EVAL_TYPES
 from genevolve_fast.data.review import JudgedPicture, Review
 from genevolve_fast.data.rows import read_jsonl, read_picture
-from genevolve_fast.data.steps import MANIFEST, Ledger, file_hash, open_step
+from genevolve_fast.data.steps import MANIFEST, open_step
 from genevolve_fast.data.trajectories import read_trajectories
 from genevolve_fast.data.truth import draw_truth, picture_seed, write_truth
 from genevolve_fast.data.views import ViewError, read_truth, write_feedback_view, write_sft_view
+from genevolve_fast.files import file_hash
 from genevolve_fast.protocols import JudgeError, RenderError
+from genevolve_fast.resumable import Ledger
 from genevolve_fast.sandbox.canvas import CanvasRenderer
 from genevolve_fast.sandbox.judges import SandboxImageJudge
 from genevolve_fast.sandbox.world import SandboxWorld
@@ -68,7 +71,7 @@ class Slow(CanvasRenderer):
 
 
 def draw(folder, trajectories, step, renderer, reviewer=None, **options):
-    with Ledger(folder / "done.jsonl", {"input": step.digest}) as ledger:
+    with closing(Ledger(folder / "done.jsonl", {"input": step.digest}, "picture")) as ledger:
         return asyncio.run(draw_truth(trajectories, step, folder, renderer, reviewer, ledger, **options))
 
 

@@ -14,8 +14,8 @@ import pytest
 from loopback.chat import LoopbackChat
 
 from genevolve_fast.cli import main
-from genevolve_fast.evaluate.ledger import EvaluateError
 from genevolve_fast.evaluate.wise import PROTOCOLS, read_grades, read_prompts, read_scores, summary, table
+from genevolve_fast.resumable import BatchError
 
 ORIGINAL, VERIFIED = PROTOCOLS["original"], PROTOCOLS["verified"]
 KEY = "sk-a-wise-secret"
@@ -179,7 +179,7 @@ def test_bad_data_and_bad_score_files_are_named(bench):
         ({"Explanation": " "}, "row 1 has no Explanation"),
     ):
         data.write_text(json.dumps([rows[0] | change, *rows[1:]]))
-        with pytest.raises(EvaluateError, match=re.escape(told)):
+        with pytest.raises(BatchError, match=re.escape(told)):
             read_prompts(bench / "data")
     scores = bench / "s.jsonl"
     good = {"prompt_id": 1, "Subcategory": "s", "consistency": 1, "realism": 1, "aesthetic_quality": 1}
@@ -190,7 +190,7 @@ def test_bad_data_and_bad_score_files_are_named(bench):
         (["nothing"], "line 1: prompt_id None"),
     ):
         scores.write_text("\n".join(map(json.dumps, lines)))
-        with pytest.raises(EvaluateError, match=re.escape(told)):
+        with pytest.raises(BatchError, match=re.escape(told)):
             read_scores([scores], ORIGINAL)
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+from genevolve_fast.commands.batches import follow, open_bar, tell_attempts, tell_end
 from genevolve_fast.commands.opening import AddCommand
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
@@ -192,8 +193,8 @@ def say(folder: Path, manifest: Mapping[str, Any], incidents=None) -> None:
     for name, count in manifest["counts"].items():
         if count or ":" not in name:
             print(f"{name:34} {count:7}")
-    if incidents is not None and (attempts := incidents.take()):
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
+    if incidents is not None:
+        tell_attempts(incidents)
     print(f"written to {folder}")
 
 
@@ -201,12 +202,6 @@ def already(folder: Path, manifest: Mapping[str, Any]) -> int:
     print(f"{folder} is complete")
     say(folder, manifest)
     return 0
-
-
-def bar(total: int, what: str):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", dynamic_ncols=True)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -217,8 +212,9 @@ def run_pool(args: argparse.Namespace) -> int:
     from genevolve_fast.data.pool import ChatWriter, finished_pool, read_recipes, write_pool, write_requests
     from genevolve_fast.data.recipes import draw_recipes
     from genevolve_fast.data.rows import DataError
-    from genevolve_fast.data.steps import Ledger, file_hash
+    from genevolve_fast.files import file_hash
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     by_chat, incidents = args.writer == "chat", Incidents()
     settings = {"writer": args.writer, "seed": args.seed, "shares": args.shares, "near": args.near}
@@ -240,7 +236,8 @@ def run_pool(args: argparse.Namespace) -> int:
                     recipes, ChatWriter(at), ledger, parallel=args.parallel, progress=lambda: shown.update(1)
                 )
 
-        with Ledger(args.output_dir / "written.jsonl", settings) as ledger, bar(len(recipes), "pool") as shown:
+        opened = closing(Ledger(args.output_dir / "written.jsonl", settings, "request"))
+        with opened as ledger, open_bar(len(recipes), "pool") as shown:
             items, dropped = asyncio.run(write())
             unanswered = sum(r.id not in ledger.done for r in recipes)
     else:
@@ -278,13 +275,12 @@ def read_shares(text: str) -> dict[str, float]:
 
 def run_trajectories(args: argparse.Namespace) -> int:
     """Exit status 1 where rows failed: the same command runs them again; 128 + signal when interrupted."""
-    import sys
-
     from genevolve_fast.agent.batch import run_batch
-    from genevolve_fast.agent.journal import BatchError, Journal
+    from genevolve_fast.agent.journal import Journal
     from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import samples_of, write_trajectories
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import BatchError
 
     incidents = Incidents()
     pool = open_step(args.input, "pool")
@@ -298,28 +294,18 @@ def run_trajectories(args: argparse.Namespace) -> int:
     except ValueError as error:  # the tools' and the agent's, which name what is missing
         raise BatchError(str(error)) from None
     journal = Journal(args.output_dir, samples, settings | {"pool": pool.digest}, fresh=False)
-    with closing(journal), bar(len(samples), "trajectories") as shown:
+    with closing(journal), open_bar(len(samples), "trajectories") as shown:
 
         async def whole():
             async with opening as runner:
-                return await run_batch(
-                    samples,
-                    journal,
-                    runner,
-                    parallel=args.parallel,
-                    progress=lambda ends: shown.update(ends.total() - shown.n),
-                )
+                return await run_batch(samples, journal, runner, parallel=args.parallel, progress=follow(shown))
 
         batch = asyncio.run(whole())
         if batch.signal is None:
             manifest = write_trajectories(args.output_dir, pool, settings)
-    print(batch.line())
-    for failure, reason in sorted(batch.reasons.items()):
-        print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
+    status = tell_end(batch, batch.line(), incidents)
     if batch.signal is not None:
-        return 128 + batch.signal
+        return status
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["failed"] or not manifest["counts"]["trajectories"] else 0
 
@@ -329,7 +315,7 @@ _SCRIPT_READS = ("seed", "tools")
 
 def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What trajectories of one folder must share. Raises BatchError for flags that would do nothing."""
-    from genevolve_fast.agent.journal import BatchError
+    from genevolve_fast.resumable import BatchError
 
     if args.teacher == "agent":
         return {"teacher": "agent"} | rollout_settings(args)
@@ -348,7 +334,7 @@ def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
 def open_teacher(args: argparse.Namespace, pool, incidents):
     """What answers a pool's rows, opened by `async with`."""
     if args.teacher == "agent":
-        return open_runner(args, incidents)
+        return open_runner(args, incidents, args.output_dir / "images")
     from dataclasses import replace
 
     from genevolve_fast.agent.batch import policy_runner
@@ -384,9 +370,10 @@ def run_filter(args: argparse.Namespace) -> int:
     from genevolve_fast.data.review import ChatTrajectoryReviewer, JudgedProgram
     from genevolve_fast.data.rows import DataError
     from genevolve_fast.data.sifting import review_all, write_filtered
-    from genevolve_fast.data.steps import Ledger, finished, open_step
+    from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import read_trajectories
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     if args.fields:
         from genevolve_fast.commands.opening import show_fields
@@ -402,7 +389,7 @@ def run_filter(args: argparse.Namespace) -> int:
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
     total = source_step.manifest["counts"]["trajectories"]
-    with bar(total, "filter") as passed:
+    with open_bar(total, "filter") as passed:
         sifted = sift(read_trajectories(source_step), config, source_step, progress=lambda: passed.update(1))
 
     async def reviewed():
@@ -421,7 +408,8 @@ def run_filter(args: argparse.Namespace) -> int:
     reviews = None
     if args.review != "none":
         shared = settings | {"input": source_step.digest}
-        with Ledger(args.output_dir / "reviews.jsonl", shared) as ledger, bar(len(sifted.kept), "review") as shown:
+        opened = closing(Ledger(args.output_dir / "reviews.jsonl", shared, "review"))
+        with opened as ledger, open_bar(len(sifted.kept), "review") as shown:
             reviews = asyncio.run(reviewed())
     manifest = write_filtered(args.output_dir, source_step, sifted, reviews, settings)
     say(args.output_dir, manifest, incidents)
@@ -459,10 +447,11 @@ def review_settings(args: argparse.Namespace) -> dict[str, Any]:
 def run_truth(args: argparse.Namespace) -> int:
     """Exit status 1 where nothing is kept, or something failed: the same command tries it again."""
     from genevolve_fast.data.review import ChatPictureReviewer, JudgedPicture
-    from genevolve_fast.data.steps import Ledger, finished, open_step
+    from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import read_trajectories
     from genevolve_fast.data.truth import draw_truth, write_truth
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     incidents = Incidents()
     filtered = open_step(args.input, "filter")
@@ -497,7 +486,8 @@ def run_truth(args: argparse.Namespace) -> int:
             return await drawn_by(ChatPictureReviewer(at))
 
     shared = settings | {"input": filtered.digest}
-    with Ledger(args.output_dir / "done.jsonl", shared) as ledger, bar(len(trajectories), "ground truth") as shown:
+    opened = closing(Ledger(args.output_dir / "done.jsonl", shared, "picture"))
+    with opened as ledger, open_bar(len(trajectories), "ground truth") as shown:
         drawn = asyncio.run(whole())
     manifest = write_truth(args.output_dir, filtered, trajectories, drawn, settings)
     say(args.output_dir, manifest, incidents)
@@ -517,7 +507,7 @@ def run_sft_view(args: argparse.Namespace) -> int:
 
     made = open_step(args.input, "truth", "filter")
     settings = {"bench": args.bench, "near": args.near}
-    with bar(made.manifest["counts"]["kept"], "sft-view") as shown:
+    with open_bar(made.manifest["counts"]["kept"], "sft-view") as shown:
         manifest = write_sft_view(
             args.output_dir, made, settings, bench=args.bench, near=args.near, progress=lambda: shown.update(1)
         )
@@ -558,7 +548,7 @@ def run_check(args: argparse.Namespace) -> int:
             splits = list(layout.splits)
         for split in splits:
             opened = open_set(args.path, which, split)
-            with bar(0, f"{layout.folder} {split}") as shown:
+            with open_bar(0, f"{layout.folder} {split}") as shown:
                 contents = inspect(opened, which, split, lambda shown=shown: shown.update(1), not args.no_pictures)
             print(contents.text())
             bad, found = bad + contents.bad.count, found + 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from genevolve_fast.commands.batches import follow, open_bar, tell_end
 from genevolve_fast.commands.opening import AddCommand
 
 RENDERERS = ("canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana")
@@ -54,10 +54,7 @@ def add_renderer_flags(p: argparse.ArgumentParser, default: str | None) -> None:
 def run_render(args: argparse.Namespace) -> int:
     """Exit status 1 when nothing was drawn or the batch gave up, 128 + signal when it was interrupted."""
     import asyncio
-    from collections import Counter
     from contextlib import closing
-
-    from tqdm import tqdm
 
     from genevolve_fast.incidents import Incidents
     from genevolve_fast.render.batch import RESULTS, Gallery, render_batch
@@ -75,12 +72,7 @@ def run_render(args: argparse.Namespace) -> int:
             print(f"{gallery.adopted} pictures of an earlier {RESULTS} are kept, whatever drew them")
         if gallery.changed:
             print(f"{gallery.changed} rows ask for another picture than when they were drawn: they are drawn again")
-        with tqdm(total=len(rows), desc="render", unit="picture", dynamic_ncols=True) as bar:
-
-            def progress(ends: Counter[str]) -> None:
-                bar.set_postfix(ok=ends["drawn"], failed=ends.total() - ends["drawn"], refresh=False)
-                bar.update(ends.total() - bar.n)
-
+        with open_bar(len(rows), "render", "picture") as bar:
             batch = asyncio.run(
                 render_batch(
                     rows,
@@ -90,20 +82,11 @@ def run_render(args: argparse.Namespace) -> int:
                     parallel=args.parallel,
                     draw_request=draw_request,
                     bases=(args.input.resolve().parent, Path.cwd()),
-                    progress=progress,
+                    progress=follow(bar),
                 )
             )
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    print(f"{batch.line()}, {gallery.folder / RESULTS}")
-    if not batch.stopped:
-        for failure, reason in sorted(batch.reasons.items()):
-            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    if batch.signal is not None:
-        return 128 + batch.signal
-    return 0 if batch.drawn and not batch.stopped else 1
+    status = tell_end(batch, f"{batch.line()}, {gallery.folder / RESULTS}", incidents)
+    return status or int(not batch.succeeded)
 
 
 def _without_references(renderer) -> str:

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from genevolve_fast.data.recipes import Recipe, coverage, coverage_table, given_away, split_recipes
 from genevolve_fast.data.replies import ReplyError, read_reply
 from genevolve_fast.data.rows import BadRow, DataError, read_rows
-from genevolve_fast.data.steps import Ledger, Step, close_step, finished, write_bytes, write_rows
+from genevolve_fast.data.steps import Step, close_step, finished, write_rows
+from genevolve_fast.files import write_text
 from genevolve_fast.net.chat import ChatEndpoint
 from genevolve_fast.net.harmless import readable
 from genevolve_fast.protocols import EngineError, Sampling
+from genevolve_fast.resumable import Ledger
 from genevolve_fast.trajectory import Request, json_text
 
 SPLITS = ("train", "eval", "bench")
@@ -278,8 +280,8 @@ def write_pool(
     write_rows(folder / "dropped.jsonl", ({"id": id_, "reason": why} for id_, why in reasons.items()))
     table = coverage(i.recipe for i in kept)
     parts = {s: coverage(i.recipe for i in kept if of[i.recipe.id] == s) for s in SPLITS}
-    write_bytes(folder / "coverage.json", (json_text({"all": table, **parts}, indent=1) + "\n").encode())
-    write_bytes(folder / "coverage.txt", (coverage_table(table) + "\n").encode())
+    write_text(folder / "coverage.json", json_text({"all": table, **parts}, indent=1) + "\n")
+    write_text(folder / "coverage.txt", coverage_table(table) + "\n")
     counts = {
         **{split: sum(s == split for s in of.values()) for split in SPLITS},
         "dropped: unusable": len(dropped) - unanswered,
