@@ -40,22 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    from genevolve_fast.data.conversations import DataError
-    from genevolve_fast.experience.memory import OtherEmbedder
-    from genevolve_fast.policy.adapters import AdapterError
-    from genevolve_fast.profile.plan import PlanError
-    from genevolve_fast.profile.shapes import ShapeError
-    from genevolve_fast.protocols import EngineError
-    from genevolve_fast.report.build import ReportError
-    from genevolve_fast.resumable import BatchError
-    from genevolve_fast.rollout.serve import ServeError
-    from genevolve_fast.train.config import ConfigError
-    from genevolve_fast.train.run import RunError
-    from genevolve_fast.trajectory import InvariantError
+_USER_ERRORS = {
+    "data.rows": "DataError",
+    "experience.memory": "OtherEmbedder",
+    "policy.adapters": "AdapterError",
+    "profile.plan": "PlanError",
+    "profile.shapes": "ShapeError",
+    "protocols": "EngineError",
+    "report.build": "ReportError",
+    "resumable": "BatchError",
+    "rollout.serve": "ServeError",
+    "train.config": "ConfigError",
+    "train.run": "RunError",
+    "trajectory": "InvariantError",
+}
 
-    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, InvariantError, PlanError
-    return *mistakes, OtherEmbedder, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Of the modules that are loaded: the others raised nothing, and loading torch for an error would take seconds."""
+    loaded = {name: sys.modules.get(f"genevolve_fast.{name}") for name in _USER_ERRORS}
+    return *(getattr(module, _USER_ERRORS[name]) for name, module in loaded.items() if module), FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -133,16 +133,16 @@ def parse_json(text: str, where: str) -> Any:
 def read_objects(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list. Raises BatchError naming file or row."""
     try:
-        rows = parse_json(path.read_text(encoding="utf-8"), str(path))
+        rows = parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise BatchError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BatchError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(rows, list):
-        raise BatchError(f"{path} must hold a list of rows")
+        raise BatchError(f"{path} is not a list of rows")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise BatchError(f"{path}, row {n} is no object")
+            raise BatchError(f"{path}, row {n}: a row must be a JSON object, not {type(row).__name__}")
     return rows
 
 

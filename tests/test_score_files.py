@@ -219,7 +219,7 @@ def test_judging_stops_when_the_judge_refuses_row_after_row(folder):
 
 
 def test_bad_input_is_named(folder):
-    for text, told in (("{", "not JSON"), ("{}", "list of rows"), ("[1]", "row 1 is no object")):
+    for text, told in (("{", "not JSON"), ("{}", "list of rows"), ("[1]", "row 1: a row must be a JSON object")):
         (folder / "results.json").write_text(text)
         with pytest.raises(BatchError, match=told):
             read_rows(folder / "results.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_attempts, tell_end
-from genevolve_fast.commands.opening import AddCommand
+from genevolve_fast.commands.opening import AddCommand, read_section, show_fields
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
 
@@ -376,10 +376,8 @@ def run_filter(args: argparse.Namespace) -> int:
     from genevolve_fast.resumable import Ledger
 
     if args.fields:
-        from genevolve_fast.commands.opening import show_fields
-
         return show_fields(FilterConfig)
-    config, incidents = filter_config(args.set), Incidents()
+    config, incidents = read_section(FilterConfig, {}, args.set, "--set", "limits"), Incidents()
     source_step = open_step(args.input, "trajectories")
     settings = {"limits": config.model_dump(), "review": args.review} | review_settings(args)
     if args.min_score is not None and args.review != "rule":
@@ -414,30 +412,6 @@ def run_filter(args: argparse.Namespace) -> int:
     manifest = write_filtered(args.output_dir, source_step, sifted, reviews, settings)
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["undecided"] or not manifest["counts"]["kept"] else 0
-
-
-def filter_config(pairs: list[str]):
-    import yaml
-    from pydantic import ValidationError
-
-    from genevolve_fast.data.filters import FilterConfig
-    from genevolve_fast.data.rows import DataError
-
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise DataError("--set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise DataError(f"--set {name}: its value is not YAML") from None
-    try:
-        return FilterConfig(**fields)
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields
-
-        raise DataError(f"--set: {'; '.join(wrong_fields(error))}") from None
 
 
 def review_settings(args: argparse.Namespace) -> dict[str, Any]:

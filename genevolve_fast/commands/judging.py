@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from genevolve_fast.commands.opening import read_section
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import ImageJudge, ProgramJudge
 
@@ -33,30 +34,12 @@ def open_judges(args: argparse.Namespace, incidents: Incidents) -> tuple[ImageJu
 
 
 def judge_config(args: argparse.Namespace):
-    """The JudgeConfig that the flags describe."""
-    import yaml
-    from pydantic import ValidationError
-
-    from genevolve_fast.resumable import BatchError
+    """The JudgeConfig that the flags describe. Raises BatchError."""
     from genevolve_fast.reward.config import JudgeConfig
 
     named = {"kind": "chat", "model": args.judge_model, "base_url": args.judge_base_url}
     fields = {name: value for name, value in named.items() if value is not None}
-    for pair in args.judge_set:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise BatchError("--judge-set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise BatchError(f"--judge-set {name}: its value is not YAML") from None
-    try:
-        return JudgeConfig(**fields)
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields  # loads torch
-
-        wrong = "; ".join(line.replace("(combination)", "judge") for line in wrong_fields(error))
-        raise BatchError(f"{wrong} (--judge-set FIELD=VALUE sets a field)") from None
+    return read_section(JudgeConfig, fields, args.judge_set, "--judge-set", "judge")
 
 
 def judge_settings(args: argparse.Namespace) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_end
-from genevolve_fast.commands.opening import AddCommand
+from genevolve_fast.commands.opening import AddCommand, read_section
 
 RENDERERS = ("canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana")
 
@@ -96,54 +96,23 @@ def _without_references(renderer) -> str:
 
 def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict[str, Any]]:
     """(renderer, what of it changes the pictures) of the flags. Raises BatchError naming what is wrong."""
-    from pydantic import ValidationError
-
     from genevolve_fast.render.config import RendererConfig, open_renderer
     from genevolve_fast.resumable import BatchError
 
-    fields: dict[str, Any] = {"kind": args.renderer, **_renderer_fields(args.renderer_set)}
-    if args.service_url:
-        if "urls" in fields:
-            raise BatchError("--service-url and --renderer-set urls= say the same: give one of them")
-        fields["urls"] = args.service_url
-    if fields["kind"] != args.renderer or "seed" in fields:
-        raise BatchError("--renderer and --seed say who draws and from which seed, not --renderer-set")
     if args.seed is not None and args.seed < 0:
         raise BatchError("--seed must be at least 0")
+    named = {name.partition("=")[0].strip() for name in args.renderer_set}
+    if {"kind", "seed"} & named:
+        raise BatchError("--renderer and --seed say who draws and from which seed, not --renderer-set")
+    if args.service_url and "urls" in named:
+        raise BatchError("--service-url and --renderer-set urls= say the same: give one of them")
+    fields = {"kind": args.renderer} | ({"urls": args.service_url} if args.service_url else {})
+    config = read_section(RendererConfig, fields, args.renderer_set, "--renderer-set", "renderer")
+    if config.kind == "canvas":
+        from genevolve_fast.sandbox.canvas import CanvasRenderer
+
+        return CanvasRenderer(), config.identity()
     try:
-        config = RendererConfig(**fields)
-        if config.kind == "canvas":
-            from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-            return CanvasRenderer(), config.identity()
         return open_renderer(config, incidents), config.identity()
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields  # with torch
-
-        wrong = "; ".join(line.replace("(combination)", "renderer") for line in wrong_fields(error))
-        raise BatchError(f"{wrong} (--renderer-set FIELD=VALUE sets a field)") from None
     except (ValueError, ImportError) as error:  # what is missing: a key, a recording, a package
         raise BatchError(str(error)) from None
-
-
-def _renderer_fields(pairs: list[str]) -> dict[str, Any]:
-    """{field: value}; `text_to_image.kind=…` sets a field of the section."""
-    import yaml
-
-    from genevolve_fast.resumable import BatchError
-
-    fields: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise BatchError("--renderer-set takes FIELD=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BatchError(f"--renderer-set {name}: its value is not YAML") from None
-        section, dot, inner = name.partition(".")
-        if not dot:
-            fields[name] = value
-        elif isinstance(fields.setdefault(section, {}), dict):
-            fields[section][inner] = value
-    return fields

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_end
-from genevolve_fast.commands.opening import AddCommand, device
+from genevolve_fast.commands.opening import AddCommand, device, read_section
 
 
 def add(command: AddCommand) -> None:
@@ -201,25 +201,9 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
 
         tools = SandboxWorld().tools()
         return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
-    import yaml
-    from pydantic import ValidationError
-
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
-    from genevolve_fast.train.config import wrong_fields
 
     fields = {"kind": args.tools, "image_dir": pictures}
     if args.tool_cache:
         fields |= {"cache_mode": args.tool_cache, "cache": args.tool_cache_dir}
-    for pair in args.tool_set:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError("--tool-set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
-    try:
-        return open_tools(ToolsConfig(**fields), incidents), None
-    except ValidationError as error:
-        wrong = "; ".join(line.replace("(combination)", "tools") for line in wrong_fields(error))
-        raise ValueError(f"{wrong} (--tool-set FIELD=VALUE sets a field)") from None
+    return open_tools(read_section(ToolsConfig, fields, args.tool_set, "--tool-set", "tools"), incidents), None
