@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from genevolve_fast.cli import main
 from genevolve_fast.data.pool import Item, Seen, drop_repetitions, pool_requests, shingles, write_pool
 from genevolve_fast.data.recipes import Recipe, coverage, draw_recipes, given_away, split_recipes
-from genevolve_fast.data.replies import ReplyError, read_reply
-from genevolve_fast.data.review import _Verdict
+from genevolve_fast.data.review import read_verdict
 from genevolve_fast.data.rows import read_jsonl
 from genevolve_fast.data.steps import MANIFEST, StepError, finished, open_step
 from genevolve_fast.data.trajectories import samples_of
+from genevolve_fast.net.replies import ReplyError, read_object
 from genevolve_fast.resumable import BatchError, Ledger
 from genevolve_fast.sandbox.recipes import sandbox_items
 from genevolve_fast.sandbox.world import SandboxWorld
@@ -270,9 +270,10 @@ REPLIES = {
 def test_a_reply_is_a_verdict_or_none_at_all(text):
     if REPLIES[text] is None:
         with pytest.raises(ReplyError):
-            read_reply(text, _Verdict)
+            read_verdict(read_object(text, ("pass", "reason"), ("pass",)))
     else:
-        assert read_reply(text, _Verdict).passed is REPLIES[text]
+        verdict = read_verdict(read_object(text, ("pass", "reason"), ("pass",)))
+        assert (verdict.decision == "pass") is REPLIES[text]
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

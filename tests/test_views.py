@@ -11,6 +11,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from data_folders import chat_server, copied, made
+from loopback.canvas_service import LoopbackCanvas
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
@@ -145,18 +146,7 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     step, trajectories = filtered()
     server.faults(passes, fails, {"text": "Hm."}, *[passes] * len(trajectories))
     command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
-    command += [
-        "--review",
-        "chat",
-        "--model",
-        "vlm",
-        "--base-url",
-        server.url,
-        "--patience",
-        "0",
-        "--parallel",
-        "1",
-    ]
+    command += ["--review", "chat", "--model", "vlm", "--base-url", server.url, "--patience", "0", "--parallel", "1"]
     assert main(command) == 1
     counts = manifest(tmp_path / "t")["counts"]
     assert counts["dropped"] == 1 and counts["failed: review/bad_response"] == 1
@@ -167,6 +157,21 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     assert parts[-1]["image_url"]["url"].startswith("data:image/png;base64,")
     server.faults(passes)
     assert main(command) == 0 and len(server.seen()) == 1
+
+
+def test_a_rendering_service_draws_the_ground_truth_and_another_renderer_is_refused_its_folder(tmp_path, capsys):
+    with LoopbackCanvas() as service:
+        command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
+        served = ["--renderer", "qwen-service", "--service-url", service.url]
+        served += ["--renderer-set", f"text_to_image={{kind: text-to-image, urls: [{service.url}]}}"]
+        assert main([*command, *served]) == 0
+        counts = manifest(tmp_path / "t")["counts"]
+        assert counts["read"] == service.calls() > 0 and counts["kept"] > 0
+        assert manifest(tmp_path / "t")["settings"]["renderer"]["kind"] == "qwen-service"
+    by_canvas = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(made("truth") / "truth.jsonl")}
+    by_service = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(tmp_path / "t" / "truth.jsonl")}
+    assert by_service == by_canvas
+    assert main(command) == 2 and "other settings (renderer)" in capsys.readouterr().err
 
 
 # --- views ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from loopback.chat import LoopbackChat
 
 from genevolve_fast.cli import main
 from genevolve_fast.evaluate.wise import PROTOCOLS, read_grades, read_prompts, read_scores, summary, table
+from genevolve_fast.net.replies import ReplyError
 from genevolve_fast.resumable import BatchError
 
 ORIGINAL, VERIFIED = PROTOCOLS["original"], PROTOCOLS["verified"]
@@ -148,15 +149,18 @@ def test_a_judge_that_refuses_stops_the_work_and_no_key_is_told(bench, server, m
     ],
 )
 def test_grades_are_read_strictly(reply, read):
-    found, wrong = read_grades(reply, ORIGINAL)
-    assert (found and tuple(found.values())) == read and bool(wrong) == (read is None)
+    if read is None:
+        with pytest.raises(ReplyError):
+            read_grades(reply, ORIGINAL)
+    else:
+        assert tuple(read_grades(reply, ORIGINAL).values()) == read
 
 
 def test_the_verified_protocol_has_one_binary_grade():
-    assert read_grades('{"score": 1}', VERIFIED)[0] == {"score": 1.0} and read_grades("Score: 0", VERIFIED)[0] == {
-        "score": 0
-    }
-    assert read_grades('{"score": 2}', VERIFIED)[0] is None
+    assert read_grades('{"score": 1}', VERIFIED) == {"score": 1.0}
+    assert read_grades("Score: 0", VERIFIED) == {"score": 0}
+    with pytest.raises(ReplyError, match="score must be a whole number from 0 to 1"):
+        read_grades('{"score": 2}', VERIFIED)
     made = summary(VERIFIED, {1: {"score": 1.0}, 2: {"score": 0.0}, 520: {"score": 1.0}, 521: {"score": 1.0}})
     assert [c["judged"] for c in made["categories"].values()] == [2, 1, 1, 0, 0, 0]
     assert "QwenImage" in table("mine", made)

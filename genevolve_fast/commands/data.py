@@ -12,6 +12,7 @@ from typing import Any
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_attempts, tell_end
 from genevolve_fast.commands.opening import AddCommand, read_section, show_fields
+from genevolve_fast.commands.render import add_renderer_flags, open_chosen_renderer
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
 
@@ -90,7 +91,7 @@ def add(command: AddCommand) -> None:
     )
     source(p, "filtered trajectories")
     output(p)
-    p.add_argument("--renderer", choices=["canvas"], default="canvas", help="who draws (default: %(default)s)")
+    add_renderer_flags(p, default="canvas")
     p.add_argument("--seed", type=int, default=0, help="of the renderer (default: %(default)s)")
     review(p)
     chat(p, "reviews")
@@ -429,11 +430,11 @@ def run_truth(args: argparse.Namespace) -> int:
 
     incidents = Incidents()
     filtered = open_step(args.input, "filter")
-    settings = {"renderer": args.renderer, "seed": args.seed, "review": args.review} | review_settings(args)
+    renderer, identity = open_chosen_renderer(args, incidents)
+    settings = {"renderer": identity, "seed": args.seed, "review": args.review} | review_settings(args)
     if (done := finished(args.output_dir, "truth", filtered, settings)) and not done["counts"]["failed"]:
         return already(args.output_dir, done)
     trajectories = list(read_trajectories(filtered))
-    renderer = open_strong_renderer(args)
 
     async def drawn_by(reviewer):
         return await draw_truth(
@@ -466,13 +467,6 @@ def run_truth(args: argparse.Namespace) -> int:
     manifest = write_truth(args.output_dir, filtered, trajectories, drawn, settings)
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["failed"] or not manifest["counts"]["kept"] else 0
-
-
-def open_strong_renderer(args: argparse.Namespace):
-    """protocols.Renderer of the ground truth."""
-    from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-    return CanvasRenderer()
 
 
 def run_sft_view(args: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def judge_pictures(
     scoring = WiseScoring(protocol, prompts, pictures, folder.resolve(), args.judge_model, args.fresh)
     with closing(scoring):
         try:
-            status = asyncio.run(_judge(args, scoring)) if scoring.todo() else 0
+            status = _judge(args, scoring) if scoring.todo() else 0
         finally:
             scoring.write()
         made = summary(protocol, {g.prompt.prompt_id: g.scores for g in scoring.graded()})
@@ -89,28 +89,17 @@ def judge_pictures(
     return status or int(not made["judged"])
 
 
-async def _judge(args: argparse.Namespace, scoring) -> int:
+def _judge(args: argparse.Namespace, scoring) -> int:
     """Judge what is left; returns the exit status of what ended early, else 0."""
-    from genevolve_fast.evaluate.wise import WiseJudge
+    from genevolve_fast.evaluate.wise import WiseJudge, open_wise_chat
     from genevolve_fast.incidents import Incidents
 
     incidents, todo = Incidents(), scoring.todo()
-    endpoint = open_endpoint(args, incidents)
-    try:
-        with open_bar(len(todo), "wise", "picture") as bar:
-            judge = WiseJudge(endpoint, scoring.protocol)
-            counts = await scoring.run(judge, parallel=args.judge_parallel, progress=follow(bar))
-    finally:
-        await endpoint.close()
+    chat = open_wise_chat(args.judge_model, *judge_address(args), args.judge_parallel, incidents)
+    judge = WiseJudge(chat, scoring.protocol)
+    with open_bar(len(todo), "wise", "picture") as bar:
+        counts = asyncio.run(scoring.run(judge, parallel=args.judge_parallel, progress=follow(bar)))
     return tell_end(counts, counts.line(), incidents)
-
-
-def open_endpoint(args: argparse.Namespace, incidents):
-    """The judge's chat endpoint. Raises BatchError naming what is missing."""
-    from genevolve_fast.net.chat import ChatEndpoint
-
-    url, key = judge_address(args)
-    return ChatEndpoint(args.judge_model, url, key, patience_s=120.0, incidents=incidents, source="wise_judge")
 
 
 def judge_address(args: argparse.Namespace) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ import numpy as np
 from genevolve_fast.evaluate.judging import Judging, file_digest, key_of, outcome, read_pixels
 from genevolve_fast.evaluate.published import PublishedRow, beside
 from genevolve_fast.files import write_text
+from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.asking import JsonChat, Lane, NoAnswer, Question
 from genevolve_fast.net.chat import ChatEndpoint
 from genevolve_fast.net.pictures import data_url
-from genevolve_fast.protocols import EngineError, JudgeError, Sampling
+from genevolve_fast.net.replies import ReplyError
+from genevolve_fast.protocols import JudgeError, Sampling
 from genevolve_fast.resumable import BatchError, Ledger, read_objects, work_off
-from genevolve_fast.trajectory import json_text
+from genevolve_fast.trajectory import image_hash, json_text
 
 LEDGER = "wise.jsonl"
 _SAMPLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=2048)
@@ -187,49 +191,64 @@ def _prompt(row: Mapping[str, Any], file: Path, where: str, protocol: Protocol) 
 
 
 class WiseJudge:
-    """Grades over a chat endpoint; a reply that holds no grades is asked for again, saying what was wrong with it."""
+    """Grades by a model; a reply that holds no grades is asked for again, saying what was wrong with it."""
 
-    def __init__(self, endpoint: ChatEndpoint, protocol: Protocol, reasks: int = 2) -> None:
-        self.endpoint, self.protocol, self.reasks = endpoint, protocol, reasks
+    def __init__(self, chat: JsonChat, protocol: Protocol) -> None:
+        self._chat, self._protocol = chat, protocol
 
     async def judge(self, prompt: WisePrompt, pixels: np.ndarray) -> tuple[dict[str, float], str]:
         """(grades, the reply) for uint8 [h, w, 3]. Raises JudgeError."""
-        text = self.protocol.rubric.format(prompt=prompt.prompt, explanation=prompt.explanation)
-        picture = {"type": "image_url", "image_url": {"url": data_url(pixels)}}
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": _SYSTEM},
-            {"role": "user", "content": [{"type": "text", "text": text}, picture]},
-        ]
-        wrong = ""
-        for _ in range(self.reasks + 1):
-            try:
-                reply = (await self.endpoint.complete(messages, _SAMPLING)).text
-            except EngineError as error:
-                raise JudgeError(str(error), error.kind) from None
-            grades, wrong = read_grades(reply, self.protocol)
-            if grades is not None:
-                return grades, reply
-            self.endpoint.incidents.note(self.endpoint.source, "bad_response")
-            told = f"This cannot be used: {wrong}. Answer again, with the JSON object alone."
-            messages = [*messages[:2], {"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        raise JudgeError(f"no grades in {self.reasks + 1} replies: {wrong}", "bad_response")
+        protocol = self._protocol
+        text = protocol.rubric.format(prompt=prompt.prompt, explanation=prompt.explanation)
+
+        def messages() -> list[dict[str, Any]]:
+            picture = {"type": "image_url", "image_url": {"url": data_url(pixels)}}
+            shown = [{"type": "text", "text": text}, picture]
+            return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": shown}]
+
+        question = Question(
+            identity={"text": text, "picture": image_hash(pixels)},
+            messages=messages,
+            name="grades",
+            schema={},
+            keys=protocol.grades,
+            spelt=protocol.grades,
+            check=lambda values, final: dict(values),
+            read=lambda reply: {"grades": read_grades(reply, protocol), "reply": reply},
+        )
+        try:
+            said = await self._chat.ask(question)
+        except NoAnswer as error:
+            raise JudgeError(str(error), error.kind) from None
+        return said["grades"], said["reply"]
 
 
-def read_grades(reply: str, protocol: Protocol) -> tuple[dict[str, float] | None, str]:
-    """(grades, "") of a reply: a JSON object, or a line `Name: grade` each; (None, what is wrong) otherwise."""
+def open_wise_chat(model: str, base_url: str, api_key: str, parallel: int, incidents: Incidents) -> JsonChat:
+    """A judge for WiseJudge; failures are counted as "wise_judge/<kind>"."""
+
+    def endpoint(limiter: AbstractAsyncContextManager | None) -> ChatEndpoint:
+        options = {"patience_s": 120.0, "incidents": incidents, "source": "wise_judge", "limiter": limiter}
+        return ChatEndpoint(model, base_url, api_key, **options)
+
+    lane = Lane(parallel)
+    return JsonChat(model, endpoint, lane, incidents, source="wise_judge", sampling=_SAMPLING, json_schema=False)
+
+
+def read_grades(reply: str, protocol: Protocol) -> dict[str, float]:
+    """The grades of a reply: a JSON object, or a line `Name: grade` each. Raises ReplyError."""
     text = _THOUGHT.sub("", reply)
     found = _object(text) if "{" in text else _lines(text, protocol)
     if found is None:
-        return None, "there is no JSON object in it"
+        raise ReplyError("there is no JSON object in it")
     grades = {}
     for name in protocol.grades:
         value = found.get(name)
         if isinstance(value, str) and re.fullmatch(r"\d(\.0)?", value.strip()):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(protocol.top + 1):
-            return None, f"{name} must be a whole number from 0 to {protocol.top}"
+            raise ReplyError(f"{name} must be a whole number from 0 to {protocol.top}")
         grades[name] = float(value)
-    return grades, ""
+    return grades
 
 
 def _object(text: str) -> dict[str, Any] | None:

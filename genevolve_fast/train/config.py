@@ -304,6 +304,13 @@ class SftDataConfig(_Section):
     experience_share: float = Field(0.3, ge=0, le=1, description="Share of them that carry an experience and obey it")
     recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
+    strict: bool = Field(True, description="Refuse the first bad row; false: leave bad rows out and count them")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> SftDataConfig:
+        if self.path == "sandbox:demonstrations" and not self.strict:
+            raise ValueError("strict false with path 'sandbox:demonstrations' would do nothing: no row of it is bad")
+        return self
 
 
 class SftConfig(_Section):
