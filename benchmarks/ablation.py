@@ -20,9 +20,9 @@ from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import config_path, open_policy, open_world, set_threads
 from genevolve_fast.evaluate.bench import Bench, Gain
 from genevolve_fast.evaluate.scoreboard import record
+from genevolve_fast.files import write_text
 from genevolve_fast.train.config import EvolveConfig, load_config
 from genevolve_fast.train.evolve import evolve
-from genevolve_fast.train.run import write_atomic
 
 VARIANTS = {
     "grpo": ["objective.sdl_coef=0", "experience.enabled=false"],
@@ -111,7 +111,7 @@ def main() -> None:
     record("loop/sdl_gain_over_shuffled", over.mean, n=over.n, command=command, interval=(over.low, over.high))
     rewards = {name: [b.summary()["reward"] for b in bs] for name, bs in benches.items()}
     data = {"minutes": args.minutes, "seeds": args.seeds, "held_out_reward": rewards, "curves": curves}
-    write_atomic(RESULTS, json.dumps(data, indent=1) + "\n")
+    write_text(RESULTS, json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

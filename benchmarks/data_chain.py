@@ -22,8 +22,9 @@ from genevolve_fast import trajectory
 from genevolve_fast.cli import main as command
 from genevolve_fast.data.config import DataConfig, open_requests
 from genevolve_fast.data.conversations import ImageFiles, load_conversations
-from genevolve_fast.data.steps import MANIFEST, file_hash
+from genevolve_fast.data.steps import MANIFEST
 from genevolve_fast.evaluate.scoreboard import record
+from genevolve_fast.files import file_hash
 
 COMMAND = "python -m benchmarks.data_chain"
 SHARES = "0.7,0.1,0.2"

@@ -19,10 +19,10 @@ from genevolve_fast.commands.opening import open_policy, open_world
 from genevolve_fast.data.demonstrations import ScriptedEngine
 from genevolve_fast.evaluate.bench import Bench, load_bench, paired_gain, run_bench, save_bench, table
 from genevolve_fast.evaluate.scoreboard import record
+from genevolve_fast.files import write_text
 from genevolve_fast.sandbox.bootstrap import SETTINGS, write_demonstrations
 from genevolve_fast.sandbox.demonstrator import Demonstrator, PerfectDemonstrator
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig, SftConfig, load_config
-from genevolve_fast.train.run import write_atomic
 from genevolve_fast.train.sft import sft
 
 COMMAND = "python -m benchmarks.loop --run {}"
@@ -104,7 +104,7 @@ def main() -> None:
     print(f"start - demonstrator: {fair:+.3f} (a fair start lies within 0.05: {math.fabs(fair) <= 0.05})")
     table_file = Path("benchmarks/results/loop.json")
     data = {b.name: b.summary() | {"by_category": b.by_category()} for b in rows.values()}
-    write_atomic(table_file, json.dumps(data, indent=1) + "\n")
+    write_text(table_file, json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

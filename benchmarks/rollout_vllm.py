@@ -28,6 +28,7 @@ import torch
 from genevolve_fast.batch.groups import TrainingRollout, bundles
 from genevolve_fast.commands.opening import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device
+from genevolve_fast.files import write_text
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.rollout.serve import command, vllm_installed
@@ -38,7 +39,6 @@ from genevolve_fast.train.collect import Rollouts
 from genevolve_fast.train.config import EvolveConfig, load_config
 from genevolve_fast.train.engines import longest
 from genevolve_fast.train.evolve import sample
-from genevolve_fast.train.run import write_atomic
 from genevolve_fast.train.update import score
 from genevolve_fast.trajectory import Failed, Request
 
@@ -242,7 +242,7 @@ def main() -> None:
             gc.collect()
     stamped = {"device": device(), "commit": commit(), "model": config.policy.path, "dry_run": args.dry_run}
     if out := args.out or (None if args.dry_run else RESULTS):
-        write_atomic(out, json.dumps(stamped | {"rows": rows}, indent=1) + "\n")
+        write_text(out, json.dumps(stamped | {"rows": rows}, indent=1) + "\n")
 
 
 def _embedded(bench: Bench, mask: bool) -> dict[str, Any]:

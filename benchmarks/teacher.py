@@ -17,11 +17,11 @@ import numpy as np
 from benchmarks.ablation import RESULTS as ABLATION
 from genevolve_fast.commands.opening import config_path, open_policy, open_world, set_threads
 from genevolve_fast.experience.context import render
+from genevolve_fast.files import write_text
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.train.collect import judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig, load_config
 from genevolve_fast.train.evolve import group_by_request, learn_from, new_memory, session_settings
-from genevolve_fast.train.run import write_atomic
 from genevolve_fast.trajectory import Request
 
 RESULTS = ABLATION.with_name("teacher.json")
@@ -82,7 +82,7 @@ def main() -> None:
     sandbox, world = open_world(config)
     policies = {"start": config.policy, "evolved": PolicyConfig(path=str(args.run / "policy"))}
     rows = [measure(n, Roller(open_policy(c), sandbox, world, config), args.requests) for n, c in policies.items()]
-    write_atomic(RESULTS, json.dumps(rows, indent=1) + "\n")
+    write_text(RESULTS, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

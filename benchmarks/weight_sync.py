@@ -21,6 +21,7 @@ import torch
 from genevolve_fast import event_loop
 from genevolve_fast.commands.opening import config_path, open_policy, open_world
 from genevolve_fast.evaluate.scoreboard import commit, device, record
+from genevolve_fast.files import write_text
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import EngineError, Sampling
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
@@ -29,7 +30,6 @@ from genevolve_fast.train.config import EvolveConfig, load_config
 from genevolve_fast.train.evolve import new_memory
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import prepare
-from genevolve_fast.train.run import write_atomic
 from genevolve_fast.train.single import sample_step
 from genevolve_fast.train.update import accumulate_gradients
 
@@ -176,7 +176,7 @@ def main() -> None:
             f"an update takes {np.median(c.sync_seconds):.3f} s"
         )
     rows = {"device": device(), "commit": commit(), "steps": args.steps, "modes": [asdict(c) for c in found]}
-    write_atomic(RESULTS, json.dumps(rows, indent=1) + "\n")
+    write_text(RESULTS, json.dumps(rows, indent=1) + "\n")
     record(
         "serve/weight_sync_mismatch",
         sum(c.differing for c in found),

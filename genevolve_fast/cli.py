@@ -40,23 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    from genevolve_fast.data.conversations import DataError
-    from genevolve_fast.evaluate.ledger import EvaluateError
-    from genevolve_fast.experience.memory import OtherEmbedder
-    from genevolve_fast.policy.adapters import AdapterError
-    from genevolve_fast.profile.plan import PlanError
-    from genevolve_fast.profile.shapes import ShapeError
-    from genevolve_fast.protocols import EngineError
-    from genevolve_fast.report.build import ReportError
-    from genevolve_fast.resumable import BatchError
-    from genevolve_fast.rollout.serve import ServeError
-    from genevolve_fast.train.config import ConfigError
-    from genevolve_fast.train.run import RunError
-    from genevolve_fast.trajectory import InvariantError
+_USER_ERRORS = {
+    "data.rows": "DataError",
+    "experience.memory": "OtherEmbedder",
+    "policy.adapters": "AdapterError",
+    "profile.plan": "PlanError",
+    "profile.shapes": "ShapeError",
+    "protocols": "EngineError",
+    "report.build": "ReportError",
+    "resumable": "BatchError",
+    "rollout.serve": "ServeError",
+    "train.config": "ConfigError",
+    "train.run": "RunError",
+    "trajectory": "InvariantError",
+}
 
-    mistakes = AdapterError, BatchError, ConfigError, DataError, EngineError, EvaluateError, InvariantError, PlanError
-    return *mistakes, OtherEmbedder, ReportError, RunError, ServeError, ShapeError, FileNotFoundError
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Of the modules that are loaded: the others raised nothing, and loading torch for an error would take seconds."""
+    loaded = {name: sys.modules.get(f"genevolve_fast.{name}") for name in _USER_ERRORS}
+    return *(getattr(module, _USER_ERRORS[name]) for name, module in loaded.items() if module), FileNotFoundError
 
 
 def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -365,9 +368,9 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Bench, evolve, bench again, compare, report. Every part that is already there is kept."""
     from genevolve_fast.evaluate.bench import paired_gain, table
+    from genevolve_fast.files import write_text
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.evolve import evolve
-    from genevolve_fast.train.run import write_atomic
 
     if args.fields:
         return show_fields(EvolveConfig)
@@ -390,7 +393,7 @@ def run_demo(args: argparse.Namespace) -> int:
     summary = {"before": before.summary(), "after": after.summary(), "gain": gain.__dict__, "categories": {}}
     for side, of in (("before", before), ("after", after)):
         summary["categories"][side] = of.by_category()
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{table([before, after])}\n\nreward, after - before, 95 % interval: {gain}")
     return write_report(folder, policy)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from genevolve_fast.files import replacing
 
 Role = Literal["system", "user", "assistant", "tool"]
 Verdict = Literal["pass", "partial", "fail", "not applicable"]
@@ -367,7 +368,6 @@ def save(path: str | Path, trajectories: Sequence[Trajectory], images: Mapping[s
     from safetensors.numpy import save_file
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(t) for t in trajectories], dtype=np.int64)
 
     def joined(name: str, dtype: type) -> np.ndarray:
@@ -386,12 +386,8 @@ def save(path: str | Path, trajectories: Sequence[Trajectory], images: Mapping[s
     for sha, pixels in (images or {}).items():
         tensors[f"image.{sha}"] = np.ascontiguousarray(pixels)
     meta = {"version": FORMAT_VERSION, "trajectories": [_to_json(t) for t in trajectories]}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata={"genevolve_fast": json_text(meta)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> tuple[list[Trajectory], dict[str, np.ndarray]]:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from genevolve_fast.cli import main
+from genevolve_fast.fields import describe
 from genevolve_fast.report.build import build_report
 from genevolve_fast.report.records import read_step
 from genevolve_fast.train import engines
-from genevolve_fast.train.config import ConfigError, EvolveConfig, SftConfig, describe, load_config, parse_config
+from genevolve_fast.train.config import ConfigError, EvolveConfig, SftConfig, load_config, parse_config
 from genevolve_fast.trajectory import load
 
 ROOT = Path(__file__).parents[1]
@@ -149,9 +150,9 @@ def test_configurations_that_cannot_work_are_refused(reason):
 def test_overrides_and_fields(tmp_path):
     config = load_config(EvolveConfig, ROOT / "configs" / "demo.yaml", ["optim.lr=0.5", "objective.sdl_coef=1"])
     assert config.optim.lr == 0.5 and config.objective.sdl_coef == 1
-    with pytest.raises(ConfigError, match="section.field=value"):
+    with pytest.raises(ConfigError, match="--set takes FIELD=VALUE, not .steps."):
         load_config(EvolveConfig, None, ["steps"])
-    with pytest.raises(ConfigError, match="override of tools: its value is not YAML"):
+    with pytest.raises(ConfigError, match="--set tools: its value is not YAML"):
         load_config(EvolveConfig, None, ["tools={kind: serper"])
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(EvolveConfig, tmp_path / "none.yaml")

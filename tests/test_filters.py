@@ -14,8 +14,9 @@ from PIL import Image
 from genevolve_fast.cli import main
 from genevolve_fast.data.filters import FILTERS, FilterConfig, names_of, sift
 from genevolve_fast.data.rows import read_jsonl
-from genevolve_fast.data.steps import MANIFEST, StepError, file_hash, open_step
+from genevolve_fast.data.steps import MANIFEST, StepError, open_step
 from genevolve_fast.data.trajectories import TABLE, Teaching, read_trajectories
+from genevolve_fast.files import file_hash
 from genevolve_fast.trajectory import Message, Program, Reference, Request
 
 CONFIG = FilterConfig()

@@ -14,7 +14,7 @@ import pytest
 from genevolve_fast.cli import main, parser
 
 ROOT = Path(__file__).parents[1]
-FLOOR = {"trajectory", "protocols", "incidents", "event_loop", "resumable", "net"}
+FLOOR = {"trajectory", "protocols", "incidents", "event_loop", "fields", "files", "resumable", "net"}
 ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
     "net": set(),
     "kernels": set(),
@@ -175,3 +175,19 @@ def test_scoreboard_rows_follow_their_targets(tmp_path, capsys):
     assert main(["scoreboard", "--file", str(file)]) == 0
     out = capsys.readouterr().out
     assert "loop/reward_gain" in out and "not measured" in out and len(TARGETS) == 47
+
+
+def test_a_wrong_flag_is_told_without_loading_torch(tmp_path):
+    (tmp_path / "results.json").write_text("[]")
+    output = ["--input", str(tmp_path / "results.json"), "--output-dir", str(tmp_path / "out")]
+    judge = ["score", "--results", str(tmp_path / "results.json"), "--judge-set"]
+    for command, told in (
+        (["render", *output, "--renderer-set", "a.b=1"], "a: there is no such field"),
+        (["render", *output, "--renderer-set", "cache=x", "--renderer-set", "cache.b=1"], "cache is not a section"),
+        ([*judge, "tries=1"], "tries: there is no such field"),
+        (["rollout", "--prompt", "a", *output[2:], "--tool-set", "deep"], "--tool-set takes FIELD=VALUE, not 'deep'"),
+        (["data", "filter", *output, "--set", "a=["], "--set a: its value is not YAML"),
+    ):
+        code = f"import sys; from genevolve_fast.cli import main; print(main({command!r}), 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert told in done.stderr and done.stdout == "2 False\n", (command, done)

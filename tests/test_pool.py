@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from pydantic import ValidationError
 from genevolve_fast.cli import main
 from genevolve_fast.data.pool import Item, Seen, drop_repetitions, pool_requests, shingles, write_pool
 from genevolve_fast.data.recipes import Recipe, coverage, draw_recipes, given_away, split_recipes
-from genevolve_fast.data.replies import ReplyError, read_reply
-from genevolve_fast.data.review import _Verdict
+from genevolve_fast.data.review import read_verdict
 from genevolve_fast.data.rows import read_jsonl
-from genevolve_fast.data.steps import MANIFEST, Ledger, StepError, finished, open_step
+from genevolve_fast.data.steps import MANIFEST, StepError, finished, open_step
 from genevolve_fast.data.trajectories import samples_of
+from genevolve_fast.net.replies import ReplyError, read_object
+from genevolve_fast.resumable import BatchError, Ledger
 from genevolve_fast.sandbox.recipes import sandbox_items
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.trajectory import Request
@@ -268,9 +270,10 @@ REPLIES = {
 def test_a_reply_is_a_verdict_or_none_at_all(text):
     if REPLIES[text] is None:
         with pytest.raises(ReplyError):
-            read_reply(text, _Verdict)
+            read_verdict(read_object(text, ("pass", "reason"), ("pass",)))
     else:
-        assert read_reply(text, _Verdict).passed is REPLIES[text]
+        verdict = read_verdict(read_object(text, ("pass", "reason"), ("pass",)))
+        assert (verdict.decision == "pass") is REPLIES[text]
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -278,18 +281,18 @@ def test_a_reply_is_a_verdict_or_none_at_all(text):
 
 def test_a_ledger_loses_at_most_the_line_that_was_cut(tmp_path):
     path = tmp_path / "done.jsonl"
-    with Ledger(path, {"seed": 1}) as ledger:
+    with closing(Ledger(path, {"seed": 1}, "request")) as ledger:
         ledger.add("a", {"x": 1})
         ledger.add("b", {"x": 2})
-        with pytest.raises(StepError, match="written by another process"):
-            Ledger(path, {"seed": 1})
+        with pytest.raises(BatchError, match="written by another process"):
+            Ledger(path, {"seed": 1}, "request")
     path.write_bytes(path.read_bytes()[:-4])
-    with Ledger(path, {"seed": 1}) as ledger:
+    with closing(Ledger(path, {"seed": 1}, "request")) as ledger:
         assert ledger.done == {"a": {"x": 1}}
         ledger.add("c", {"x": 3})
-    with pytest.raises(StepError, match="begun with another seed"):
-        Ledger(path, {"seed": 2})
-    with Ledger(path, {"seed": 1}) as ledger:
+    with pytest.raises(BatchError, match="other settings .seed 1 then, 2 now.: choose another --output-dir$"):
+        Ledger(path, {"seed": 2}, "request")
+    with closing(Ledger(path, {"seed": 1}, "request")) as ledger:
         assert set(ledger.done) == {"a", "c"}
 
 

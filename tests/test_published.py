@@ -239,13 +239,24 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path, policy):
         assert len(load_conversations(tmp_path, policy.codec, ImageFiles(), 4096, bad)[0]) == 1 and bad.count == 1
 
 
+def test_the_demonstrators_rows_cannot_be_left_out():
+    from genevolve_fast.train.config import SftDataConfig
+
+    with pytest.raises(ValueError, match="strict false with path 'sandbox:demonstrations' would do nothing"):
+        SftDataConfig(strict=False)
+    assert not SftDataConfig(path="GenEvolve-Data-SFT", strict=False).strict
+
+
 @pytest.mark.slow
 def test_sft_trains_on_a_published_folder_with_text_only_observations(tmp_path, capsys):
-    sft(tmp_path, [{"messages": TALK, "images": IMAGES}] * 6)
+    sft(tmp_path, [*[{"messages": TALK, "images": IMAGES}] * 6, {"messages": TALK[:2], "images": []}])
     fields = {"policy.path": "sandbox:start", "data.path": tmp_path, "data.recitations": 0, "checkpoint.every": 5}
+    fields |= {"policy.freeze_vision": "true"}
     flags = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
     command = ["sft", "--config", "sandbox_sft", "--runs", str(tmp_path / "runs"), *flags, "--set", "batch_size=3"]
-    assert main([*command, "--set", "policy.freeze_vision=true"]) == 0
+    assert main(command) == 2 and "nothing to learn" in capsys.readouterr().err
+    assert main([*command, "--set", "data.strict=false"]) == 0
+    assert "data: 1 bad rows of" in capsys.readouterr().out
     rows = (tmp_path / "runs" / "sandbox_sft" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 2 and json.loads(rows[1])["loss"] < json.loads(rows[0])["loss"]
 

@@ -250,7 +250,7 @@ def test_one_process_at_a_time_holds_a_folder(server, tmp_path, capsys):
     source, folder = batch_of(tmp_path, 1), tmp_path / "out"
     with closing(Journal(folder, read_samples(source), {}, fresh=False)):
         assert main(arguments(server, source, folder)) == 2
-        assert "is being written by another rollout" in capsys.readouterr().err
+        assert "is being written by another process" in capsys.readouterr().err
     assert main(arguments(server, source, folder)) == 0
 
 

@@ -16,7 +16,6 @@ import pytest
 from record_released_scores import FILES, FIXTURES, TOTAL_CASES, lay_out, run_released
 
 from genevolve_fast.cli import main
-from genevolve_fast.evaluate.ledger import EvaluateError, Ledger
 from genevolve_fast.evaluate.score import Scoring
 from genevolve_fast.evaluate.score_files import (
     average_scores,
@@ -28,6 +27,7 @@ from genevolve_fast.evaluate.score_files import (
 )
 from genevolve_fast.evaluate.tracks import beside_published, tracks
 from genevolve_fast.protocols import ImageVerdict, JudgeError, ProgramVerdict
+from genevolve_fast.resumable import BatchError, Ledger
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.trajectory import Diagnostic
 
@@ -219,11 +219,11 @@ def test_judging_stops_when_the_judge_refuses_row_after_row(folder):
 
 
 def test_bad_input_is_named(folder):
-    for text, told in (("{", "not JSON"), ("{}", "list of rows"), ("[1]", "row 1 is no object")):
+    for text, told in (("{", "not JSON"), ("{}", "list of rows"), ("[1]", "row 1: a row must be a JSON object")):
         (folder / "results.json").write_text(text)
-        with pytest.raises(EvaluateError, match=told):
+        with pytest.raises(BatchError, match=told):
             read_rows(folder / "results.json")
-    with pytest.raises(EvaluateError, match="cannot be read"):
+    with pytest.raises(BatchError, match="cannot be read"):
         read_rows(folder / "nowhere.json")
 
 
@@ -235,22 +235,22 @@ def test_hostile_paths_are_no_files(folder):
 
 def test_the_ledger_keeps_one_writer_one_judge_and_what_a_crash_left(tmp_path):
     path = tmp_path / "scores.jsonl"
-    with closing(Ledger(path, SETTINGS)) as ledger:
+    with closing(Ledger(path, SETTINGS, "judgement", False)) as ledger:
         ledger.add("a", {"n": 1})
-        with pytest.raises(EvaluateError, match="another process"):
-            Ledger(path, SETTINGS)
+        with pytest.raises(BatchError, match="another process"):
+            Ledger(path, SETTINGS, "judgement", False)
     with path.open("a") as file:
         file.write('{"key": "b", "n"')
-    with closing(Ledger(path, SETTINGS)) as ledger:
+    with closing(Ledger(path, SETTINGS, "judgement", False)) as ledger:
         assert ledger.done == {"a": {"n": 1}}
         ledger.add("c", {"n": 3})
-    with pytest.raises(EvaluateError, match="judge recorded then, other now"):
-        Ledger(path, {"judge": "other"})
-    with closing(Ledger(path, {"judge": "other"}, fresh=True)) as ledger:
+    with pytest.raises(BatchError, match="judge recorded then, other now.*or --fresh"):
+        Ledger(path, {"judge": "other"}, "judgement", False)
+    with closing(Ledger(path, {"judge": "other"}, "judgement", True)) as ledger:
         assert ledger.done == {}
     path.write_text("[]\n")
-    with pytest.raises(EvaluateError, match="not a ledger"):
-        Ledger(path, SETTINGS)
+    with pytest.raises(BatchError, match="not a journal of judgements"):
+        Ledger(path, SETTINGS, "judgement", False)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

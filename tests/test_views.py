@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
 from data_folders import chat_server, copied, made
+from loopback.canvas_service import LoopbackCanvas
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
@@ -17,11 +19,13 @@ from genevolve_fast.data.conversations import ImageFiles, load_conversations
 from genevolve_fast.data.published import CONSTRUCTION, EVAL_TYPES
 from genevolve_fast.data.review import JudgedPicture, Review
 from genevolve_fast.data.rows import read_jsonl, read_picture
-from genevolve_fast.data.steps import MANIFEST, Ledger, file_hash, open_step
+from genevolve_fast.data.steps import MANIFEST, open_step
 from genevolve_fast.data.trajectories import read_trajectories
 from genevolve_fast.data.truth import draw_truth, picture_seed, write_truth
 from genevolve_fast.data.views import ViewError, read_truth, write_feedback_view, write_sft_view
+from genevolve_fast.files import file_hash
 from genevolve_fast.protocols import JudgeError, RenderError
+from genevolve_fast.resumable import Ledger
 from genevolve_fast.sandbox.canvas import CanvasRenderer
 from genevolve_fast.sandbox.judges import SandboxImageJudge
 from genevolve_fast.sandbox.world import SandboxWorld
@@ -68,7 +72,7 @@ class Slow(CanvasRenderer):
 
 
 def draw(folder, trajectories, step, renderer, reviewer=None, **options):
-    with Ledger(folder / "done.jsonl", {"input": step.digest}) as ledger:
+    with closing(Ledger(folder / "done.jsonl", {"input": step.digest}, "picture")) as ledger:
         return asyncio.run(draw_truth(trajectories, step, folder, renderer, reviewer, ledger, **options))
 
 
@@ -142,18 +146,7 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     step, trajectories = filtered()
     server.faults(passes, fails, {"text": "Hm."}, *[passes] * len(trajectories))
     command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
-    command += [
-        "--review",
-        "chat",
-        "--model",
-        "vlm",
-        "--base-url",
-        server.url,
-        "--patience",
-        "0",
-        "--parallel",
-        "1",
-    ]
+    command += ["--review", "chat", "--model", "vlm", "--base-url", server.url, "--patience", "0", "--parallel", "1"]
     assert main(command) == 1
     counts = manifest(tmp_path / "t")["counts"]
     assert counts["dropped"] == 1 and counts["failed: review/bad_response"] == 1
@@ -164,6 +157,21 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     assert parts[-1]["image_url"]["url"].startswith("data:image/png;base64,")
     server.faults(passes)
     assert main(command) == 0 and len(server.seen()) == 1
+
+
+def test_a_rendering_service_draws_the_ground_truth_and_another_renderer_is_refused_its_folder(tmp_path, capsys):
+    with LoopbackCanvas() as service:
+        command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
+        served = ["--renderer", "qwen-service", "--service-url", service.url]
+        served += ["--renderer-set", f"text_to_image={{kind: text-to-image, urls: [{service.url}]}}"]
+        assert main([*command, *served]) == 0
+        counts = manifest(tmp_path / "t")["counts"]
+        assert counts["read"] == service.calls() > 0 and counts["kept"] > 0
+        assert manifest(tmp_path / "t")["settings"]["renderer"]["kind"] == "qwen-service"
+    by_canvas = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(made("truth") / "truth.jsonl")}
+    by_service = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(tmp_path / "t" / "truth.jsonl")}
+    assert by_service == by_canvas
+    assert main(command) == 2 and "other settings (renderer)" in capsys.readouterr().err
 
 
 # --- views ------------------------------------------------------------------------------------------------------------

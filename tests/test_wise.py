@@ -14,8 +14,9 @@ import pytest
 from loopback.chat import LoopbackChat
 
 from genevolve_fast.cli import main
-from genevolve_fast.evaluate.ledger import EvaluateError
 from genevolve_fast.evaluate.wise import PROTOCOLS, read_grades, read_prompts, read_scores, summary, table
+from genevolve_fast.net.replies import ReplyError
+from genevolve_fast.resumable import BatchError
 
 ORIGINAL, VERIFIED = PROTOCOLS["original"], PROTOCOLS["verified"]
 KEY = "sk-a-wise-secret"
@@ -148,15 +149,18 @@ def test_a_judge_that_refuses_stops_the_work_and_no_key_is_told(bench, server, m
     ],
 )
 def test_grades_are_read_strictly(reply, read):
-    found, wrong = read_grades(reply, ORIGINAL)
-    assert (found and tuple(found.values())) == read and bool(wrong) == (read is None)
+    if read is None:
+        with pytest.raises(ReplyError):
+            read_grades(reply, ORIGINAL)
+    else:
+        assert tuple(read_grades(reply, ORIGINAL).values()) == read
 
 
 def test_the_verified_protocol_has_one_binary_grade():
-    assert read_grades('{"score": 1}', VERIFIED)[0] == {"score": 1.0} and read_grades("Score: 0", VERIFIED)[0] == {
-        "score": 0
-    }
-    assert read_grades('{"score": 2}', VERIFIED)[0] is None
+    assert read_grades('{"score": 1}', VERIFIED) == {"score": 1.0}
+    assert read_grades("Score: 0", VERIFIED) == {"score": 0}
+    with pytest.raises(ReplyError, match="score must be a whole number from 0 to 1"):
+        read_grades('{"score": 2}', VERIFIED)
     made = summary(VERIFIED, {1: {"score": 1.0}, 2: {"score": 0.0}, 520: {"score": 1.0}, 521: {"score": 1.0}})
     assert [c["judged"] for c in made["categories"].values()] == [2, 1, 1, 0, 0, 0]
     assert "QwenImage" in table("mine", made)
@@ -179,7 +183,7 @@ def test_bad_data_and_bad_score_files_are_named(bench):
         ({"Explanation": " "}, "row 1 has no Explanation"),
     ):
         data.write_text(json.dumps([rows[0] | change, *rows[1:]]))
-        with pytest.raises(EvaluateError, match=re.escape(told)):
+        with pytest.raises(BatchError, match=re.escape(told)):
             read_prompts(bench / "data")
     scores = bench / "s.jsonl"
     good = {"prompt_id": 1, "Subcategory": "s", "consistency": 1, "realism": 1, "aesthetic_quality": 1}
@@ -190,7 +194,7 @@ def test_bad_data_and_bad_score_files_are_named(bench):
         (["nothing"], "line 1: prompt_id None"),
     ):
         scores.write_text("\n".join(map(json.dumps, lines)))
-        with pytest.raises(EvaluateError, match=re.escape(told)):
+        with pytest.raises(BatchError, match=re.escape(told)):
             read_scores([scores], ORIGINAL)
 
 

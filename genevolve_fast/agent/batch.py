@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from genevolve_fast.agent.inference import Agent, result_of
@@ -16,56 +13,25 @@ from genevolve_fast.agent.journal import Finished, Journal, Sample
 from genevolve_fast.agent.results import AgentResult, picture_row, with_files
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, Tool
-from genevolve_fast.resumable import ended_by_signals, now_and_then
+from genevolve_fast.resumable import Tally, now_and_then, work_off
 from genevolve_fast.trajectory import Request
-
-_GIVE_UP_AFTER = 3  # rows, or as many as run at a time
-_HOPELESS = ("engine/connect", "engine/client_error")
 
 Runner = Callable[[Sample], Awaitable[Finished]]
 
 
 @dataclass
-class Batch:
-    """Counts of one `run_batch`: `ends` over all rows with a result (answer, or how it failed); `stopped` why early."""
+class Batch(Tally):
+    """Counts of one `run_batch`; `ends` are over all rows with a result: answer, or how it failed."""
 
-    ends: Counter[str] = field(default_factory=Counter)
+    good = "answer"
+    hopeless = ("engine/connect", "engine/client_error")
+
     tokens: int | None = None
-    seconds: float = 0.0
-    stopped: str = ""
-    signal: int | None = None
-    refusals: list[str] = field(default_factory=list)  # the same one, row after row
-    reasons: dict[str, str] = field(default_factory=dict)  # of `ends`: the first error of each
-
-    @property
-    def answered(self) -> int:
-        return self.ends["answer"]
-
-    def add(self, finished: Finished, parallel: int) -> None:
-        """Count a row; too many of the same refusal stop the batch, because waiting would not help."""
-        end = finished.failure or finished.result.termination
-        self.ends[end] += 1
-        if finished.tokens is not None:
-            self.tokens = (self.tokens or 0) + finished.tokens
-        error = finished.result.error or ""
-        if end != "answer":
-            self.reasons.setdefault(end, error)
-        if finished.failure not in _HOPELESS:
-            self.refusals = []
-        elif self.refusals[:1] == [error]:
-            self.refusals.append(error)
-        else:
-            self.refusals = [error]
-        if len(self.refusals) == max(_GIVE_UP_AFTER, parallel):
-            self.stopped = f"the last {len(self.refusals)} rows failed alike: {error}"
 
     def line(self) -> str:
         """One line: n answered, n failed by type, seconds, tokens a second."""
-        failed = {end: n for end, n in sorted(self.ends.items()) if end != "answer"}
-        kinds = ", ".join(f"{end} {n}" for end, n in failed.items())
         speed = "" if self.tokens is None else f", {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s"
-        failures = f"{sum(failed.values())} failed{f' ({kinds})' if kinds else ''}"
-        return f"{self.answered} answered, {failures}, {self.seconds:.1f} s{speed}"
+        return f"{self.succeeded} answered, {self.failures()}, {self.seconds:.1f} s{speed}"
 
 
 async def run_batch(
@@ -74,7 +40,7 @@ async def run_batch(
     runner: Runner,
     *,
     parallel: int,
-    progress: Callable[[Counter[str]], None] = lambda ends: None,
+    progress: Callable[[Batch], None] = lambda batch: None,
 ) -> Batch:
     """Run what is not done yet, `parallel` at a time. SIGINT and SIGTERM end it with every finished row written.
 
@@ -82,37 +48,25 @@ async def run_batch(
     """
     done = journal.done
     batch = Batch(Counter(journal.results[s.position].termination for s in samples if s.position in done))
-    progress(batch.ends)
-    todo = iter([s for s in samples if s.position not in done])
+    progress(batch)
     save = now_and_then(lambda: journal.write_results(samples))
-    started = time.monotonic()
 
-    async def worker() -> None:
-        for sample in todo:
-            if batch.stopped:
-                return
-            finished = await _guarded(runner, sample)
-            journal.add(sample, finished)
-            batch.add(finished, parallel)
-            progress(batch.ends)
-            save()
+    async def run(sample: Sample) -> tuple[str, str]:
+        finished = await _guarded(runner, sample)
+        journal.add(sample, finished)
+        if finished.tokens is not None:
+            batch.tokens = (batch.tokens or 0) + finished.tokens
+        return finished.failure or finished.result.termination, finished.result.error or ""
 
-    def end(number: int) -> None:
-        batch.signal, batch.stopped = number, signal.Signals(number).name
+    def after() -> None:
+        progress(batch)
+        save()
 
-    tasks = [asyncio.create_task(worker()) for _ in range(parallel)]
-    with ended_by_signals(tasks, end):
-        try:
-            await asyncio.gather(*tasks)
-        except asyncio.CancelledError:
-            if batch.signal is None:
-                raise
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            journal.write_results(samples)
-    batch.seconds = time.monotonic() - started
+    try:
+        todo = [s for s in samples if s.position not in done]
+        await work_off(todo, run, batch, parallel=parallel, progress=after)
+    finally:
+        journal.write_results(samples)
     return batch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.agent.images import SeenImage
+from genevolve_fast.files import replacing, write_text
 from genevolve_fast.protocols import Observation, Tool
 from genevolve_fast.trajectory import Message, Program, Reference, Request, Trajectory, image_hash, json_text
 
@@ -97,10 +97,8 @@ def _file_picture(pixels: np.ndarray, folder: Path) -> None:
 
     target = folder / f"{image_hash(pixels)}.png"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        Image.fromarray(pixels).save(partial, format="PNG")
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def with_files(program: Program | None, folder: Path) -> Program | None:
@@ -134,7 +132,4 @@ def to_sft(trajectory: Trajectory, image_paths: Sequence[str]) -> dict[str, Any]
 
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write results.json atomically, as the released scripts read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json_text(list(rows), indent=2), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json_text(list(rows), indent=2))

@@ -61,10 +61,10 @@ def add(command: AddCommand) -> None:
 
 
 def run_bench_command(args: argparse.Namespace) -> int:
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    from genevolve_fast.resumable import BatchError
 
     if args.requests is not None and args.requests < 1:
-        raise EvaluateError("--requests must be at least 1")
+        raise BatchError("--requests must be at least 1")
     if args.data == "sandbox" and args.wise is None:
         _refuse(args, args.of_stages, "is of a published bench: give --data FOLDER or --wise FOLDER")
         return run_sandbox(args)
@@ -73,12 +73,12 @@ def run_bench_command(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace, defaults: dict, why: str) -> None:
-    """Raise EvaluateError for a flag that would do nothing."""
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    """Raise BatchError for a flag that would do nothing."""
+    from genevolve_fast.resumable import BatchError
 
     for name, default in defaults.items():
         if getattr(args, name) != default:
-            raise EvaluateError(f"--{name.replace('_', '-')} {why}")
+            raise BatchError(f"--{name.replace('_', '-')} {why}")
 
 
 # --- the sandbox ------------------------------------------------------------------------------------------------------
@@ -144,14 +144,14 @@ class Stages:
     @contextmanager
     def timed(self, stage: str) -> Iterator[Path]:
         """Run a stage in its folder."""
-        from genevolve_fast.evaluate.ledger import replace_file
+        from genevolve_fast.files import write_text
 
         begun = time.monotonic()
         try:
             yield self.folder / stage
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
-            replace_file(self._file, json.dumps(self.seconds, indent=1))
+            write_text(self._file, json.dumps(self.seconds, indent=1))
 
 
 def run_stages(args: argparse.Namespace) -> int:
@@ -203,22 +203,22 @@ def read_bench(data: str) -> tuple[list, Path]:
 
 
 def _check_scoring(args: argparse.Namespace) -> None:
-    """Raise EvaluateError for a judge that cannot be, before anything is sampled."""
+    """Raise BatchError for a judge that cannot be, before anything is sampled."""
     from genevolve_fast.commands.judging import judge_settings, open_judges
     from genevolve_fast.commands.wise import judge_address
-    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import BatchError
 
     if args.wise is None:
         for name in ("protocol", "judge_api_key_env"):
             if getattr(args, name) is not None:
-                raise EvaluateError(f"--{name.replace('_', '-')} is of --wise")
+                raise BatchError(f"--{name.replace('_', '-')} is of --wise")
         judge_settings(args)
         open_judges(args, Incidents())
         return
     for name in ("judge", "judge_set", "judge_programs", "total_cases", "price"):
         if getattr(args, name) != args.of_stages[name]:
-            raise EvaluateError(f"--{name.replace('_', '-')} is of GenEvolve-Bench; WISE has a judge of its own")
+            raise BatchError(f"--{name.replace('_', '-')} is of GenEvolve-Bench; WISE has a judge of its own")
     judge_address(args)
 
 

@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
-from genevolve_fast.commands.opening import AddCommand
+from genevolve_fast.commands.batches import follow, open_bar, tell_attempts, tell_end
+from genevolve_fast.commands.opening import AddCommand, read_section, show_fields
+from genevolve_fast.commands.render import add_renderer_flags, open_chosen_renderer
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
 
@@ -89,7 +91,7 @@ def add(command: AddCommand) -> None:
     )
     source(p, "filtered trajectories")
     output(p)
-    p.add_argument("--renderer", choices=["canvas"], default="canvas", help="who draws (default: %(default)s)")
+    add_renderer_flags(p, default="canvas")
     p.add_argument("--seed", type=int, default=0, help="of the renderer (default: %(default)s)")
     review(p)
     chat(p, "reviews")
@@ -192,8 +194,8 @@ def say(folder: Path, manifest: Mapping[str, Any], incidents=None) -> None:
     for name, count in manifest["counts"].items():
         if count or ":" not in name:
             print(f"{name:34} {count:7}")
-    if incidents is not None and (attempts := incidents.take()):
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
+    if incidents is not None:
+        tell_attempts(incidents)
     print(f"written to {folder}")
 
 
@@ -201,12 +203,6 @@ def already(folder: Path, manifest: Mapping[str, Any]) -> int:
     print(f"{folder} is complete")
     say(folder, manifest)
     return 0
-
-
-def bar(total: int, what: str):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", dynamic_ncols=True)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -217,8 +213,9 @@ def run_pool(args: argparse.Namespace) -> int:
     from genevolve_fast.data.pool import ChatWriter, finished_pool, read_recipes, write_pool, write_requests
     from genevolve_fast.data.recipes import draw_recipes
     from genevolve_fast.data.rows import DataError
-    from genevolve_fast.data.steps import Ledger, file_hash
+    from genevolve_fast.files import file_hash
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     by_chat, incidents = args.writer == "chat", Incidents()
     settings = {"writer": args.writer, "seed": args.seed, "shares": args.shares, "near": args.near}
@@ -240,7 +237,8 @@ def run_pool(args: argparse.Namespace) -> int:
                     recipes, ChatWriter(at), ledger, parallel=args.parallel, progress=lambda: shown.update(1)
                 )
 
-        with Ledger(args.output_dir / "written.jsonl", settings) as ledger, bar(len(recipes), "pool") as shown:
+        opened = closing(Ledger(args.output_dir / "written.jsonl", settings, "request"))
+        with opened as ledger, open_bar(len(recipes), "pool") as shown:
             items, dropped = asyncio.run(write())
             unanswered = sum(r.id not in ledger.done for r in recipes)
     else:
@@ -278,13 +276,12 @@ def read_shares(text: str) -> dict[str, float]:
 
 def run_trajectories(args: argparse.Namespace) -> int:
     """Exit status 1 where rows failed: the same command runs them again; 128 + signal when interrupted."""
-    import sys
-
     from genevolve_fast.agent.batch import run_batch
-    from genevolve_fast.agent.journal import BatchError, Journal
+    from genevolve_fast.agent.journal import Journal
     from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import samples_of, write_trajectories
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import BatchError
 
     incidents = Incidents()
     pool = open_step(args.input, "pool")
@@ -298,28 +295,18 @@ def run_trajectories(args: argparse.Namespace) -> int:
     except ValueError as error:  # the tools' and the agent's, which name what is missing
         raise BatchError(str(error)) from None
     journal = Journal(args.output_dir, samples, settings | {"pool": pool.digest}, fresh=False)
-    with closing(journal), bar(len(samples), "trajectories") as shown:
+    with closing(journal), open_bar(len(samples), "trajectories") as shown:
 
         async def whole():
             async with opening as runner:
-                return await run_batch(
-                    samples,
-                    journal,
-                    runner,
-                    parallel=args.parallel,
-                    progress=lambda ends: shown.update(ends.total() - shown.n),
-                )
+                return await run_batch(samples, journal, runner, parallel=args.parallel, progress=follow(shown))
 
         batch = asyncio.run(whole())
         if batch.signal is None:
             manifest = write_trajectories(args.output_dir, pool, settings)
-    print(batch.line())
-    for failure, reason in sorted(batch.reasons.items()):
-        print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
+    status = tell_end(batch, batch.line(), incidents)
     if batch.signal is not None:
-        return 128 + batch.signal
+        return status
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["failed"] or not manifest["counts"]["trajectories"] else 0
 
@@ -329,7 +316,7 @@ _SCRIPT_READS = ("seed", "tools")
 
 def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What trajectories of one folder must share. Raises BatchError for flags that would do nothing."""
-    from genevolve_fast.agent.journal import BatchError
+    from genevolve_fast.resumable import BatchError
 
     if args.teacher == "agent":
         return {"teacher": "agent"} | rollout_settings(args)
@@ -348,7 +335,7 @@ def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
 def open_teacher(args: argparse.Namespace, pool, incidents):
     """What answers a pool's rows, opened by `async with`."""
     if args.teacher == "agent":
-        return open_runner(args, incidents)
+        return open_runner(args, incidents, args.output_dir / "images")
     from dataclasses import replace
 
     from genevolve_fast.agent.batch import policy_runner
@@ -384,15 +371,14 @@ def run_filter(args: argparse.Namespace) -> int:
     from genevolve_fast.data.review import ChatTrajectoryReviewer, JudgedProgram
     from genevolve_fast.data.rows import DataError
     from genevolve_fast.data.sifting import review_all, write_filtered
-    from genevolve_fast.data.steps import Ledger, finished, open_step
+    from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import read_trajectories
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     if args.fields:
-        from genevolve_fast.commands.opening import show_fields
-
         return show_fields(FilterConfig)
-    config, incidents = filter_config(args.set), Incidents()
+    config, incidents = read_section(FilterConfig, {}, args.set, "--set", "limits"), Incidents()
     source_step = open_step(args.input, "trajectories")
     settings = {"limits": config.model_dump(), "review": args.review} | review_settings(args)
     if args.min_score is not None and args.review != "rule":
@@ -402,7 +388,7 @@ def run_filter(args: argparse.Namespace) -> int:
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
     total = source_step.manifest["counts"]["trajectories"]
-    with bar(total, "filter") as passed:
+    with open_bar(total, "filter") as passed:
         sifted = sift(read_trajectories(source_step), config, source_step, progress=lambda: passed.update(1))
 
     async def reviewed():
@@ -421,35 +407,12 @@ def run_filter(args: argparse.Namespace) -> int:
     reviews = None
     if args.review != "none":
         shared = settings | {"input": source_step.digest}
-        with Ledger(args.output_dir / "reviews.jsonl", shared) as ledger, bar(len(sifted.kept), "review") as shown:
+        opened = closing(Ledger(args.output_dir / "reviews.jsonl", shared, "review"))
+        with opened as ledger, open_bar(len(sifted.kept), "review") as shown:
             reviews = asyncio.run(reviewed())
     manifest = write_filtered(args.output_dir, source_step, sifted, reviews, settings)
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["undecided"] or not manifest["counts"]["kept"] else 0
-
-
-def filter_config(pairs: list[str]):
-    import yaml
-    from pydantic import ValidationError
-
-    from genevolve_fast.data.filters import FilterConfig
-    from genevolve_fast.data.rows import DataError
-
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise DataError("--set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise DataError(f"--set {name}: its value is not YAML") from None
-    try:
-        return FilterConfig(**fields)
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields
-
-        raise DataError(f"--set: {'; '.join(wrong_fields(error))}") from None
 
 
 def review_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -459,18 +422,19 @@ def review_settings(args: argparse.Namespace) -> dict[str, Any]:
 def run_truth(args: argparse.Namespace) -> int:
     """Exit status 1 where nothing is kept, or something failed: the same command tries it again."""
     from genevolve_fast.data.review import ChatPictureReviewer, JudgedPicture
-    from genevolve_fast.data.steps import Ledger, finished, open_step
+    from genevolve_fast.data.steps import finished, open_step
     from genevolve_fast.data.trajectories import read_trajectories
     from genevolve_fast.data.truth import draw_truth, write_truth
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import Ledger
 
     incidents = Incidents()
     filtered = open_step(args.input, "filter")
-    settings = {"renderer": args.renderer, "seed": args.seed, "review": args.review} | review_settings(args)
+    renderer, identity = open_chosen_renderer(args, incidents)
+    settings = {"renderer": identity, "seed": args.seed, "review": args.review} | review_settings(args)
     if (done := finished(args.output_dir, "truth", filtered, settings)) and not done["counts"]["failed"]:
         return already(args.output_dir, done)
     trajectories = list(read_trajectories(filtered))
-    renderer = open_strong_renderer(args)
 
     async def drawn_by(reviewer):
         return await draw_truth(
@@ -497,18 +461,12 @@ def run_truth(args: argparse.Namespace) -> int:
             return await drawn_by(ChatPictureReviewer(at))
 
     shared = settings | {"input": filtered.digest}
-    with Ledger(args.output_dir / "done.jsonl", shared) as ledger, bar(len(trajectories), "ground truth") as shown:
+    opened = closing(Ledger(args.output_dir / "done.jsonl", shared, "picture"))
+    with opened as ledger, open_bar(len(trajectories), "ground truth") as shown:
         drawn = asyncio.run(whole())
     manifest = write_truth(args.output_dir, filtered, trajectories, drawn, settings)
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["failed"] or not manifest["counts"]["kept"] else 0
-
-
-def open_strong_renderer(args: argparse.Namespace):
-    """protocols.Renderer of the ground truth."""
-    from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-    return CanvasRenderer()
 
 
 def run_sft_view(args: argparse.Namespace) -> int:
@@ -517,7 +475,7 @@ def run_sft_view(args: argparse.Namespace) -> int:
 
     made = open_step(args.input, "truth", "filter")
     settings = {"bench": args.bench, "near": args.near}
-    with bar(made.manifest["counts"]["kept"], "sft-view") as shown:
+    with open_bar(made.manifest["counts"]["kept"], "sft-view") as shown:
         manifest = write_sft_view(
             args.output_dir, made, settings, bench=args.bench, near=args.near, progress=lambda: shown.update(1)
         )
@@ -558,7 +516,7 @@ def run_check(args: argparse.Namespace) -> int:
             splits = list(layout.splits)
         for split in splits:
             opened = open_set(args.path, which, split)
-            with bar(0, f"{layout.folder} {split}") as shown:
+            with open_bar(0, f"{layout.folder} {split}") as shown:
                 contents = inspect(opened, which, split, lambda shown=shown: shown.update(1), not args.no_pictures)
             print(contents.text())
             bad, found = bad + contents.bad.count, found + 1

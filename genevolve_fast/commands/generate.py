@@ -50,8 +50,9 @@ def run_generate(args: argparse.Namespace) -> int:
     import asyncio
     import tempfile
 
+    from genevolve_fast.files import write_text
     from genevolve_fast.incidents import Incidents
-    from genevolve_fast.resumable import BatchError, write_text
+    from genevolve_fast.resumable import BatchError
     from genevolve_fast.trajectory import json_text
 
     if args.output.suffix.lower() != ".png":
@@ -82,11 +83,11 @@ async def _generate(args: argparse.Namespace, opening, renderer, tools: dict[str
     import asyncio
 
     from genevolve_fast.agent.journal import sample_of
+    from genevolve_fast.files import write_bytes
     from genevolve_fast.net.pictures import png_bytes
     from genevolve_fast.protocols import RenderError
     from genevolve_fast.render.rows import RowError, drawn, not_drawn, program_of, read_references
     from genevolve_fast.render.service_client import refusal
-    from genevolve_fast.resumable import write_bytes
 
     seconds: dict[str, Any] = {}
     clock = _Clock(seconds)

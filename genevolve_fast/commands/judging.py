@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from genevolve_fast.commands.opening import read_section
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.protocols import ImageJudge, ProgramJudge
 
@@ -18,58 +19,38 @@ def add_judge_flags(p: argparse.ArgumentParser) -> None:
 
 
 def open_judges(args: argparse.Namespace, incidents: Incidents) -> tuple[ImageJudge, ProgramJudge]:
-    """The judges of `add_judge_flags`. Raises EvaluateError for flags that cannot be or would do nothing."""
+    """The judges of `add_judge_flags`. Raises BatchError for flags that cannot be or would do nothing."""
     if args.judge == "sandbox":
         from genevolve_fast.sandbox.judges import SandboxImageJudge, SandboxProgramJudge
 
         return SandboxImageJudge(), SandboxProgramJudge()
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    from genevolve_fast.resumable import BatchError
     from genevolve_fast.reward import config
 
     try:
         return config.open_judges(judge_config(args), incidents)
     except ValueError as error:  # what is missing, such as a key
-        raise EvaluateError(str(error)) from None
+        raise BatchError(str(error)) from None
 
 
 def judge_config(args: argparse.Namespace):
-    """The JudgeConfig that the flags describe."""
-    import yaml
-    from pydantic import ValidationError
-
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    """The JudgeConfig that the flags describe. Raises BatchError."""
     from genevolve_fast.reward.config import JudgeConfig
 
     named = {"kind": "chat", "model": args.judge_model, "base_url": args.judge_base_url}
     fields = {name: value for name, value in named.items() if value is not None}
-    for pair in args.judge_set:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise EvaluateError("--judge-set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise EvaluateError(f"--judge-set {name}: its value is not YAML") from None
-    try:
-        return JudgeConfig(**fields)
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields  # loads torch
-
-        wrong = "; ".join(line.replace("(combination)", "judge") for line in wrong_fields(error))
-        raise EvaluateError(f"{wrong} (--judge-set FIELD=VALUE sets a field)") from None
+    return read_section(JudgeConfig, fields, args.judge_set, "--judge-set", "judge")
 
 
 def judge_settings(args: argparse.Namespace) -> dict[str, str]:
-    """What judgements of one ledger must share. Raises EvaluateError for flags that would do nothing."""
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    """What judgements of one ledger must share. Raises BatchError for flags that would do nothing."""
+    from genevolve_fast.resumable import BatchError
 
     if args.judge_parallel < 1:
-        raise EvaluateError("--judge-parallel must be at least 1")
+        raise BatchError("--judge-parallel must be at least 1")
     if args.judge == "sandbox":
         if args.judge_model or args.judge_base_url or args.judge_set:
-            raise EvaluateError(
-                "--judge-model, --judge-base-url and --judge-set are of the chat judge, not the sandbox's"
-            )
+            raise BatchError("--judge-model, --judge-base-url and --judge-set are of the chat judge, not the sandbox's")
         return {"judge": "sandbox"}
     config = judge_config(args)
     return {"judge": config.model, "program_judge": config.program_model or config.model}

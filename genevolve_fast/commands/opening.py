@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 RUNS = Path("runs")
+C = TypeVar("C")
 
 
 class AddCommand(Protocol):
@@ -149,8 +151,26 @@ def load(args: argparse.Namespace, kind):
     return load_config(kind, config_path(args.config), args.set)
 
 
+def read_section(kind: type[C], fields: Mapping[str, Any], pairs: Sequence[str], flag: str, what: str) -> C:
+    """The section `kind` of `fields` and of what `flag` sets; `what` names it. Raises BatchError."""
+    from pydantic import ValidationError
+
+    from genevolve_fast.fields import FieldError, set_fields, wrong_fields
+    from genevolve_fast.resumable import BatchError
+
+    given = dict(fields)
+    try:
+        set_fields(given, pairs, flag)
+        return kind(**given)
+    except FieldError as error:
+        raise BatchError(str(error)) from None
+    except ValidationError as error:
+        wrong = "; ".join(wrong_fields(error, what))
+        raise BatchError(f"{wrong} ({flag} FIELD=VALUE sets a field)") from None
+
+
 def show_fields(kind) -> int:
-    from genevolve_fast.train.config import describe
+    from genevolve_fast.fields import describe
 
     for name, default, text in describe(kind):
         print(f"{name:36} {json.dumps(default, default=str):24} {text}".rstrip())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from genevolve_fast.commands.opening import AddCommand
+from genevolve_fast.commands.batches import follow, open_bar, tell_end
+from genevolve_fast.commands.opening import AddCommand, read_section
 
 RENDERERS = ("canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana")
 
@@ -54,10 +54,7 @@ def add_renderer_flags(p: argparse.ArgumentParser, default: str | None) -> None:
 def run_render(args: argparse.Namespace) -> int:
     """Exit status 1 when nothing was drawn or the batch gave up, 128 + signal when it was interrupted."""
     import asyncio
-    from collections import Counter
     from contextlib import closing
-
-    from tqdm import tqdm
 
     from genevolve_fast.incidents import Incidents
     from genevolve_fast.render.batch import RESULTS, Gallery, render_batch
@@ -75,12 +72,7 @@ def run_render(args: argparse.Namespace) -> int:
             print(f"{gallery.adopted} pictures of an earlier {RESULTS} are kept, whatever drew them")
         if gallery.changed:
             print(f"{gallery.changed} rows ask for another picture than when they were drawn: they are drawn again")
-        with tqdm(total=len(rows), desc="render", unit="picture", dynamic_ncols=True) as bar:
-
-            def progress(ends: Counter[str]) -> None:
-                bar.set_postfix(ok=ends["drawn"], failed=ends.total() - ends["drawn"], refresh=False)
-                bar.update(ends.total() - bar.n)
-
+        with open_bar(len(rows), "render", "picture") as bar:
             batch = asyncio.run(
                 render_batch(
                     rows,
@@ -90,20 +82,11 @@ def run_render(args: argparse.Namespace) -> int:
                     parallel=args.parallel,
                     draw_request=draw_request,
                     bases=(args.input.resolve().parent, Path.cwd()),
-                    progress=progress,
+                    progress=follow(bar),
                 )
             )
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    print(f"{batch.line()}, {gallery.folder / RESULTS}")
-    if not batch.stopped:
-        for failure, reason in sorted(batch.reasons.items()):
-            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    if batch.signal is not None:
-        return 128 + batch.signal
-    return 0 if batch.drawn and not batch.stopped else 1
+    status = tell_end(batch, f"{batch.line()}, {gallery.folder / RESULTS}", incidents)
+    return status or int(not batch.succeeded)
 
 
 def _without_references(renderer) -> str:
@@ -113,54 +96,23 @@ def _without_references(renderer) -> str:
 
 def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict[str, Any]]:
     """(renderer, what of it changes the pictures) of the flags. Raises BatchError naming what is wrong."""
-    from pydantic import ValidationError
-
     from genevolve_fast.render.config import RendererConfig, open_renderer
     from genevolve_fast.resumable import BatchError
 
-    fields: dict[str, Any] = {"kind": args.renderer, **_renderer_fields(args.renderer_set)}
-    if args.service_url:
-        if "urls" in fields:
-            raise BatchError("--service-url and --renderer-set urls= say the same: give one of them")
-        fields["urls"] = args.service_url
-    if fields["kind"] != args.renderer or "seed" in fields:
-        raise BatchError("--renderer and --seed say who draws and from which seed, not --renderer-set")
     if args.seed is not None and args.seed < 0:
         raise BatchError("--seed must be at least 0")
+    named = {name.partition("=")[0].strip() for name in args.renderer_set}
+    if {"kind", "seed"} & named:
+        raise BatchError("--renderer and --seed say who draws and from which seed, not --renderer-set")
+    if args.service_url and "urls" in named:
+        raise BatchError("--service-url and --renderer-set urls= say the same: give one of them")
+    fields = {"kind": args.renderer} | ({"urls": args.service_url} if args.service_url else {})
+    config = read_section(RendererConfig, fields, args.renderer_set, "--renderer-set", "renderer")
+    if config.kind == "canvas":
+        from genevolve_fast.sandbox.canvas import CanvasRenderer
+
+        return CanvasRenderer(), config.identity()
     try:
-        config = RendererConfig(**fields)
-        if config.kind == "canvas":
-            from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-            return CanvasRenderer(), config.identity()
         return open_renderer(config, incidents), config.identity()
-    except ValidationError as error:
-        from genevolve_fast.train.config import wrong_fields  # with torch
-
-        wrong = "; ".join(line.replace("(combination)", "renderer") for line in wrong_fields(error))
-        raise BatchError(f"{wrong} (--renderer-set FIELD=VALUE sets a field)") from None
     except (ValueError, ImportError) as error:  # what is missing: a key, a recording, a package
         raise BatchError(str(error)) from None
-
-
-def _renderer_fields(pairs: list[str]) -> dict[str, Any]:
-    """{field: value}; `text_to_image.kind=…` sets a field of the section."""
-    import yaml
-
-    from genevolve_fast.resumable import BatchError
-
-    fields: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise BatchError("--renderer-set takes FIELD=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BatchError(f"--renderer-set {name}: its value is not YAML") from None
-        section, dot, inner = name.partition(".")
-        if not dot:
-            fields[name] = value
-        elif isinstance(fields.setdefault(section, {}), dict):
-            fields[section][inner] = value
-    return fields

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands.opening import AddCommand, device
+from genevolve_fast.commands.batches import follow, open_bar, tell_end
+from genevolve_fast.commands.opening import AddCommand, device, read_section
 
 
 def add(command: AddCommand) -> None:
@@ -72,14 +72,12 @@ def roll_out(args: argparse.Namespace, samples: Sequence) -> int:
     Exit status 1 when nothing was answered or the batch gave up, 128 + signal when it was interrupted.
     """
     import asyncio
-    from collections import Counter
     from contextlib import closing
 
-    from tqdm import tqdm
-
     from genevolve_fast.agent.batch import run_batch
-    from genevolve_fast.agent.journal import RESULTS, BatchError, Journal
+    from genevolve_fast.agent.journal import RESULTS, Journal
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import BatchError
 
     args.output_dir = args.output_dir.resolve()
     incidents = Incidents()
@@ -92,28 +90,15 @@ def roll_out(args: argparse.Namespace, samples: Sequence) -> int:
         if journal.adopted:
             print(f"{journal.adopted} rows of an earlier {RESULTS} are kept, whatever settings made them")
         samples = samples[: args.max_samples]
-        with tqdm(total=len(samples), desc="rollout", unit="prompt", dynamic_ncols=True) as bar:
-
-            def progress(ends: Counter[str]) -> None:
-                bar.set_postfix(ok=ends["answer"], failed=ends.total() - ends["answer"], refresh=False)
-                bar.update(ends.total() - bar.n)
+        with open_bar(len(samples), "rollout", "prompt") as bar:
 
             async def whole():
                 async with opening as runner:
-                    return await run_batch(samples, journal, runner, parallel=args.parallel, progress=progress)
+                    return await run_batch(samples, journal, runner, parallel=args.parallel, progress=follow(bar))
 
             batch = asyncio.run(whole())
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    print(f"{batch.line()}, {args.output_dir / RESULTS}")
-    if not batch.stopped:
-        for failure, reason in sorted(batch.reasons.items()):
-            print(f"{failure}, the first of them: {reason}", file=sys.stderr)
-    if batch.stopped:
-        print(f"stopped: {batch.stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    if batch.signal is not None:
-        return 128 + batch.signal
-    return 0 if batch.answered and not batch.stopped else 1
+    status = tell_end(batch, f"{batch.line()}, {args.output_dir / RESULTS}", incidents)
+    return status or int(not batch.succeeded)
 
 
 _LIMITS = "max_rounds max_prompt_length max_response_length n_max_reference_images temperature top_p observe_images"
@@ -126,7 +111,7 @@ def rollout_limits(args: argparse.Namespace) -> dict:
 
 def rollout_settings(args: argparse.Namespace) -> dict:
     """What rollouts of one folder must share. Raises BatchError for flags that would do nothing."""
-    from genevolve_fast.agent.journal import BatchError
+    from genevolve_fast.resumable import BatchError
 
     for name in ("parallel", "max_samples"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
@@ -146,7 +131,7 @@ def rollout_settings(args: argparse.Namespace) -> dict:
 
 def given_prompt(args: argparse.Namespace) -> str | None:
     """The text of --system-prompt. Raises BatchError where the file holds none."""
-    from genevolve_fast.agent.journal import BatchError
+    from genevolve_fast.resumable import BatchError
 
     if args.system_prompt is None:
         return None
@@ -216,25 +201,9 @@ def open_rollout_tools(args: argparse.Namespace, pictures: Path, incidents):
 
         tools = SandboxWorld().tools()
         return tools | {"image_search": Filed(tools["image_search"], pictures)}, SYSTEM_PROMPT
-    import yaml
-    from pydantic import ValidationError
-
     from genevolve_fast.agent.tools import ToolsConfig, open_tools
-    from genevolve_fast.train.config import wrong_fields
 
     fields = {"kind": args.tools, "image_dir": pictures}
     if args.tool_cache:
         fields |= {"cache_mode": args.tool_cache, "cache": args.tool_cache_dir}
-    for pair in args.tool_set:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError("--tool-set takes FIELD=VALUE")
-        try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--tool-set {name}: its value is not YAML") from None
-    try:
-        return open_tools(ToolsConfig(**fields), incidents), None
-    except ValidationError as error:
-        wrong = "; ".join(line.replace("(combination)", "tools") for line in wrong_fields(error))
-        raise ValueError(f"{wrong} (--tool-set FIELD=VALUE sets a field)") from None
+    return open_tools(read_section(ToolsConfig, fields, args.tool_set, "--tool-set", "tools"), incidents), None

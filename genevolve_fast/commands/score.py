@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from genevolve_fast.commands.batches import follow, open_bar, tell_end
 from genevolve_fast.commands.judging import add_judge_flags, judge_settings, open_judges
 from genevolve_fast.commands.opening import AddCommand
 
@@ -59,20 +59,22 @@ def score_results(
 ) -> int:
     """Judge, write the score files, evaluation.json and diagnostics.json, print the tables.
 
-    `stages` (bench.Stages) keeps the time of a bench. Exit status 1 when no picture is judged or judging gave up.
+    `stages` (bench.Stages) keeps the time of a bench. Exit status 1 when no picture is judged or judging gave up,
+    128 + signal when it was interrupted.
     """
     from genevolve_fast.evaluate import diagnostics, tracks
-    from genevolve_fast.evaluate.ledger import EvaluateError, replace_file
     from genevolve_fast.evaluate.score import Scoring
     from genevolve_fast.evaluate.score_files import read_rows, roots_of
+    from genevolve_fast.files import write_text
     from genevolve_fast.incidents import Incidents
+    from genevolve_fast.resumable import BatchError
 
     prices = _prices(args.price)
     if args.total_cases < 0:
-        raise EvaluateError("--total-cases cannot be negative")
+        raise BatchError("--total-cases cannot be negative")
     rows, roots, settings = read_rows(results), roots_of(results, truth_roots), judge_settings(args)
     if 0 < args.total_cases < len(rows):
-        raise EvaluateError(f"--total-cases {args.total_cases} is less than the {len(rows)} rows of {results}")
+        raise BatchError(f"--total-cases {args.total_cases} is less than the {len(rows)} rows of {results}")
     incidents = Incidents()
     if args.fresh:
         open_judges(args, incidents)  # before anything is forgotten
@@ -82,7 +84,7 @@ def score_results(
             print(f"{scoring.adopted} rows of an earlier results_eval.json are kept, whatever judge scored them")
         try:
             with stages.timed("score") if stages else nullcontext():
-                stopped = _judge(args, scoring, incidents)
+                status = _judge(args, scoring, incidents)
         finally:
             made = scoring.write(args.total_cases)
         evaluation = tracks.tracks(scoring.evaluated_rows(), args.total_cases)
@@ -96,54 +98,40 @@ def score_results(
             judged=len(scoring.verdicts("image")),
             prices=prices,
         )
-    replace_file(folder / "evaluation.json", json.dumps(evaluation, indent=1))
-    replace_file(folder / "diagnostics.json", json.dumps(found, indent=1))
+    write_text(folder / "evaluation.json", json.dumps(evaluation, indent=1))
+    write_text(folder / "diagnostics.json", json.dumps(found, indent=1))
     print(f"\n{tracks.table(evaluation)}\n\n{diagnostics.table(found)}\n")
     if args.judge != "sandbox":  # its rules judge pictures that no published row drew
         print(f"{tracks.beside_published(name, settings['judge'], made)}\n")
     print(f"written to {folder}")
-    if stopped:
-        print(f"stopped: {stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    return 1 if stopped or not made["all"]["count_eval_success"] else 0
+    return status or int(not made["all"]["count_eval_success"])
 
 
-def _judge(args: argparse.Namespace, scoring, incidents) -> str:
-    """Judge what is left; returns why it gave up, or nothing."""
-    from tqdm import tqdm
-
+def _judge(args: argparse.Namespace, scoring, incidents) -> int:
+    """Judge what is left; returns the exit status of what ended early, else 0."""
     todo = scoring.todo()
     if not todo:
-        return ""
+        return 0
     image_judge, program_judge = open_judges(args, incidents)
-    with tqdm(total=len(todo), desc="score", unit="judgement", dynamic_ncols=True) as bar:
-
-        def progress(counts) -> None:
-            bar.set_postfix(failed=counts.failed, refresh=False)
-            bar.update(counts.ends.total() - bar.n)
-
-        run = scoring.run(image_judge, program_judge, parallel=args.judge_parallel, progress=progress)
+    with open_bar(len(todo), "score", "judgement") as bar:
+        run = scoring.run(image_judge, program_judge, parallel=args.judge_parallel, progress=follow(bar))
         counts = asyncio.run(run)
-    print(counts.line())
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    for kind, reason in sorted(counts.reasons.items()):
-        print(f"{kind}, the first of them: {reason}", file=sys.stderr)
-    return counts.stopped
+    return tell_end(counts, counts.line(), incidents)
 
 
 def _prices(pairs: Sequence[str]) -> dict[str, float]:
     from genevolve_fast.evaluate.diagnostics import PRICES
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    from genevolve_fast.resumable import BatchError
 
     out = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name not in PRICES:
-            raise EvaluateError(f"--price {name}: there are prices of {', '.join(PRICES)}")
+            raise BatchError(f"--price {name}: there are prices of {', '.join(PRICES)}")
         try:
             out[name] = float(value)
         except ValueError:
-            raise EvaluateError(f"--price {name} takes dollars, not {value!r}") from None
+            raise BatchError(f"--price {name} takes dollars, not {value!r}") from None
         if not 0 <= out[name] < float("inf"):
-            raise EvaluateError(f"--price {name} takes dollars, not {value!r}")
+            raise BatchError(f"--price {name} takes dollars, not {value!r}")
     return out

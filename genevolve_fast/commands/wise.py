@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from genevolve_fast.commands.batches import follow, open_bar, tell_end
 from genevolve_fast.commands.opening import AddCommand
 
 
@@ -41,13 +41,13 @@ def add_wise_flags(p: argparse.ArgumentParser) -> None:
 
 
 def run_wise(args: argparse.Namespace) -> int:
-    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.evaluate.wise import PROTOCOLS, pictures_in, read_prompts, read_scores, summary, table
+    from genevolve_fast.resumable import BatchError
 
     if args.score_only:
         useless = [n for n in ("data", "images", "output_dir", "judge_model", "judge_base_url") if getattr(args, n)]
         if useless or args.fresh:
-            raise EvaluateError(
+            raise BatchError(
                 "--score-only reads score files and nothing else: give it alone, with --protocol and --name"
             )
         protocol = PROTOCOLS[args.protocol or "original"]
@@ -56,10 +56,10 @@ def run_wise(args: argparse.Namespace) -> int:
         return 0 if made["judged"] else 1
     missing = [f"--{n.replace('_', '-')}" for n in ("data", "images", "output_dir") if getattr(args, n) is None]
     if missing:
-        raise EvaluateError(f"{', '.join(missing)} is missing: what is judged, and where the scores go")
+        raise BatchError(f"{', '.join(missing)} is missing: what is judged, and where the scores go")
     protocol, prompts = read_prompts(args.data, args.protocol)
     if not args.images.is_dir():
-        raise EvaluateError(f"--images {args.images} is no folder")
+        raise BatchError(f"--images {args.images} is no folder")
     return judge_pictures(args, protocol, prompts, pictures_in(args.images, prompts), args.output_dir, args.name)
 
 
@@ -68,80 +68,56 @@ def judge_pictures(
 ) -> int:
     """Judge, write the score files and summary.json, print the table.
 
-    Exit status 1 when no picture is judged or judging gave up.
+    Exit status 1 when no picture is judged or judging gave up, 128 + signal when it was interrupted.
     """
-    from genevolve_fast.evaluate.ledger import EvaluateError, replace_file
     from genevolve_fast.evaluate.wise import WiseScoring, summary, table
+    from genevolve_fast.files import write_text
+    from genevolve_fast.resumable import BatchError
 
     if not pictures:
-        raise EvaluateError("there is no picture to judge: they are named {prompt_id}.png")
+        raise BatchError("there is no picture to judge: they are named {prompt_id}.png")
     judge_address(args)  # before anything is forgotten
     scoring = WiseScoring(protocol, prompts, pictures, folder.resolve(), args.judge_model, args.fresh)
     with closing(scoring):
         try:
-            stopped = asyncio.run(_judge(args, scoring)) if scoring.todo() else ""
+            status = _judge(args, scoring) if scoring.todo() else 0
         finally:
             scoring.write()
         made = summary(protocol, {g.prompt.prompt_id: g.scores for g in scoring.graded()})
-    replace_file(folder / "summary.json", json.dumps(made | {"judge": args.judge_model}, indent=1))
+    write_text(folder / "summary.json", json.dumps(made | {"judge": args.judge_model}, indent=1))
     print(f"\n{table(name, made)}\njudged by {args.judge_model}; written to {folder}")
-    if stopped:
-        print(f"stopped: {stopped}\nthe same command continues where it stopped", file=sys.stderr)
-    return 1 if stopped or not made["judged"] else 0
+    return status or int(not made["judged"])
 
 
-async def _judge(args: argparse.Namespace, scoring) -> str:
-    """Judge what is left; returns why it gave up, or nothing."""
-    from tqdm import tqdm
-
-    from genevolve_fast.evaluate.wise import WiseJudge
+def _judge(args: argparse.Namespace, scoring) -> int:
+    """Judge what is left; returns the exit status of what ended early, else 0."""
+    from genevolve_fast.evaluate.wise import WiseJudge, open_wise_chat
     from genevolve_fast.incidents import Incidents
 
     incidents, todo = Incidents(), scoring.todo()
-    endpoint = open_endpoint(args, incidents)
-    try:
-        with tqdm(total=len(todo), desc="wise", unit="picture", dynamic_ncols=True) as bar:
-
-            def progress(counts) -> None:
-                bar.set_postfix(failed=counts.failed, refresh=False)
-                bar.update(counts.ends.total() - bar.n)
-
-            judge = WiseJudge(endpoint, scoring.protocol)
-            counts = await scoring.run(judge, parallel=args.judge_parallel, progress=progress)
-    finally:
-        await endpoint.close()
-    print(counts.line())
-    if attempts := incidents.take():
-        print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in attempts.items()))
-    for kind, reason in sorted(counts.reasons.items()):
-        print(f"{kind}, the first of them: {reason}", file=sys.stderr)
-    return counts.stopped
-
-
-def open_endpoint(args: argparse.Namespace, incidents):
-    """The judge's chat endpoint. Raises EvaluateError naming what is missing."""
-    from genevolve_fast.net.chat import ChatEndpoint
-
-    url, key = judge_address(args)
-    return ChatEndpoint(args.judge_model, url, key, patience_s=120.0, incidents=incidents, source="wise_judge")
+    chat = open_wise_chat(args.judge_model, *judge_address(args), args.judge_parallel, incidents)
+    judge = WiseJudge(chat, scoring.protocol)
+    with open_bar(len(todo), "wise", "picture") as bar:
+        counts = asyncio.run(scoring.run(judge, parallel=args.judge_parallel, progress=follow(bar)))
+    return tell_end(counts, counts.line(), incidents)
 
 
 def judge_address(args: argparse.Namespace) -> tuple[str, str]:
-    """(base URL, key) of the judge. Raises EvaluateError naming the flag that is missing or wrong."""
+    """(base URL, key) of the judge. Raises BatchError naming the flag that is missing or wrong."""
     import os
 
-    from genevolve_fast.evaluate.ledger import EvaluateError
     from genevolve_fast.net.chat import NO_KEY, checked_base_url, checked_key
+    from genevolve_fast.resumable import BatchError
 
     if args.judge_parallel < 1:
-        raise EvaluateError("--judge-parallel must be at least 1")
+        raise BatchError("--judge-parallel must be at least 1")
     for name, what in (("judge_model", "who grades the pictures"), ("judge_base_url", "where the judge is served")):
         if not getattr(args, name):
-            raise EvaluateError(f"--{name.replace('_', '-')} is missing: {what}")
+            raise BatchError(f"--{name.replace('_', '-')} is missing: {what}")
     key = os.environ.get(args.judge_api_key_env, "") if args.judge_api_key_env else NO_KEY
     if not key:
-        raise EvaluateError(f"--judge-api-key-env: {args.judge_api_key_env} is not set")
+        raise BatchError(f"--judge-api-key-env: {args.judge_api_key_env} is not set")
     try:
         return checked_base_url(args.judge_base_url), checked_key(key)
     except ValueError as error:
-        raise EvaluateError(f"the judge's server: {error}") from None
+        raise BatchError(f"the judge's server: {error}") from None

@@ -13,6 +13,7 @@ import numpy as np
 from genevolve_fast import event_loop
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.experience.context import render as render_experience
+from genevolve_fast.files import replacing
 from genevolve_fast.protocols import Codec, Experience, Generation, Sampling, Tool
 from genevolve_fast.trajectory import Message, Request
 
@@ -135,8 +136,7 @@ def write_sft(demonstrations: Sequence[Demonstration], folder: Path, name: str =
     (folder / "images").mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     path = folder / name
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8") as f:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as f:
         for d in demonstrations:
             for sha in d.image_hashes:
                 if sha not in written:
@@ -147,5 +147,4 @@ def write_sft(demonstrations: Sequence[Demonstration], folder: Path, name: str =
                 "images": [f"images/{sha[:16]}.png" for sha in d.image_hashes],
             }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
     return path

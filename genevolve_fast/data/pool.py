@@ -14,12 +14,16 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from genevolve_fast.data.recipes import Recipe, coverage, coverage_table, given_away, split_recipes
-from genevolve_fast.data.replies import ReplyError, read_reply
 from genevolve_fast.data.rows import BadRow, DataError, read_rows
-from genevolve_fast.data.steps import Ledger, Step, close_step, finished, write_bytes, write_rows
+from genevolve_fast.data.steps import Step, close_step, finished, write_rows
+from genevolve_fast.fields import wrong_fields
+from genevolve_fast.files import write_text
+from genevolve_fast.net.asking import ask_once
 from genevolve_fast.net.chat import ChatEndpoint
 from genevolve_fast.net.harmless import readable
+from genevolve_fast.net.replies import ReplyError
 from genevolve_fast.protocols import EngineError, Sampling
+from genevolve_fast.resumable import Ledger
 from genevolve_fast.trajectory import Request, json_text
 
 SPLITS = ("train", "eval", "bench")
@@ -86,10 +90,11 @@ class ChatWriter:
             {"role": "user", "content": json_text({k: v for k, v in plan.items() if v}, indent=1)},
         ]
         seed = int.from_bytes(recipe.id.encode()[-4:], "big") % 2**31
-        said = await self._endpoint.complete(messages, self._sampling, seed)
-        if not said.ended:
-            raise ReplyError("the reply was cut off")
-        written = read_reply(said.text, _Written)
+        said = await ask_once(self._endpoint, messages, self._sampling, tuple(_Written.model_fields), seed=seed)
+        try:
+            written = _Written.model_validate(said, strict=True)
+        except ValidationError as error:
+            raise ReplyError(wrong_fields(error)[0]) from None
         question = " ".join(readable(written.question).split())
         if not question:
             raise ReplyError("question: empty")
@@ -278,8 +283,8 @@ def write_pool(
     write_rows(folder / "dropped.jsonl", ({"id": id_, "reason": why} for id_, why in reasons.items()))
     table = coverage(i.recipe for i in kept)
     parts = {s: coverage(i.recipe for i in kept if of[i.recipe.id] == s) for s in SPLITS}
-    write_bytes(folder / "coverage.json", (json_text({"all": table, **parts}, indent=1) + "\n").encode())
-    write_bytes(folder / "coverage.txt", (coverage_table(table) + "\n").encode())
+    write_text(folder / "coverage.json", json_text({"all": table, **parts}, indent=1) + "\n")
+    write_text(folder / "coverage.txt", coverage_table(table) + "\n")
     counts = {
         **{split: sum(s == split for s in of.values()) for split in SPLITS},
         "dropped: unusable": len(dropped) - unanswered,

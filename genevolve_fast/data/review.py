@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from genevolve_fast.agent.protocol import ToolCall, parse_reply
-from genevolve_fast.data.replies import ReplyError, read_reply
 from genevolve_fast.data.rows import read_picture
 from genevolve_fast.data.steps import Step
 from genevolve_fast.data.trajectories import Teaching
+from genevolve_fast.net.asking import ask_once
 from genevolve_fast.net.chat import ChatEndpoint
 from genevolve_fast.net.pictures import data_url
+from genevolve_fast.net.replies import ReplyError, boolean, string
 from genevolve_fast.protocols import EngineError, ImageJudge, JudgeError, ProgramJudge, Sampling
 from genevolve_fast.trajectory import Request
 
@@ -50,6 +50,7 @@ class PictureReviewer(Protocol):
 
 # --- a vision-language model ------------------------------------------------------------------------------------------
 
+_KEYS = ("pass", "reason")
 _FORM = """\
 Reply with one JSON object and nothing else: {"pass": true or false, "reason": one sentence naming what decided}."""
 
@@ -73,11 +74,12 @@ maker was given, and the picture. Pass it only if all of this holds:
 {_FORM}"""
 
 
-class _Verdict(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    passed: bool = Field(alias="pass")
-    reason: str = Field(min_length=1)
+def read_verdict(values: Mapping[str, Any]) -> Review:
+    """Raises ReplyError."""
+    passed, reason = boolean(values, "pass"), " ".join(string(values, "reason").split())
+    if not reason:
+        raise ReplyError("reason is empty")
+    return Review("pass" if passed else "fail", reason)
 
 
 class _Chat:
@@ -92,16 +94,11 @@ class _Chat:
     async def _ask(self, task: str, parts: list[dict[str, Any]]) -> Review:
         messages = [{"role": "system", "content": task}, {"role": "user", "content": parts}]
         try:
-            said = await self._endpoint.complete(messages, self._sampling)
+            return read_verdict(await ask_once(self._endpoint, messages, self._sampling, _KEYS, _KEYS[:1]))
         except EngineError as error:
             return Review("undecided", str(error), error.kind)
-        if not said.ended:
-            return Review("undecided", "the reply was cut off", "bad_response")
-        try:
-            verdict = read_reply(said.text, _Verdict)
         except ReplyError as error:
             return Review("undecided", f"no verdict in the reply: {error}", "bad_response")
-        return Review("pass" if verdict.passed else "fail", " ".join(verdict.reason.split()))
 
 
 class ChatTrajectoryReviewer(_Chat):

@@ -10,8 +10,9 @@ from typing import Any
 
 from genevolve_fast.data.filters import FILTERS, Sifted, dropped_row
 from genevolve_fast.data.review import Review, TrajectoryReviewer
-from genevolve_fast.data.steps import Ledger, Step, close_step, link_picture, write_rows
+from genevolve_fast.data.steps import Step, close_step, link_picture, write_rows
 from genevolve_fast.data.trajectories import TABLE, Teaching
+from genevolve_fast.resumable import Ledger
 
 
 async def review_all(

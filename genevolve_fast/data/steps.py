@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.data.rows import DataError, read_jsonl, safe_file
+from genevolve_fast.files import file_hash, replacing, write_bytes, write_text
 from genevolve_fast.trajectory import json_text
 
 MANIFEST = "manifest.json"
 _VERSION = 1
-_HEADER = "genevolve_fast_ledger"
 
 
 class StepError(DataError):
@@ -26,44 +24,11 @@ class StepError(DataError):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside `path` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """JSONL, written under another name and renamed; returns the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json_text(dict(row)) + "\n")
-                count += 1
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSONL, written whole."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json_text(dict(row)) + "\n")
 
 
 def keep_picture(source: Path, folder: Path) -> tuple[str, str]:
@@ -188,79 +153,5 @@ def close_step(
         "counts": dict(counts),
         "files": {name: file_hash(folder / name) for name in tables},
     }
-    write_bytes(folder / MANIFEST, (json_text(manifest, indent=1) + "\n").encode())
+    write_text(folder / MANIFEST, json_text(manifest, indent=1) + "\n")
     return manifest
-
-
-# --- what is done so far ----------------------------------------------------------------------------------------------
-
-
-class Ledger:
-    """A JSONL of finished pieces by key, on disk before the next one starts; a crash loses at most one line.
-
-    The first line holds what all pieces share. Raises StepError when the file was begun with anything else, or while
-    another process holds it.
-    """
-
-    def __init__(self, path: Path, shared: Mapping[str, Any]) -> None:
-        self.path = path
-        self.done: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        try:
-            self._open(json.loads(json_text(dict(shared))))
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _open(self, shared: dict[str, Any]) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StepError(f"{self.path.parent} is being written by another process") from None
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            self._file.truncate(len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._append({_HEADER: 1, "shared": shared})
-            return
-        header, *rows = [_object(line) for line in lines]
-        if not header or header.get(_HEADER) != 1:
-            raise StepError(f"{self.path} is no ledger of a data step: move it away")
-        if header["shared"] != shared:
-            changed = sorted(n for n in {**header["shared"], **shared} if header["shared"].get(n) != shared.get(n))
-            raise StepError(
-                f"{self.path.parent} was begun with another {', '.join(changed)}: choose another --output-dir"
-            )
-        for row in rows:
-            if row and isinstance(row.get("key"), str) and isinstance(row.get("value"), dict):
-                self.done[row["key"]] = row["value"]
-
-    def add(self, key: str, value: Mapping[str, Any]) -> None:
-        self.done[key] = dict(value)
-        self._append({"key": key, "value": dict(value)})
-
-    def _append(self, value: Any) -> None:
-        self._file.write(json_text(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -12,7 +12,8 @@ from typing import Any
 from genevolve_fast.agent.journal import JOURNAL, Sample
 from genevolve_fast.data.pool import pool_requests
 from genevolve_fast.data.published import IMAGE_PLACEHOLDER
-from genevolve_fast.data.steps import Step, StepError, close_step, file_hash, keep_picture, write_rows
+from genevolve_fast.data.steps import Step, StepError, close_step, keep_picture, write_rows
+from genevolve_fast.files import file_hash
 from genevolve_fast.trajectory import Message, Program, Reference, Request
 
 TABLE = "trajectories.jsonl"

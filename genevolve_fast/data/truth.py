@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,12 @@ import numpy as np
 from genevolve_fast.data.review import PictureReviewer, Review
 from genevolve_fast.data.rows import read_picture
 from genevolve_fast.data.sifting import keep_pictures
-from genevolve_fast.data.steps import Ledger, Step, close_step, file_hash, write_bytes, write_rows
+from genevolve_fast.data.steps import Step, close_step, write_rows
 from genevolve_fast.data.trajectories import Teaching
+from genevolve_fast.files import file_hash, write_bytes
+from genevolve_fast.net.pictures import png_bytes
 from genevolve_fast.protocols import Renderer, RenderError
+from genevolve_fast.resumable import Ledger
 from genevolve_fast.trajectory import InvariantError, safe_name
 
 TABLE = "truth.jsonl"
@@ -78,7 +80,7 @@ async def draw_truth(
         pixels = [read_picture(source.picture(r.local_path, r.sha256)) for r in t.program.reference_images]
         drawn = await asyncio.wait_for(renderer.render(t.program, pixels, picture_seed(seed, t.id)), timeout_s)
         name = f"{PICTURES}/{safe_name(t.id)}.png"
-        write_bytes(folder / name, _png(drawn))
+        write_bytes(folder / name, png_bytes(drawn))
         out.pictures[t.id] = name, file_hash(folder / name)
         ledger.add(f"picture/{t.id}", {"file": name, "sha256": out.pictures[t.id][1]})
         return drawn
@@ -101,14 +103,6 @@ async def draw_truth(
 def picture_seed(seed: int, id_: str) -> int:
     """The renderer's seed for a request: 31 bits that depend on (seed, id) only."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{id_}".encode(), digest_size=4).digest(), "big") >> 1
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="PNG")
-    return out.getvalue()
 
 
 def write_truth(

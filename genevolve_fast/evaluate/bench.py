@@ -11,9 +11,9 @@ import numpy as np
 
 from genevolve_fast.agent.results import to_row, write_results
 from genevolve_fast.agent.session import SessionSettings
+from genevolve_fast.files import write_text
 from genevolve_fast.protocols import Codec, Engine, World
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
-from genevolve_fast.train.run import write_atomic
 from genevolve_fast.trajectory import Judged, Request, Trajectory, safe_name
 
 DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics")
@@ -178,7 +178,7 @@ def save_bench(bench: Bench, requests: Sequence[Request], folder: Path) -> None:
         rows.append(row)
     write_results(folder / "results.json", rows)
     data = {"name": bench.name, "summary": bench.summary(), "rows": [asdict(r) for r in bench.rows]}
-    write_atomic(folder / "bench.json", json.dumps(data, indent=1))
+    write_text(folder / "bench.json", json.dumps(data, indent=1))
 
 
 def save_truth(requests: Sequence[Request], world: World, folder: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from genevolve_fast.data.published import request_of
-from genevolve_fast.evaluate.ledger import Judging, Ledger, judge_all
+from genevolve_fast.evaluate.judging import Judging, file_digest, key_of, outcome, read_pixels
 from genevolve_fast.evaluate.score_files import (
     FIELDS,
     NOT_EVALUATED,
@@ -27,14 +24,12 @@ from genevolve_fast.evaluate.score_files import (
     truth_path,
     write_score_files,
 )
-from genevolve_fast.net.pictures import decode_image
-from genevolve_fast.net.web import FetchError
-from genevolve_fast.protocols import ImageJudge, JudgeError, ProgramJudge
+from genevolve_fast.protocols import ImageJudge, ProgramJudge
+from genevolve_fast.resumable import Ledger, work_off
 from genevolve_fast.trajectory import Program, Reference, Request
 
 LEDGER = "scores.jsonl"
 _MAX_SIDE = 4096
-_MAX_PIXELS = 100_000_000
 _OF_THE_RESULT = {  # what the agent and the renderer made of the request: no judge of pictures may read it
     *("gen_prompt", "reference_images", "messages", "termination", "rounds", "error"),
     *("output_path", "image_path", "success", "image_status", "render_error", "eval_success", "scores"),
@@ -74,7 +69,7 @@ class Scoring:
         self.rows, self.folder, self.roots = rows, folder, roots
         self.errors: dict[int, str] = {}
         self.items = [item for i, row in enumerate(rows) for item in self._items(i, row, programs)]
-        self.ledger = Ledger(folder / LEDGER, settings, fresh)
+        self.ledger = Ledger(folder / LEDGER, settings, "judgement", fresh)
         self.adopted = 0 if fresh else self._adopt()
 
     def todo(self) -> list[Item]:
@@ -91,21 +86,19 @@ class Scoring:
     ) -> Judging:
         """Judge what is left. Failed judgements stay out of the ledger, so that the next run asks again."""
 
-        async def one(item: Item) -> tuple[str | None, str]:
-            try:
-                line = await _verdict(item, image_judge, program_judge)
-            except (JudgeError, FetchError) as error:
-                kind, why = error.kind, str(error)
-            except Exception as error:  # one row's bug must not end the others
-                kind, why = "other", f"{type(error).__name__}: {error}"
-            else:
-                self.ledger.add(item.key, {"position": item.position, "kind": item.kind} | line)
-                return None, ""
-            if item.kind == "image":
-                self.errors[item.position] = why
-            return kind, why
+        async def judge(item: Item) -> None:
+            line = await _verdict(item, image_judge, program_judge)
+            self.ledger.add(item.key, {"position": item.position, "kind": item.kind} | line)
 
-        return await judge_all(self.todo(), one, parallel=parallel, progress=progress)
+        async def one(item: Item) -> tuple[str, str]:
+            end, why = await outcome(judge(item))
+            if why and item.kind == "image":
+                self.errors[item.position] = why
+            return end, why
+
+        counts = Judging()
+        await work_off(self.todo(), one, counts, parallel=parallel, progress=lambda: progress(counts))
+        return counts
 
     def verdicts(self, kind: str) -> dict[int, dict[str, Any]]:
         """Ledger lines ("scores" or "program_score", and "diagnostics") of judged rows by position."""
@@ -137,11 +130,11 @@ class Scoring:
         out = []
         picture, truth = picture_path(row, self.roots), truth_path(row, self.roots)
         if rendered(row, self.roots) and picture and truth:
-            key = _key("image", request.id, prompt, _digest(picture), _digest(truth))
+            key = key_of("image", request.id, prompt, file_digest(picture), file_digest(truth))
             out.append(Item(position, "image", key, request, picture, truth))
         if programs and isinstance(row.get("gen_prompt"), str) and row["gen_prompt"].strip():
             program = _program(row)
-            key = _key("program", request.id, prompt, repr(program))
+            key = key_of("program", request.id, prompt, repr(program))
             out.append(Item(position, "program", key, request, program=program))
         return out
 
@@ -170,19 +163,11 @@ async def _verdict(item: Item, image_judge: ImageJudge, program_judge: ProgramJu
         verdict = await program_judge.judge(item.request, item.program)
         out = {"program_score": verdict.score, "rationale": verdict.rationale}
     else:
-        verdict = await image_judge.judge(item.request, _pixels(item.picture), _pixels(item.truth))
+        verdict = await image_judge.judge(
+            item.request, *(read_pixels(p, _MAX_SIDE) for p in (item.picture, item.truth))
+        )
         out = {"scores": scores_of(verdict)}
     return out | {"diagnostics": [asdict(d) for d in verdict.diagnostics]}
-
-
-def _pixels(path: Path) -> np.ndarray:
-    """uint8 [h, w, 3]. Raises FetchError where the file is no picture."""
-    try:
-        return decode_image(path.read_bytes(), _MAX_PIXELS, _MAX_SIDE).pixels
-    except FetchError as error:
-        raise FetchError(f"{path.name} is no picture to judge: {error}", error.kind) from None
-    except OSError as error:
-        raise FetchError(f"{path.name} cannot be read: {error.strerror}", "other") from None
 
 
 def _program(row: Mapping[str, Any]) -> Program:
@@ -194,14 +179,3 @@ def _program(row: Mapping[str, Any]) -> Program:
 
 def _same(row: Mapping[str, Any], position: int) -> tuple:
     return row_id(row, position), prompt_of(row), row.get("output_path") or row.get("image_path")
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:  # told when it is judged
-        return ""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genevolve_fast.evaluate.ledger import EvaluateError, replace_file
+from genevolve_fast.files import write_text
 from genevolve_fast.protocols import ImageVerdict
+from genevolve_fast.resumable import read_objects
 from genevolve_fast.trajectory import json_text
 
 DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics")
@@ -36,19 +36,8 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results.json (or results_eval.json, without its summaries). Raises EvaluateError naming the bad row."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvaluateError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise EvaluateError(f"{path} is not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise EvaluateError(f"{path} must hold a list of rows")
-    for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise EvaluateError(f"{path}, row {n} is no object")
-    return [row for row in rows if "summary_type" not in row]
+    """Rows of a results.json (or results_eval.json, without its summaries). Raises BatchError naming the bad row."""
+    return [row for row in read_objects(path) if "summary_type" not in row]
 
 
 def row_id(row: Row, position: int) -> str:
@@ -247,8 +236,8 @@ def write_score_files(
 ) -> dict[str, Any]:
     """Write the three files of judged and failed `rows` into `folder`; returns what summary.json holds."""
     folder = folder.resolve()
-    replace_file(folder / "results_eval.json", json_text(evaluated(rows), indent=2))
+    write_text(folder / "results_eval.json", json_text(evaluated(rows), indent=2))
     made = summary(rows, folder / "results_eval.json", total_cases, roots)
-    replace_file(folder / "summary.json", json_text(made, indent=2))
-    replace_file(folder / "summary.csv", summary_csv(made))
+    write_text(folder / "summary.json", json_text(made, indent=2))
+    write_text(folder / "summary.csv", summary_csv(made))
     return made

@@ -11,6 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from genevolve_fast.files import write_text
+
 DEFAULT_FILE = Path("benchmarks/results/scoreboard.json")
 
 # id -> (unit, comparison, target); no comparison: recorded without a target
@@ -102,11 +104,7 @@ def record(
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Write to a temporary file beside `file` and rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(data, indent=1) + "\n")
 
 
 def load(file: Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]:

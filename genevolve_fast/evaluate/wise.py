@@ -6,27 +6,30 @@ Two protocols, as published: `original` (consistency, realism, aesthetic quality
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genevolve_fast.evaluate.ledger import EvaluateError, Judging, Ledger, judge_all, replace_file
+from genevolve_fast.evaluate.judging import Judging, file_digest, key_of, outcome, read_pixels
 from genevolve_fast.evaluate.published import PublishedRow, beside
+from genevolve_fast.files import write_text
+from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.asking import JsonChat, Lane, NoAnswer, Question
 from genevolve_fast.net.chat import ChatEndpoint
-from genevolve_fast.net.pictures import data_url, decode_image
-from genevolve_fast.net.web import FetchError
-from genevolve_fast.protocols import EngineError, JudgeError, Sampling
-from genevolve_fast.trajectory import json_text
+from genevolve_fast.net.pictures import data_url
+from genevolve_fast.net.replies import ReplyError
+from genevolve_fast.protocols import JudgeError, Sampling
+from genevolve_fast.resumable import BatchError, Ledger, read_objects, work_off
+from genevolve_fast.trajectory import image_hash, json_text
 
 LEDGER = "wise.jsonl"
 _SAMPLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=2048)
-_MAX_PIXELS = 100_000_000
 _MAX_SIDE = 1024
 _THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
 
@@ -148,7 +151,7 @@ class WisePrompt:
 
 
 def read_prompts(path: Path, protocol: str | None = None) -> tuple[Protocol, list[WisePrompt]]:
-    """(protocol, prompts by id) of a data folder or file as published. Raises EvaluateError naming the bad row.
+    """(protocol, prompts by id) of a data folder or file as published. Raises BatchError naming the bad row.
 
     A folder's *_rewrite.json and merge.json repeat its other files and are left out. Without `protocol`, files named
     *_verified.json are graded by the verified one.
@@ -158,42 +161,28 @@ def read_prompts(path: Path, protocol: str | None = None) -> tuple[Protocol, lis
     else:
         files = [path]
     if not files:
-        raise EvaluateError(f"{path} holds no WISE data: cultural_common_sense.json and the others of its data folder")
+        raise BatchError(f"{path} holds no WISE data: cultural_common_sense.json and the others of its data folder")
     verified = any(f.stem.endswith("_verified") for f in files)
     chosen = PROTOCOLS[protocol or ("verified" if verified else "original")]
     prompts: dict[int, WisePrompt] = {}
     for file in files:
-        for n, row in enumerate(_rows(file), 1):
+        for n, row in enumerate(read_objects(file), 1):
             made = _prompt(row, file, f"{file}, row {n}", chosen)
             if made.prompt_id in prompts:
-                raise EvaluateError(
+                raise BatchError(
                     f"{file}, row {n}: prompt_id {made.prompt_id} is taken by {prompts[made.prompt_id].file}"
                 )
             prompts[made.prompt_id] = made
     return chosen, [prompts[i] for i in sorted(prompts)]
 
 
-def _rows(file: Path) -> list[Any]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvaluateError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise EvaluateError(f"{file} is not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise EvaluateError(f"{file} must hold a list of prompts")
-    return rows
-
-
-def _prompt(row: Any, file: Path, where: str, protocol: Protocol) -> WisePrompt:
-    if not isinstance(row, dict):
-        raise EvaluateError(f"{where} is no object")
+def _prompt(row: Mapping[str, Any], file: Path, where: str, protocol: Protocol) -> WisePrompt:
     number = row.get("prompt_id")
     if not isinstance(number, int) or protocol.category(number) is None:
-        raise EvaluateError(f"{where}: prompt_id {number!r} is of no category")
+        raise BatchError(f"{where}: prompt_id {number!r} is of no category")
     for name in ("Prompt", "Explanation"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise EvaluateError(f"{where} has no {name}")
+            raise BatchError(f"{where} has no {name}")
     stem = file.stem.removesuffix("_verified")
     return WisePrompt(number, row["Prompt"].strip(), row["Explanation"].strip(), str(row.get("Subcategory", "")), stem)
 
@@ -202,49 +191,64 @@ def _prompt(row: Any, file: Path, where: str, protocol: Protocol) -> WisePrompt:
 
 
 class WiseJudge:
-    """Grades over a chat endpoint; a reply that holds no grades is asked for again, saying what was wrong with it."""
+    """Grades by a model; a reply that holds no grades is asked for again, saying what was wrong with it."""
 
-    def __init__(self, endpoint: ChatEndpoint, protocol: Protocol, reasks: int = 2) -> None:
-        self.endpoint, self.protocol, self.reasks = endpoint, protocol, reasks
+    def __init__(self, chat: JsonChat, protocol: Protocol) -> None:
+        self._chat, self._protocol = chat, protocol
 
     async def judge(self, prompt: WisePrompt, pixels: np.ndarray) -> tuple[dict[str, float], str]:
         """(grades, the reply) for uint8 [h, w, 3]. Raises JudgeError."""
-        text = self.protocol.rubric.format(prompt=prompt.prompt, explanation=prompt.explanation)
-        picture = {"type": "image_url", "image_url": {"url": data_url(pixels)}}
-        messages: list[dict[str, Any]] = [
-            {"role": "system", "content": _SYSTEM},
-            {"role": "user", "content": [{"type": "text", "text": text}, picture]},
-        ]
-        wrong = ""
-        for _ in range(self.reasks + 1):
-            try:
-                reply = (await self.endpoint.complete(messages, _SAMPLING)).text
-            except EngineError as error:
-                raise JudgeError(str(error), error.kind) from None
-            grades, wrong = read_grades(reply, self.protocol)
-            if grades is not None:
-                return grades, reply
-            self.endpoint.incidents.note(self.endpoint.source, "bad_response")
-            told = f"This cannot be used: {wrong}. Answer again, with the JSON object alone."
-            messages = [*messages[:2], {"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        raise JudgeError(f"no grades in {self.reasks + 1} replies: {wrong}", "bad_response")
+        protocol = self._protocol
+        text = protocol.rubric.format(prompt=prompt.prompt, explanation=prompt.explanation)
+
+        def messages() -> list[dict[str, Any]]:
+            picture = {"type": "image_url", "image_url": {"url": data_url(pixels)}}
+            shown = [{"type": "text", "text": text}, picture]
+            return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": shown}]
+
+        question = Question(
+            identity={"text": text, "picture": image_hash(pixels)},
+            messages=messages,
+            name="grades",
+            schema={},
+            keys=protocol.grades,
+            spelt=protocol.grades,
+            check=lambda values, final: dict(values),
+            read=lambda reply: {"grades": read_grades(reply, protocol), "reply": reply},
+        )
+        try:
+            said = await self._chat.ask(question)
+        except NoAnswer as error:
+            raise JudgeError(str(error), error.kind) from None
+        return said["grades"], said["reply"]
 
 
-def read_grades(reply: str, protocol: Protocol) -> tuple[dict[str, float] | None, str]:
-    """(grades, "") of a reply: a JSON object, or a line `Name: grade` each; (None, what is wrong) otherwise."""
+def open_wise_chat(model: str, base_url: str, api_key: str, parallel: int, incidents: Incidents) -> JsonChat:
+    """A judge for WiseJudge; failures are counted as "wise_judge/<kind>"."""
+
+    def endpoint(limiter: AbstractAsyncContextManager | None) -> ChatEndpoint:
+        options = {"patience_s": 120.0, "incidents": incidents, "source": "wise_judge", "limiter": limiter}
+        return ChatEndpoint(model, base_url, api_key, **options)
+
+    lane = Lane(parallel)
+    return JsonChat(model, endpoint, lane, incidents, source="wise_judge", sampling=_SAMPLING, json_schema=False)
+
+
+def read_grades(reply: str, protocol: Protocol) -> dict[str, float]:
+    """The grades of a reply: a JSON object, or a line `Name: grade` each. Raises ReplyError."""
     text = _THOUGHT.sub("", reply)
     found = _object(text) if "{" in text else _lines(text, protocol)
     if found is None:
-        return None, "there is no JSON object in it"
+        raise ReplyError("there is no JSON object in it")
     grades = {}
     for name in protocol.grades:
         value = found.get(name)
         if isinstance(value, str) and re.fullmatch(r"\d(\.0)?", value.strip()):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(protocol.top + 1):
-            return None, f"{name} must be a whole number from 0 to {protocol.top}"
+            raise ReplyError(f"{name} must be a whole number from 0 to {protocol.top}")
         grades[name] = float(value)
-    return grades, ""
+    return grades
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -297,7 +301,7 @@ class WiseScoring:
         self.protocol, self.prompts, self.folder = protocol, prompts, folder
         self.pictures = {p.prompt_id: pictures[p.prompt_id] for p in prompts if p.prompt_id in pictures}
         self._keys = {p.prompt_id: self._key(p) for p in prompts if p.prompt_id in self.pictures}
-        self.ledger = Ledger(folder / LEDGER, {"judge": judge, "protocol": protocol.name}, fresh)
+        self.ledger = Ledger(folder / LEDGER, {"judge": judge, "protocol": protocol.name}, "judgement", fresh)
 
     def todo(self) -> list[WisePrompt]:
         """Prompts with a picture and no grades yet."""
@@ -310,22 +314,17 @@ class WiseScoring:
     ) -> Judging:
         """Judge what is left; what fails is asked again by the next run, and is never a 0."""
 
-        async def one(prompt: WisePrompt) -> tuple[str | None, str]:
-            try:
-                data = self.pictures[prompt.prompt_id].read_bytes()
-                pixels = decode_image(data, _MAX_PIXELS, _MAX_SIDE).pixels
-                scores, reply = await judge.judge(prompt, pixels)
-            except (JudgeError, FetchError) as error:
-                return error.kind, f"prompt {prompt.prompt_id}: {error}" if isinstance(error, FetchError) else str(
-                    error
-                )
-            except Exception as error:  # one picture's bug must not end the others
-                return "other", f"{type(error).__name__}: {error}"
+        async def grade(prompt: WisePrompt) -> None:
+            pixels = read_pixels(self.pictures[prompt.prompt_id], _MAX_SIDE)
+            scores, reply = await judge.judge(prompt, pixels)
             line = {"prompt_id": prompt.prompt_id, "scores": scores, "evaluation": reply}
             self.ledger.add(self._keys[prompt.prompt_id], line)
-            return None, ""
 
-        return await judge_all(self.todo(), one, parallel=parallel, progress=progress)
+        counts = Judging()
+        await work_off(
+            self.todo(), lambda p: outcome(grade(p)), counts, parallel=parallel, progress=lambda: progress(counts)
+        )
+        return counts
 
     def graded(self) -> list[Graded]:
         out = []
@@ -351,20 +350,16 @@ class WiseScoring:
                 for g in mine
             ]
             written.append(self.folder / f"{stem}_scores_results.jsonl")
-            replace_file(written[-1], "".join(json_text(line) + "\n" for line in lines))
-            replace_file(self.folder / f"{stem}_full_results.json", json_text(full, indent=2))
+            write_text(written[-1], "".join(json_text(line) + "\n" for line in lines))
+            write_text(self.folder / f"{stem}_full_results.json", json_text(full, indent=2))
         return written
 
     def close(self) -> None:
         self.ledger.close()
 
     def _key(self, p: WisePrompt) -> str:
-        try:
-            picture = hashlib.sha256(self.pictures[p.prompt_id].read_bytes()).hexdigest()
-        except OSError:  # told when it is judged
-            picture = ""
-        parts = (self.protocol.name, str(p.prompt_id), p.prompt, p.explanation, picture)
-        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        picture = file_digest(self.pictures[p.prompt_id])
+        return key_of(self.protocol.name, str(p.prompt_id), p.prompt, p.explanation, picture)
 
 
 def pictures_in(folder: Path, prompts: Sequence[WisePrompt]) -> dict[int, Path]:
@@ -374,29 +369,29 @@ def pictures_in(folder: Path, prompts: Sequence[WisePrompt]) -> dict[int, Path]:
 
 
 def read_scores(files: Sequence[Path], protocol: Protocol) -> dict[int, dict[str, float]]:
-    """Grades by prompt_id of score files, ours or the published ones. Raises EvaluateError naming the bad line."""
+    """Grades by prompt_id of score files, ours or the published ones. Raises BatchError naming the bad line."""
     out: dict[int, dict[str, float]] = {}
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise EvaluateError(f"{file} cannot be read: {error.strerror}") from None
+            raise BatchError(f"{file} cannot be read: {error.strerror}") from None
         for n, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError:
-                raise EvaluateError(f"{file}, line {n} is not JSON") from None
+                raise BatchError(f"{file}, line {n} is not JSON") from None
             number = row.get("prompt_id") if isinstance(row, dict) else None
             if not isinstance(number, int) or protocol.category(number) is None:
-                raise EvaluateError(f"{file}, line {n}: prompt_id {number!r} is of no category")
+                raise BatchError(f"{file}, line {n}: prompt_id {number!r} is of no category")
             scores = {name: row.get(name) for name in protocol.grades}
             for name, value in scores.items():
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= protocol.top:
-                    raise EvaluateError(f"{file}, line {n}: {name} {value!r} is not from 0 to {protocol.top}")
+                    raise BatchError(f"{file}, line {n}: {name} {value!r} is not from 0 to {protocol.top}")
             if number in out:
-                raise EvaluateError(f"{file}, line {n}: prompt_id {number} is scored twice")
+                raise BatchError(f"{file}, line {n}: prompt_id {number} is scored twice")
             out[number] = scores
     return out
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from genevolve_fast.files import write_text
 from genevolve_fast.protocols import Embedder, Experience
 
 
@@ -69,11 +69,7 @@ class ExperienceMemory:
             "similarity": self.similarity,
             "bundles": [asdict(b) for b in self.bundles],
         }
-        final = path.with_suffix(".json")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, final)
+        write_text(path.with_suffix(".json"), json.dumps(data, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path, embedder: Embedder, *, reembed: bool = False) -> ExperienceMemory:

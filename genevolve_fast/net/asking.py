@@ -35,7 +35,7 @@ class Question:
     the question's turn, since pictures are large. schema: the object's JSON schema, named `name`. keys: what tells the
     object from others; spelt: those whose value a repaired reply must spell out (net/replies.py). check: the object
     checked and normalised to JSON that it accepts itself; raises ReplyError. It is told whether there is no asking
-    again.
+    again. read: what makes the object of a reply in place of net/replies.py; raises ReplyError.
     """
 
     identity: Mapping[str, Any]
@@ -45,6 +45,7 @@ class Question:
     keys: Sequence[str]
     spelt: Sequence[str]
     check: Callable[[Mapping[str, Any], bool], dict[str, Any]]
+    read: Callable[[str], Mapping[str, Any]] | None = None
 
 
 class Lane:
@@ -148,9 +149,25 @@ class JsonChat:
         return completion
 
 
+async def ask_once(
+    endpoint: ChatEndpoint,
+    messages: Sequence[Mapping[str, Any]],
+    sampling: Sampling,
+    keys: Sequence[str],
+    spelt: Sequence[str] = (),
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The object with `keys` in a whole reply, without a second chance. Raises EngineError and ReplyError."""
+    said = await endpoint.complete(messages, sampling, seed)
+    if not said.ended:
+        raise ReplyError("the reply was cut off")
+    return read_object(said.text, keys, spelt)
+
+
 def _read(completion: Completion, question: Question, final: bool) -> dict[str, Any]:
     try:
-        values = read_object(completion.text, question.keys, question.spelt)
+        text = completion.text
+        values = question.read(text) if question.read else read_object(text, question.keys, question.spelt)
         return question.check(values, final)
     except ReplyError as error:
         if completion.ended:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
+from genevolve_fast.files import write_bytes
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.net.harmless import readable
 from genevolve_fast.net.web import FetchError, PerLoop
@@ -146,7 +146,4 @@ def write_once(path: Path, data: bytes) -> None:
     """Write a file whose name says its content, atomically; one that holds it already is left alone."""
     if path.exists() and path.read_bytes() == data:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_bytes(path, data)

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genevolve_fast.files import file_hash, write_bytes, write_text
 from genevolve_fast.net.harmless import one_line
 from genevolve_fast.net.pictures import png_bytes
 from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.render.endpoints import off_loop
 from genevolve_fast.render.rows import Row, RowError, drawn, not_drawn, program_of, read_references, read_rows
 from genevolve_fast.render.service_client import refusal
-from genevolve_fast.resumable import (
-    BatchError,
-    Log,
-    changes,
-    ended_by_signals,
-    now_and_then,
-    write_bytes,
-    write_text,
-)
+from genevolve_fast.resumable import BatchError, Log, Tally, changes, now_and_then, work_off
 from genevolve_fast.trajectory import json_text
 
 JOURNAL = "renders.jsonl"
 RESULTS = "results.json"
 PICTURES = "images"
 _HEADER = "genevolve_fast_renders"
-_GIVE_UP_AFTER = 3  # rows, or as many as are drawn at a time
-_HOPELESS = ("render/connect", "render/client_error")
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
@@ -104,7 +94,7 @@ class Gallery:
             return None
         path = self.folder / line["file"]
         try:
-            same = hashlib.sha256(path.read_bytes()).hexdigest() == line.get("sha256")
+            same = file_hash(path) == line.get("sha256")
         except (OSError, ValueError):
             return None
         return path if same and path.parent == self.folder / PICTURES else None
@@ -129,7 +119,7 @@ class Gallery:
             # The released script lets rows that share an id overwrite one file: nobody knows whose picture it is.
             if row.fields.get("success") is True and file and files[file] == 1 and picture.is_file():
                 line = {"digest": row.digest, "file": f"{PICTURES}/{file}"}
-                adopted[row.name] = line | {"sha256": hashlib.sha256(picture.read_bytes()).hexdigest()}
+                adopted[row.name] = line | {"sha256": file_hash(picture)}
         return adopted
 
     @property
@@ -170,44 +160,18 @@ def _file_of(row: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Batch:
-    """Counts of one `render_batch`: `ends` over all rows ("drawn", or the failure); `stopped` why early."""
+class Batch(Tally):
+    """Counts of one `render_batch`; `ends` are over all rows: "drawn", or the failure."""
 
-    ends: Counter[str] = field(default_factory=Counter)
+    good = "drawn"
+    hopeless = ("render/connect", "render/client_error")
+
     rendered: int = 0  # pictures of this run
-    seconds: float = 0.0
-    stopped: str = ""
-    signal: int | None = None
-    reasons: dict[str, str] = field(default_factory=dict)  # of `ends`: the first error of each
-    refusals: list[str] = field(default_factory=list)  # the same one, row after row
-
-    @property
-    def drawn(self) -> int:
-        return self.ends["drawn"]
-
-    def add(self, end: str, error: str, parallel: int) -> None:
-        """Count a row; too many of the same refusal stop the batch, because waiting would not help."""
-        self.ends[end] += 1
-        if end == "drawn":
-            self.rendered += 1
-        else:
-            self.reasons.setdefault(end, error)
-        if end not in _HOPELESS:
-            self.refusals = []
-        elif self.refusals[:1] == [error]:
-            self.refusals.append(error)
-        else:
-            self.refusals = [error]
-        if len(self.refusals) == max(_GIVE_UP_AFTER, parallel):
-            self.stopped = f"the last {len(self.refusals)} rows failed alike: {error}"
 
     def line(self) -> str:
         """One line: n drawn, n failed by type, seconds, pictures a minute."""
-        failed = {end: n for end, n in sorted(self.ends.items()) if end != "drawn"}
-        kinds = ", ".join(f"{end} {n}" for end, n in failed.items())
         speed = f", {60 * self.rendered / self.seconds:.0f} pictures/min" if self.rendered and self.seconds else ""
-        failures = f"{sum(failed.values())} failed{f' ({kinds})' if kinds else ''}"
-        return f"{self.drawn} drawn, {failures}, {self.seconds:.1f} s{speed}"
+        return f"{self.succeeded} drawn, {self.failures()}, {self.seconds:.1f} s{speed}"
 
 
 async def render_batch(
@@ -219,7 +183,7 @@ async def render_batch(
     parallel: int = 1,
     draw_request: bool = False,
     bases: Sequence[Path] = (Path(),),
-    progress: Callable[[Counter[str]], None] = lambda ends: None,
+    progress: Callable[[Batch], None] = lambda batch: None,
 ) -> Batch:
     """Draw what has no picture yet, `parallel` at a time. SIGINT and SIGTERM end it with every finished row written.
 
@@ -228,49 +192,37 @@ async def render_batch(
     """
     done = gallery.done
     batch = Batch(Counter({"drawn": len(done)} if done else {}))
-    progress(batch.ends)
-    todo = iter([row for row in rows if row.name not in done])
+    progress(batch)
     save = now_and_then(lambda: gallery.write_results(rows))
-    started = time.monotonic()
 
-    async def worker() -> None:
-        for row in todo:
-            if batch.stopped:
-                return
-            began, error, end = time.monotonic(), "", "drawn"
-            try:
-                png = await _draw(row, renderer, seed, draw_request, bases)
-                await gallery.add(row, png, time.monotonic() - began)
-            except RowError as reason:
-                error, end = str(reason), reason.failure
-            except RenderError as reason:
-                error, end = str(reason), f"render/{reason.kind}"
-            except BatchError:
-                raise
-            except Exception as reason:  # one row's bug must not end the others
-                error, end = f"{type(reason).__name__}: {reason}", "render/other"
-            if error:
-                gallery.add_failure(row, one_line(error, 500), end)
-            batch.add(end, error, parallel)
-            progress(batch.ends)
-            save()
-
-    def end_by(number: int) -> None:
-        batch.signal, batch.stopped = number, signal.Signals(number).name
-
-    tasks = [asyncio.create_task(worker()) for _ in range(parallel)]
-    with ended_by_signals(tasks, end_by):
+    async def draw(row: Row) -> tuple[str, str]:
+        began = time.monotonic()
         try:
-            await asyncio.gather(*tasks)
-        except asyncio.CancelledError:
-            if batch.signal is None:
-                raise
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            gallery.write_results(rows)
-    batch.seconds = time.monotonic() - started
+            png = await _draw(row, renderer, seed, draw_request, bases)
+            await gallery.add(row, png, time.monotonic() - began)
+        except RowError as reason:
+            error, end = str(reason), reason.failure
+        except RenderError as reason:
+            error, end = str(reason), f"render/{reason.kind}"
+        except BatchError:
+            raise
+        except Exception as reason:  # one row's bug must not end the others
+            error, end = f"{type(reason).__name__}: {reason}", "render/other"
+        else:
+            batch.rendered += 1
+            return "drawn", ""
+        gallery.add_failure(row, one_line(error, 500), end)
+        return end, error
+
+    def after() -> None:
+        progress(batch)
+        save()
+
+    try:
+        todo = [row for row in rows if row.name not in done]
+        await work_off(todo, draw, batch, parallel=parallel, progress=after)
+    finally:
+        gallery.write_results(rows)
     return batch
 
 

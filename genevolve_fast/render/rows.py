@@ -14,7 +14,7 @@ import numpy as np
 
 from genevolve_fast.net.pictures import decode_image
 from genevolve_fast.net.web import FetchError
-from genevolve_fast.resumable import BatchError, parse_json
+from genevolve_fast.resumable import read_objects
 from genevolve_fast.trajectory import Program, Reference, safe_name
 
 MAX_FILE_BYTES = 64 << 20  # of a reference picture
@@ -42,19 +42,9 @@ class RowError(ValueError):
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a results.json. Rows that share an id get pictures of their own. Raises BatchError."""
-    try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"), str(path))
-    except UnicodeDecodeError as error:
-        raise BatchError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(rows, list):
-        raise BatchError(f"{path} is not a list of rows")
     taken: Counter[str] = Counter()
     read = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise BatchError(f"{path}, row {i + 1}: a row must be a JSON object, not {type(row).__name__}")
+    for row in read_objects(path):
         name = safe_name(str(row.get("id", "unknown")))
         taken[name] += 1
         if taken[name] > 1:

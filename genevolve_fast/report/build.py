@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from genevolve_fast.files import write_text
 from genevolve_fast.report.records import StepRecord, read_step
 from genevolve_fast.trajectory import Failed, Judged, Trajectory, load, safe_name
 
@@ -44,9 +45,7 @@ def build_report(folder: Path, decode: Decode) -> Path:
     template = (resources.files("genevolve_fast.report") / "template.html").read_text(encoding="utf-8")
     payload = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     path = folder / "report.html"
-    partial = path.with_suffix(".html.tmp")
-    partial.write_text(template.replace("__DATA__", payload).replace("__TITLE__", folder.name), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, template.replace("__DATA__", payload).replace("__TITLE__", folder.name))
     return path
 
 

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from genevolve_fast.files import write_text
 from genevolve_fast.net.pictures import decode_image
 from genevolve_fast.net.web import FetchError
 from genevolve_fast.report.build import ReportError
@@ -103,10 +104,7 @@ def build_comparison(a: Side, b: Side, out: Path, interval: Callable[[Sequence[f
     template = (resources.files("genevolve_fast.report") / "compare.html").read_text(encoding="utf-8")
     title = html.escape(" · ".join(data["names"]))
     payload = json_text(_plain(data)).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    partial.write_text(template.replace("__TITLE__", title).replace("__DATA__", payload), encoding="utf-8")
-    os.replace(partial, out)
+    write_text(out, template.replace("__TITLE__", title).replace("__DATA__", payload))
     return out
 
 

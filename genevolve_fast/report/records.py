@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from genevolve_fast.files import replacing
 from genevolve_fast.protocols import Experience
 from genevolve_fast.trajectory import Trajectory
 
@@ -46,12 +46,8 @@ def write_step(
             arrays[f"selected/{i}"] = trace.selected
     index = {"ids": [t.id for t in trajectories], "experiences": {g: e.slots() for g, e in experiences.items()}}
     arrays["index"] = np.array(json.dumps(index))
-    path = record_path(folder, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as f:
+    with replacing(record_path(folder, step)) as partial, partial.open("wb") as f:
         np.savez_compressed(f, **arrays)
-    os.replace(partial, path)
 
 
 def read_step(folder: Path, step: int) -> StepRecord | None:

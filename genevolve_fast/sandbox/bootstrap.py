@@ -12,6 +12,7 @@ from genevolve_fast.agent.protocol import APPLY_GUIDANCE, FINAL_STEP, TOO_LONG, 
 from genevolve_fast.agent.session import SessionSettings
 from genevolve_fast.data.demonstrations import demonstrate, write_sft
 from genevolve_fast.data.rows import read_jsonl
+from genevolve_fast.files import replacing
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import Codec, Experience
@@ -98,14 +99,12 @@ def write_recitations(folder: Path, *, count: int, seed: int) -> Path:
     """
     random = np.random.default_rng((seed, 2))
     path = folder / "recitations.jsonl"
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8") as f:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as f:
         for _ in range(count):
             chosen = random.permutation(len(_WORDS))[: int(random.integers(8, 51))]
             text = f"Repeat: {' '.join(_WORDS[i] for i in chosen)}."
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
             f.write(json.dumps({"messages": messages}) + "\n")
-    partial.replace(path)
     return path
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -15,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from genevolve_fast.agent.tools import ToolsConfig
 from genevolve_fast.data.config import DataConfig
 from genevolve_fast.experience.config import EmbedderConfig, SummarizerConfig
+from genevolve_fast.fields import FieldError, set_fields, wrong_fields
 from genevolve_fast.ops.objective import Objective
 from genevolve_fast.policy.visits import TILE_ROWS
 from genevolve_fast.render.config import RendererConfig
@@ -306,6 +304,13 @@ class SftDataConfig(_Section):
     experience_share: float = Field(0.3, ge=0, le=1, description="Share of them that carry an experience and obey it")
     recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
+    strict: bool = Field(True, description="Refuse the first bad row; false: leave bad rows out and count them")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> SftDataConfig:
+        if self.path == "sandbox:demonstrations" and not self.strict:
+            raise ValueError("strict false with path 'sandbox:demonstrations' would do nothing: no row of it is bad")
+        return self
 
 
 class SftConfig(_Section):
@@ -359,15 +364,6 @@ def _plain(section: type[BaseModel], name: str) -> Any:
     return section.model_fields[name].get_default(call_default_factory=True)
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        data = data.setdefault(name, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"{dotted}: {name} is not a section")
-    data[last] = value
-
-
 def load_config(cls: type[C], path: str | Path | None, overrides: list[str] | None = None) -> C:
     """Read YAML at `path`, apply `section.field=value` overrides (values in YAML). Raises ConfigError."""
     data: Any = {}
@@ -378,24 +374,11 @@ def load_config(cls: type[C], path: str | Path | None, overrides: list[str] | No
             raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of fields")
-    for override in overrides or []:
-        name, sep, value = override.partition("=")
-        if not sep:
-            raise ConfigError(f"override {override!r} is not of the form section.field=value")
-        try:
-            _set(data, name.strip(), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ConfigError(f"override of {name.strip()}: its value is not YAML") from None
+    try:
+        set_fields(data, overrides or (), "--set")
+    except FieldError as error:
+        raise ConfigError(str(error)) from None
     return parse_config(cls, data, str(path or "config"))
-
-
-def wrong_fields(error: ValidationError) -> list[str]:
-    """`field: what is wrong`, without pydantic's own words around a message of ours."""
-    found = []
-    for e in error.errors():
-        told = "there is no such field" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, ")
-        found.append(f"{'.'.join(map(str, e['loc'])) or '(combination)'}: {told}")
-    return found
 
 
 def parse_config(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
@@ -407,18 +390,3 @@ def parse_config(cls: type[C], data: dict[str, Any], where: str = "config") -> C
         raise ConfigError("\n".join([f"{where} cannot be used:", *lines])) from error
     except (TypeError, ValueError) as error:  # Objective refuses its own fields
         raise ConfigError(f"{where} cannot be used: {error}") from error
-
-
-def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(dotted field, default, description) of every field, sections expanded; a dataclass by its comments."""
-    rows = []
-    for name, info in cls.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            rows += describe(type(default), f"{prefix}{name}.")
-        elif is_dataclass(default):
-            comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(type(default)), re.M))
-            rows += [(f"{prefix}{name}.{f.name}", f.default, comments.get(f.name, "")) for f in fields(default)]
-        else:
-            rows.append((prefix + name, default, info.description or ""))
-    return rows

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genevolve_fast.files import write_text
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.profile.flops import SHARED, GroupLengths, Passes, Pushed, gpu_named, pushed, step_flops
 from genevolve_fast.profile.meter import Inline, Meter, Report, snapshot
@@ -25,7 +26,7 @@ from genevolve_fast.train.evolve import new_memory
 from genevolve_fast.train.fits import settings_of
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import other_weights, prepare
-from genevolve_fast.train.run import RunError, write_atomic
+from genevolve_fast.train.run import RunError
 from genevolve_fast.train.single import sample_step
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded
 from genevolve_fast.trajectory import Request
@@ -215,5 +216,5 @@ def _prompt(rollout: TrainingRollout) -> int:
 
 def write_profile(folder: Path, made: Profiled, title: str) -> None:
     """profile.json and timeline.svg in `folder`, each written whole or not at all."""
-    write_atomic(folder / "profile.json", json.dumps(made.as_dict(), indent=1))
-    write_atomic(folder / "timeline.svg", draw(made.report, title))
+    write_text(folder / "profile.json", json.dumps(made.as_dict(), indent=1))
+    write_text(folder / "timeline.svg", draw(made.report, title))

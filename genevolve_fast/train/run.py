@@ -17,17 +17,11 @@ import yaml
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from genevolve_fast.files import write_text
+
 
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says what to do."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -68,7 +62,7 @@ class Run:
         elif resume:
             print(f"{self.folder} holds no run yet: starting it", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_text(path, text)
 
     def begin(self, step: int) -> None:
         """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
@@ -81,7 +75,7 @@ class Run:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line cut by the crash
-            write_atomic(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
         # a run that ends by the clock cannot tell from its steps when
         timed = f"{{desc}}: {{n_fmt}} steps [{{elapsed}} of {self._minutes} min, {{rate_fmt}}{{postfix}}]"
         self._bar = tqdm(

@@ -12,6 +12,7 @@ import torch
 
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches
 from genevolve_fast.data.conversations import Conversation, ImageFiles, load_conversations
+from genevolve_fast.data.rows import BadRows
 from genevolve_fast.ops import linear_logprob
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.passes import normed, through_layers
@@ -31,7 +32,10 @@ def sft(
     `first` is a JSONL whose samples are seen once, in their order, before the first epoch.
     """
     pixels = ImageFiles()
-    samples, dropped = load_conversations(data, policy.codec, pixels, config.data.cutoff)
+    bad = BadRows(config.data.strict)
+    samples, dropped = load_conversations(data, policy.codec, pixels, config.data.cutoff, bad)
+    if bad.count:
+        print(f"data: {bad.count} bad rows of {data} are left out; the first: {bad.first[0]}")
     opening = load_conversations(first, policy.codec, pixels, config.data.cutoff)[0] if first else []
     opening_steps = math.ceil(len(opening) / config.batch_size)
     steps = opening_steps + config.epochs * math.ceil(len(samples) / config.batch_size)

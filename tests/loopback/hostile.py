@@ -570,7 +570,7 @@ def check_id(id: str) -> str:
         before = set(outside.rglob("*"))
         rows = read_rows(source)
         with contextlib.closing(Gallery(folder, rows, {})) as gallery:
-            if asyncio.run(render_batch(rows, gallery, Painter())).drawn != 1:
+            if asyncio.run(render_batch(rows, gallery, Painter())).succeeded != 1:
                 return "no picture"
         made = {p for p in set(outside.rglob("*")) - before if p.is_file()}
         expected = {folder / "results.json", folder / "renders.jsonl", folder / "images" / f"{safe_name(id)}.png"}

@@ -9,7 +9,6 @@ import struct
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -774,7 +773,7 @@ def as_references(chosen: Sequence[Case], folder: Path) -> dict[str, str]:
     stamps = [time.monotonic()]
     with closing(Gallery(folder / "out", read, {})) as gallery:
 
-        def progress(ends: Counter[str]) -> None:
+        def progress(batch) -> None:
             stamps.append(time.monotonic())
 
         batch = asyncio.run(render_batch(read, gallery, Echo(), parallel=1, bases=(folder,), progress=progress))
