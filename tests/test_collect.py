@@ -69,7 +69,10 @@ def test_a_broken_ground_truth_leaves_its_own_group_unjudged(tmp_path):
         f'{{"id": "{whole.id}", "question": "b", "gt_image": "whole.png"}}\n'
     )
     _, truth = open_requests(DataConfig(path=str(tmp_path / "train.jsonl")), "rl")
-    named = {id_: replace(r, gt_image=name) for (id_, r), name in zip(REQUESTS.items(), ("broken.png", "whole.png"))}
+    named = {
+        id_: replace(r, gt_image=name)
+        for (id_, r), name in zip(REQUESTS.items(), ("broken.png", "whole.png"), strict=True)
+    }
     world = world_with(truth=truth)
     judged = judge_rollouts(ROLLOUTS, named, world).trajectories
     outcomes = [type(t.outcome) for t in judged]
