@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from data_folders import chat_server, copied, made
+from loopback.canvas_service import LoopbackCanvas
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
@@ -164,6 +165,39 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     assert parts[-1]["image_url"]["url"].startswith("data:image/png;base64,")
     server.faults(passes)
     assert main(command) == 0 and len(server.seen()) == 1
+
+
+def test_the_ground_truth_is_drawn_by_whichever_renderer_is_named(tmp_path, capsys):
+    """Services and APIs draw it as the canvas here does, because the canvas is behind them."""
+    command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
+    with LoopbackCanvas() as service:
+        command += ["--renderer", "qwen-service", "--service-url", service.url]
+        text = ["--renderer-set", "text_to_image={kind: text-to-image, urls: [" + service.url + "]}"]
+        assert main([*command, *text]) == 0
+        assert service.calls() > 0
+        assert main([*command, *text]) == 0
+        assert "is complete" in capsys.readouterr().out
+    there, here = (list(read_jsonl(folder / "truth.jsonl")) for folder in (tmp_path / "t", made("truth")))
+    assert [(r["request"]["id"], r["gt_sha256"]) for r in there] == [(r["request"]["id"], r["gt_sha256"]) for r in here]
+    settings = manifest(tmp_path / "t")["settings"]["renderer"]
+    assert settings["kind"] == "qwen-service" and "urls" not in settings
+    assert main([*command, "--renderer-set", "long_side=512"]) == 2
+    assert "other settings (renderer)" in capsys.readouterr().err
+    assert main([*command, "--renderer-set", "attempts=none"]) == 2
+    assert "attempts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["filter", "truth"])
+def test_the_sandboxs_review_refuses_requests_that_are_not_its_own(tmp_path, step, capsys):
+    source = "trajectories" if step == "filter" else "filter"
+    folder = copied(source, tmp_path / source)
+    rows = list(read_jsonl(folder / "trajectories.jsonl"))
+    for row in rows:
+        row["request"].pop("checklist", None)
+    rewritten(folder, "trajectories.jsonl", rows)
+    command = ["data", step, "--input", str(folder), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--review rule is the sandbox's" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # --- views ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.opening import AddCommand
+from genevolve_fast.commands.render import add_renderer_flags, open_chosen_renderer
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
 
@@ -89,7 +90,7 @@ def add(command: AddCommand) -> None:
     )
     source(p, "filtered trajectories")
     output(p)
-    p.add_argument("--renderer", choices=["canvas"], default="canvas", help="who draws (default: %(default)s)")
+    add_renderer_flags(p, default="canvas")
     p.add_argument("--seed", type=int, default=0, help="of the renderer (default: %(default)s)")
     review(p)
     chat(p, "reviews")
@@ -401,6 +402,7 @@ def run_filter(args: argparse.Namespace) -> int:
     settings |= {"min_score": min_score} if args.review == "rule" else {}
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
+    refuse_rule(args, read_trajectories(source_step))
     total = source_step.manifest["counts"]["trajectories"]
     with bar(total, "filter") as passed:
         sifted = sift(read_trajectories(source_step), config, source_step, progress=lambda: passed.update(1))
@@ -456,6 +458,17 @@ def review_settings(args: argparse.Namespace) -> dict[str, Any]:
     return chat_settings(args, args.review == "chat", "--review chat")
 
 
+def refuse_rule(args: argparse.Namespace, trajectories) -> None:
+    """Raise DataError for the sandbox's judge over requests that lack what it reads."""
+    from genevolve_fast.data.rows import DataError
+
+    if args.review == "rule" and any("checklist" not in t.request.extra for t in trajectories):
+        raise DataError(
+            f"--review rule is the sandbox's own judge, and requests of {args.input} have no checklist: --review chat "
+            "with --model, or --review none"
+        )
+
+
 def run_truth(args: argparse.Namespace) -> int:
     """Exit status 1 where nothing is kept, or something failed: the same command tries it again."""
     from genevolve_fast.data.review import ChatPictureReviewer, JudgedPicture
@@ -466,11 +479,12 @@ def run_truth(args: argparse.Namespace) -> int:
 
     incidents = Incidents()
     filtered = open_step(args.input, "filter")
-    settings = {"renderer": args.renderer, "seed": args.seed, "review": args.review} | review_settings(args)
+    renderer, identity = open_chosen_renderer(args, incidents)
+    settings = {"renderer": identity, "seed": args.seed, "review": args.review} | review_settings(args)
     if (done := finished(args.output_dir, "truth", filtered, settings)) and not done["counts"]["failed"]:
         return already(args.output_dir, done)
     trajectories = list(read_trajectories(filtered))
-    renderer = open_strong_renderer(args)
+    refuse_rule(args, trajectories)
 
     async def drawn_by(reviewer):
         return await draw_truth(
@@ -502,13 +516,6 @@ def run_truth(args: argparse.Namespace) -> int:
     manifest = write_truth(args.output_dir, filtered, trajectories, drawn, settings)
     say(args.output_dir, manifest, incidents)
     return 1 if manifest["counts"]["failed"] or not manifest["counts"]["kept"] else 0
-
-
-def open_strong_renderer(args: argparse.Namespace):
-    """protocols.Renderer of the ground truth."""
-    from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-    return CanvasRenderer()
 
 
 def run_sft_view(args: argparse.Namespace) -> int:
