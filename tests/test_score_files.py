@@ -118,6 +118,26 @@ def test_the_released_evaluator_goes_on_from_our_files(folder):
     assert {name: written(folder, name) for name in FILES} == before
 
 
+def test_started_over_the_scores_of_another_judge_do_not_come_back(folder):
+    """--fresh, and a kill before the new files are written: the old file must not be taken for the released one's."""
+    score(folder, Everything(), settings={"judge": "old"})
+    with closing(scoring_of(folder, {"judge": "new"}, fresh=True)):
+        pass  # as a kill leaves it: nothing judged, nothing written
+    scoring, counts = score(folder, Everything(), settings={"judge": "new"})
+    assert scoring.adopted == 0 and counts.ends["judged"] == len(scoring.items)
+
+
+def test_pictures_without_a_ground_truth_are_told(folder, capsys, monkeypatch):
+    """A forgotten --gt-root once ended in a table of nothing."""
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    (folder / "bench").rename(folder / "elsewhere" / "moved")
+    command = ["score", "--results", str(folder / "results.json"), "--judge", "sandbox"]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "10 of 12 rows have a picture but no ground truth" in told and "--gt-root" in told
+
+
 def test_the_two_averages_differ_where_a_row_needs_no_text(folder):
     score(folder, Recorded())
     rows = read_rows(folder / "results_eval.json")

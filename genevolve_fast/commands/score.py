@@ -80,6 +80,13 @@ def score_results(
     with closing(scoring):
         if scoring.adopted:
             print(f"{scoring.adopted} rows of an earlier results_eval.json are kept, whatever judge scored them")
+        if missing := scoring.without_truth:
+            first = rows[missing[0]].get("gt_image")
+            print(
+                f"{len(missing)} of {len(rows)} rows have a picture but no ground truth and are not judged: gt_image "
+                f"{str(first)[:200]!r} is looked up beside {results}, here, and in each --gt-root",
+                file=sys.stderr,
+            )
         try:
             with stages.timed("score") if stages else nullcontext():
                 stopped = _judge(args, scoring, incidents)
