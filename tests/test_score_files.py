@@ -287,6 +287,22 @@ def drawn(tmp_path_factory):
     return folder
 
 
+def test_scores_of_another_rubric_or_temperature_are_not_taken_for_these(drawn, tmp_path, capsys, monkeypatch):
+    """The verdicts' cache forgets them with the rubric; the ledger must not keep half a table of the older one."""
+    from genevolve_fast.reward import rubric
+
+    settings = {"judge": "m", "program_judge": "m", "rubric": rubric.VERSION, "temperature": 0.0}
+    with closing(Ledger(tmp_path / "scores.jsonl", settings)) as ledger:
+        ledger.add("a", {"position": 0, "kind": "image", "scores": {}})
+    command = ["score", "--results", str(drawn / "results.json"), "--output-dir", str(tmp_path), "--judge-model", "m"]
+    command += ["--judge-base-url", "http://127.0.0.1:9/v1"]
+    assert main([*command, "--judge-set", "temperature=1"]) == 2
+    assert "temperature 0.0 then, 1.0 now" in capsys.readouterr().err
+    monkeypatch.setattr(rubric, "VERSION", rubric.VERSION + 1)
+    assert main(command) == 2
+    assert f"rubric {rubric.VERSION - 1} then, {rubric.VERSION} now" in capsys.readouterr().err
+
+
 def test_score_judges_prints_and_writes(drawn, tmp_path, capsys):
     command = ["score", "--results", str(drawn / "results.json"), "--judge", "sandbox", "--output-dir", str(tmp_path)]
     assert main(command) == 0

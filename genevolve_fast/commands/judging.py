@@ -59,7 +59,7 @@ def judge_config(args: argparse.Namespace):
         raise EvaluateError(f"{wrong} (--judge-set FIELD=VALUE sets a field)") from None
 
 
-def judge_settings(args: argparse.Namespace) -> dict[str, str]:
+def judge_settings(args: argparse.Namespace) -> dict[str, str | float]:
     """What judgements of one ledger must share. Raises EvaluateError for flags that would do nothing."""
     from genevolve_fast.evaluate.ledger import EvaluateError
 
@@ -71,5 +71,8 @@ def judge_settings(args: argparse.Namespace) -> dict[str, str]:
                 "--judge-model, --judge-base-url and --judge-set are of the chat judge, not the sandbox's"
             )
         return {"judge": "sandbox"}
+    from genevolve_fast.reward.rubric import VERSION
+
     config = judge_config(args)
-    return {"judge": config.model, "program_judge": config.program_model or config.model}
+    told = {"judge": config.model, "program_judge": config.program_model or config.model}
+    return told | {"rubric": VERSION, "temperature": config.temperature}
