@@ -122,7 +122,7 @@ def test_wise_prompts_go_the_same_way(agent, tmp_path, capsys):
         flags = command(tmp_path / "data", agent, tmp_path / "bench")
         flags[1:3] = ["--wise", str(tmp_path / "data")]
         i = flags.index("--judge")
-        flags[i : i + 2] = ["--judge-model", "grader", "--judge-base-url", judge.url]
+        flags[i : i + 2] = ["--judge-model", "grader", "--judge-base-url", judge.url, "--renderer", "canvas"]
         assert main(flags) == 0
     finally:
         judge.kill()
@@ -144,6 +144,17 @@ def test_wise_prompts_go_the_same_way(agent, tmp_path, capsys):
 )
 def test_flags_that_would_do_nothing_are_refused(flags, told, capsys):
     assert main(["bench", *flags]) == 2 and told in capsys.readouterr().err
+
+
+def test_a_model_grades_no_canvas_that_nobody_asked_for(data, agent, tmp_path, capsys):
+    """The sandbox's canvas once drew a bench whose command names no renderer, beside the published rows."""
+    flags = command(data, agent, tmp_path / "bench", "--judge-model", "m", "--judge-base-url", "http://127.0.0.1:9/v1")
+    i = flags.index("--judge")
+    del flags[i : i + 2]
+    agent.faults()
+    assert main(flags) == 2
+    assert "--renderer is missing" in capsys.readouterr().err and not agent.seen()
+    assert not (tmp_path / "bench").exists()
 
 
 def test_a_judge_that_is_missing_is_told_before_anything_is_sampled(data, agent, tmp_path, capsys):

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from genevolve_fast.commands import opening
 from genevolve_fast.commands.opening import config_path, open_pool, open_world
 from genevolve_fast.experience.summarizer import ChatSummarizer
+from genevolve_fast.incidents import Incidents
+from genevolve_fast.net.cache import AnswerCache
 from genevolve_fast.render.cache import CachedRenderer
 from genevolve_fast.render.routed import RoutedRenderer
 from genevolve_fast.reward.chat_judges import ChatImageJudge, ChatProgramJudge
-from genevolve_fast.sandbox.canvas import CanvasRenderer
+from genevolve_fast.sandbox.canvas import CanvasRenderer, draw_program
 from genevolve_fast.sandbox.world import SandboxWorld
-from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config
+from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config, parse_config
 
 CHAT = "{kind: chat, model: m, base_url: 'http://127.0.0.1:9/v1'}"
 
@@ -25,14 +29,14 @@ def configured(*overrides: str) -> EvolveConfig:
     return load_config(EvolveConfig, config_path("demo"), list(overrides))
 
 
-def published(folder: Path, *, checklists: bool) -> Path:
+def sandbox_set(folder: Path) -> Path:
     """Four requests of the sandbox as GenEvolve-Data-RL, each with a picture of its own."""
     world, rows = SandboxWorld(), []
     (folder / "GenEvolve-Data-RL" / "images").mkdir(parents=True)
     for i, request in enumerate(world.requests("train", 4)):
         name = f"images/case_{i}.png"
         Image.fromarray(np.full((8, 8, 3), 50 * i, np.uint8)).save(folder / "GenEvolve-Data-RL" / name)
-        info = {"construction": dict(request.extra)} if checklists else {}
+        info = {"construction": dict(request.extra)}
         rows.append({"id": i, "question": request.question, "gt_image": name, "extra_info": info})
     table = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "GenEvolve-Data-RL" / "train.jsonl").write_text(table)
@@ -56,19 +60,10 @@ def test_sections_replace_what_the_sandbox_brings(tmp_path, monkeypatch):
 
 
 def test_requests_and_ground_truth_come_from_a_published_folder(tmp_path):
-    data = published(tmp_path, checklists=True)
+    data = sandbox_set(tmp_path)
     pool, world = open_pool(configured(f"data.path={data}"))
     assert [r.question for r in pool] == [r.question for r in SandboxWorld().requests("train", 4)]
     assert [int(world.truth(r).max()) for r in pool] == [0, 50, 100, 150]
-
-
-def test_rules_are_refused_over_requests_without_a_checklist(tmp_path):
-    data = published(tmp_path, checklists=False)
-    with pytest.raises(ConfigError, match=r"judge\.kind, summarizer\.kind rules: .* have no checklist: set kind chat"):
-        open_pool(configured(f"data.path={data}"))
-    alone = (f"judge={CHAT}", "experience.enabled=false", "objective.sdl_coef=0")
-    pool, _ = open_pool(configured(f"data.path={data}", *alone))
-    assert len(pool) == 4
 
 
 @pytest.mark.parametrize(
@@ -97,3 +92,85 @@ def test_what_would_do_nothing_is_refused(overrides, told):
 def test_what_is_missing_is_named_when_the_world_is_opened(section, told):
     with pytest.raises(ConfigError, match=told):
         open_world(configured(section))
+
+
+# --- requests of one's own --------------------------------------------------------------------------------------------
+
+
+ASKED = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+SERVICE = {"kind": "qwen-service", "urls": ["http://127.0.0.1:9"]}
+SERPER = {"kind": "serper"}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A set of somebody's own requests: no checklist, so none of the sandbox's rules can read them."""
+    monkeypatch.setenv("SERPER_API_KEY", "loopback")
+    Image.fromarray(draw_program("Background red.", [], 0)).save(tmp_path / "gt.png")
+    rows = [{"id": i, "question": f"The Eiffel Tower at {i} o'clock", "gt_image": "gt.png"} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"path": str(tmp_path / "train.jsonl")}
+
+
+def opened(**sections):
+    return open_pool(parse_config(EvolveConfig, sections))
+
+
+def test_requests_of_ones_own_are_opened_with_services_of_ones_own(own):
+    pool, world = opened(data=own, judge=ASKED, summarizer=ASKED, renderer=SERVICE, tools=SERPER)
+    assert len(pool) == 3 and world.renderer.name == "qwen-service"
+    assert world.truth(pool[0]).shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("judge", "judge.kind"),
+        ("summarizer", "summarizer.kind"),
+        ("renderer", "renderer.kind"),
+        ("tools", "tools.kind"),
+    ],
+)
+def test_requests_that_are_not_the_sandboxs_get_nothing_of_the_sandbox(own, missing, named):
+    """Its canvas draws a picture of anything, and its search answers everything: a run would go on and learn noise."""
+    sections = {"data": own, "judge": ASKED, "summarizer": ASKED, "renderer": SERVICE, "tools": SERPER}
+    with pytest.raises(ConfigError, match=f"{named} .*sandbox"):
+        opened(**{name: section for name, section in sections.items() if name != missing})
+
+
+LOCAL = {"kind": "qwen-image-edit", "model": "nowhere"}
+
+
+@pytest.mark.parametrize(
+    "renderer",
+    [
+        LOCAL,
+        {"kind": "text-to-image", "model": "nowhere"},
+        SERVICE | {"text_to_image": {"kind": "text-to-image", "model": "nowhere"}},
+    ],
+)
+def test_a_pipeline_does_not_take_the_training_gpu_unasked(monkeypatch, renderer):
+    monkeypatch.setattr(opening, "device", lambda: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"renderer\.(text_to_image\.)?device.*render-serve"):
+        opened(renderer=renderer)
+
+
+@pytest.mark.parametrize(
+    "renderer",
+    [
+        LOCAL | {"device": "cuda:1"},
+        LOCAL | {"device": "cpu"},
+        {"kind": "text-to-image", "urls": ["http://127.0.0.1:9"]},
+        SERVICE,
+    ],
+)
+def test_a_renderer_with_a_place_of_its_own_is_opened(monkeypatch, renderer):
+    monkeypatch.setattr(opening, "device", lambda: torch.device("cuda"))
+    assert opened(renderer=renderer)[1].renderer.name == renderer["kind"]
+
+
+def test_a_replayed_pipeline_needs_no_place(monkeypatch, tmp_path):
+    AnswerCache(tmp_path, "record", Incidents()).close()
+    monkeypatch.setattr(opening, "device", lambda: torch.device("cuda"))
+    replay = {"cache": str(tmp_path), "cache_mode": "replay"}
+    assert opened(renderer=LOCAL | replay)[1].renderer.name == "qwen-image-edit"

@@ -143,6 +143,27 @@ def test_what_the_service_says_is_told_without_the_key(service):
     assert KEY not in repr(client(service, api_key=KEY))
 
 
+@pytest.mark.parametrize("room", range(285, 300, 3))
+def test_a_key_at_the_end_of_what_is_told_is_not_told_in_part(service, room):
+    """What services say is cut to a length; a key cut by it is no longer found, and stands there all but whole."""
+    padding = "x" * (room - len("Inference failed: "))
+    service.fault(GENERATE, f"failed:{padding}{KEY}", 1)
+    told = [str(failure(client(service, api_key=KEY, limits=quick(attempts=1))))]
+    for fault in (f"failed:{'x' * room}{KEY}", f"text:{'x' * (room - 100)}{KEY}", f"reason:{'x' * 50}{KEY}SAFETY"):
+        service.fault(GEMINI, fault, 1)
+        told.append(str(failure(banana(service, quick(attempts=1)), TEXT)))
+    assert not any(KEY[:8] in said for said in told), told
+
+
+def test_a_login_in_the_address_is_not_told(service):
+    login = base64.b64encode(b"reader:pass-word-77").decode()
+    renderer = ServiceRenderer([service.url.replace("://", "://reader:pass-word-77@")], limits=quick(attempts=1))
+    for fault in (f"error:400,Basic {login}", "error:400,no pass-word-77", f"failed:Basic {login}, pass-word-77"):
+        service.fault(GENERATE, fault, 1)
+        said = str(failure(renderer))
+        assert "***" in said and login not in said and "pass-word" not in said
+
+
 def test_a_failed_attempt_goes_to_another_address_at_once(service, second):
     service.fault(GENERATE, "status:500")
     incidents, renderer = Incidents(), None

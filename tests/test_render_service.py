@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 
 import httpx
@@ -18,7 +19,8 @@ from PIL import Image
 
 from genevolve_fast.cli import main
 from genevolve_fast.net.pictures import data_url
-from genevolve_fast.render.pool import RefusedError
+from genevolve_fast.render.job import Job
+from genevolve_fast.render.pool import Pool, PoolSettings, RefusedError
 from genevolve_fast.sandbox.canvas import draw_program
 from tests.loopback.render_service import RED, LoopbackRenderService, faulty, own
 
@@ -227,6 +229,28 @@ def test_the_picture_of_a_killed_worker_is_drawn_by_the_next_one(service, tmp_pa
     assert picture_of(ask(service)).shape == (96, 96, 3)
 
 
+def test_a_worker_that_the_system_cannot_start_just_now_is_started_later(monkeypatch):
+    """fork may fail for want of memory or processes; the device must not be lost to the service for ever."""
+
+    async def main() -> np.ndarray:
+        pool = Pool("genevolve_fast.commands.serve_render:open_canvas", {}, ["cpu"], PoolSettings())
+        await pool.start()
+        try:
+            await asyncio.wait_for(pool.submit(Job(RED), pool.reserve()), 60)
+            with monkeypatch.context() as broken:
+                broken.setattr(sys, "executable", "/nowhere/python")
+                os.kill(pool.workers[0].pid, signal.SIGKILL)
+                while pool.workers[0].restarts < 2:
+                    assert not pool._tasks[0].done(), "nobody looks after the device any more"
+                    await asyncio.sleep(0.02)
+            assert "cannot be started" in pool.workers[0].reason
+            return await asyncio.wait_for(pool.submit(Job(RED), pool.reserve()), 60)
+        finally:
+            await pool.close()
+
+    assert np.array_equal(asyncio.run(main()), draw_program(RED, [], 0))
+
+
 @pytest.mark.slow
 def test_a_picture_that_kills_every_worker_is_refused_after_two(service):
     restarts = service.metric("genevolve_render_worker_restarts_total")
@@ -396,6 +420,9 @@ def test_the_key_is_asked_for():
     [
         (["--host", "0.0.0.0"], "reachable from elsewhere"),
         (["--api-key-env", "NO_SUCH_KEY"], "no such variable"),
+        (["--drain", "-5"], "--drain"),
+        (["--max-request-mb", "-1"], "--max-request-mb"),
+        (["--model", "sandbox:canvas", "--devices", "cpu,cuda:0,cuda:0"], "names a GPU twice"),
         (["--batch-window-ms", "5"], "does nothing without --max-batch"),
         (["--arguments", "{}"], "nothing without --factory"),
         (["--model", "sandbox:canvas", "--steps", "4"], "does nothing with the canvas"),

@@ -118,6 +118,26 @@ def test_the_released_evaluator_goes_on_from_our_files(folder):
     assert {name: written(folder, name) for name in FILES} == before
 
 
+def test_started_over_the_scores_of_another_judge_do_not_come_back(folder):
+    """--fresh, and a kill before the new files are written: the old file must not be taken for the released one's."""
+    score(folder, Everything(), settings={"judge": "old"})
+    with closing(scoring_of(folder, {"judge": "new"}, fresh=True)):
+        pass  # as a kill leaves it: nothing judged, nothing written
+    scoring, counts = score(folder, Everything(), settings={"judge": "new"})
+    assert scoring.adopted == 0 and counts.ends["judged"] == len(scoring.items)
+
+
+def test_pictures_without_a_ground_truth_are_told(folder, capsys, monkeypatch):
+    """A forgotten --gt-root once ended in a table of nothing."""
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    (folder / "bench").rename(folder / "elsewhere" / "moved")
+    command = ["score", "--results", str(folder / "results.json"), "--judge", "sandbox"]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "10 of 12 rows have a picture but no ground truth" in told and "--gt-root" in told
+
+
 def test_the_two_averages_differ_where_a_row_needs_no_text(folder):
     score(folder, Recorded())
     rows = read_rows(folder / "results_eval.json")
@@ -265,6 +285,22 @@ def drawn(tmp_path_factory):
     rows = [row | {"prompt": row["question"], "output_path": row["gt_image"], "success": True} for row in rows]
     (folder / "results.json").write_text(json.dumps(rows))
     return folder
+
+
+def test_scores_of_another_rubric_or_temperature_are_not_taken_for_these(drawn, tmp_path, capsys, monkeypatch):
+    """The verdicts' cache forgets them with the rubric; the ledger must not keep half a table of the older one."""
+    from genevolve_fast.reward import rubric
+
+    settings = {"judge": "m", "program_judge": "m", "rubric": rubric.VERSION, "temperature": 0.0}
+    with closing(Ledger(tmp_path / "scores.jsonl", settings)) as ledger:
+        ledger.add("a", {"position": 0, "kind": "image", "scores": {}})
+    command = ["score", "--results", str(drawn / "results.json"), "--output-dir", str(tmp_path), "--judge-model", "m"]
+    command += ["--judge-base-url", "http://127.0.0.1:9/v1"]
+    assert main([*command, "--judge-set", "temperature=1"]) == 2
+    assert "temperature 0.0 then, 1.0 now" in capsys.readouterr().err
+    monkeypatch.setattr(rubric, "VERSION", rubric.VERSION + 1)
+    assert main(command) == 2
+    assert f"rubric {rubric.VERSION - 1} then, {rubric.VERSION} now" in capsys.readouterr().err
 
 
 def test_score_judges_prints_and_writes(drawn, tmp_path, capsys):

@@ -159,19 +159,37 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     assert main(command) == 0 and len(server.seen()) == 1
 
 
-def test_a_rendering_service_draws_the_ground_truth_and_another_renderer_is_refused_its_folder(tmp_path, capsys):
+def test_the_ground_truth_is_drawn_by_whichever_renderer_is_named(tmp_path, capsys):
+    """Services and APIs draw it as the canvas here does, because the canvas is behind them."""
+    command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
     with LoopbackCanvas() as service:
-        command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]
-        served = ["--renderer", "qwen-service", "--service-url", service.url]
-        served += ["--renderer-set", f"text_to_image={{kind: text-to-image, urls: [{service.url}]}}"]
-        assert main([*command, *served]) == 0
-        counts = manifest(tmp_path / "t")["counts"]
-        assert counts["read"] == service.calls() > 0 and counts["kept"] > 0
-        assert manifest(tmp_path / "t")["settings"]["renderer"]["kind"] == "qwen-service"
-    by_canvas = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(made("truth") / "truth.jsonl")}
-    by_service = {row["request"]["id"]: row["gt_sha256"] for row in read_jsonl(tmp_path / "t" / "truth.jsonl")}
-    assert by_service == by_canvas
-    assert main(command) == 2 and "other settings (renderer)" in capsys.readouterr().err
+        command += ["--renderer", "qwen-service", "--service-url", service.url]
+        text = ["--renderer-set", "text_to_image={kind: text-to-image, urls: [" + service.url + "]}"]
+        assert main([*command, *text]) == 0
+        assert service.calls() > 0
+        assert main([*command, *text]) == 0
+        assert "is complete" in capsys.readouterr().out
+    there, here = (list(read_jsonl(folder / "truth.jsonl")) for folder in (tmp_path / "t", made("truth")))
+    assert [(r["request"]["id"], r["gt_sha256"]) for r in there] == [(r["request"]["id"], r["gt_sha256"]) for r in here]
+    settings = manifest(tmp_path / "t")["settings"]["renderer"]
+    assert settings["kind"] == "qwen-service" and "urls" not in settings
+    assert main([*command, "--renderer-set", "long_side=512"]) == 2
+    assert "other settings (renderer)" in capsys.readouterr().err
+    assert main([*command, "--renderer-set", "attempts=none"]) == 2
+    assert "attempts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["filter", "truth"])
+def test_the_sandboxs_review_refuses_requests_that_are_not_its_own(tmp_path, step, capsys):
+    source = "trajectories" if step == "filter" else "filter"
+    folder = copied(source, tmp_path / source)
+    rows = list(read_jsonl(folder / "trajectories.jsonl"))
+    for row in rows:
+        row["request"].pop("checklist", None)
+    rewritten(folder, "trajectories.jsonl", rows)
+    command = ["data", step, "--input", str(folder), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--review rule is the sandbox's" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # --- views ------------------------------------------------------------------------------------------------------------

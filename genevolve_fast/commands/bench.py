@@ -49,7 +49,7 @@ def add(command: AddCommand) -> None:
     rollouts.add_argument("--parallel", type=int, default=4, help="rollouts at a time (default: %(default)s)")
     add_agent_flags(rollouts, policy=False)
     rest = p.add_argument_group("render and score, on a published bench")
-    add_renderer_flags(rest, default="canvas")
+    add_renderer_flags(rest, default=None, told="; must be named, or is the canvas with --judge sandbox")
     add_without_references(rest)
     rest.add_argument("--render-seed", type=int, default=0, help="seed of the renderer (default: %(default)s)")
     rest.add_argument("--fresh", action="store_true", help="forget what the stages' folders hold")
@@ -170,6 +170,7 @@ def run_stages(args: argparse.Namespace) -> int:
         samples = [sample_of(i, row, str(args.wise)) for i, row in enumerate(rows)]
     samples = samples[: args.requests]
     _check_scoring(args)
+    args.renderer = _renderer(args)
     if status := roll_out_stage(args, samples, stages):
         return status
     if status := render_stage(args, stages):
@@ -200,6 +201,15 @@ def read_bench(data: str) -> tuple[list, Path]:
     if root is None:
         raise DataError(f"{source.where} holds no rows")
     return samples, root
+
+
+def _renderer(args: argparse.Namespace) -> str:
+    """Who draws. Raises EvaluateError where nobody is named: the canvas draws nothing that a model could grade."""
+    from genevolve_fast.evaluate.ledger import EvaluateError
+
+    if args.renderer is None and (args.wise is not None or args.judge != "sandbox"):
+        raise EvaluateError("--renderer is missing: who draws, such as qwen-service with --service-url, or nano-banana")
+    return args.renderer or "canvas"
 
 
 def _check_scoring(args: argparse.Namespace) -> None:

@@ -387,6 +387,7 @@ def run_filter(args: argparse.Namespace) -> int:
     settings |= {"min_score": min_score} if args.review == "rule" else {}
     if (done := finished(args.output_dir, "filter", source_step, settings)) and not done["counts"]["undecided"]:
         return already(args.output_dir, done)
+    refuse_rule(args, read_trajectories(source_step))
     total = source_step.manifest["counts"]["trajectories"]
     with open_bar(total, "filter") as passed:
         sifted = sift(read_trajectories(source_step), config, source_step, progress=lambda: passed.update(1))
@@ -419,6 +420,17 @@ def review_settings(args: argparse.Namespace) -> dict[str, Any]:
     return chat_settings(args, args.review == "chat", "--review chat")
 
 
+def refuse_rule(args: argparse.Namespace, trajectories) -> None:
+    """Raise DataError for the sandbox's judge over requests that lack what it reads."""
+    from genevolve_fast.data.rows import DataError
+
+    if args.review == "rule" and any("checklist" not in t.request.extra for t in trajectories):
+        raise DataError(
+            f"--review rule is the sandbox's own judge, and requests of {args.input} have no checklist: --review chat "
+            "with --model, or --review none"
+        )
+
+
 def run_truth(args: argparse.Namespace) -> int:
     """Exit status 1 where nothing is kept, or something failed: the same command tries it again."""
     from genevolve_fast.data.review import ChatPictureReviewer, JudgedPicture
@@ -435,6 +447,7 @@ def run_truth(args: argparse.Namespace) -> int:
     if (done := finished(args.output_dir, "truth", filtered, settings)) and not done["counts"]["failed"]:
         return already(args.output_dir, done)
     trajectories = list(read_trajectories(filtered))
+    refuse_rule(args, trajectories)
 
     async def drawn_by(reviewer):
         return await draw_truth(

@@ -42,7 +42,7 @@ def judge_config(args: argparse.Namespace):
     return read_section(JudgeConfig, fields, args.judge_set, "--judge-set", "judge")
 
 
-def judge_settings(args: argparse.Namespace) -> dict[str, str]:
+def judge_settings(args: argparse.Namespace) -> dict[str, str | float]:
     """What judgements of one ledger must share. Raises BatchError for flags that would do nothing."""
     from genevolve_fast.resumable import BatchError
 
@@ -52,5 +52,8 @@ def judge_settings(args: argparse.Namespace) -> dict[str, str]:
         if args.judge_model or args.judge_base_url or args.judge_set:
             raise BatchError("--judge-model, --judge-base-url and --judge-set are of the chat judge, not the sandbox's")
         return {"judge": "sandbox"}
+    from genevolve_fast.reward.rubric import VERSION
+
     config = judge_config(args)
-    return {"judge": config.model, "program_judge": config.program_model or config.model}
+    told = {"judge": config.model, "program_judge": config.program_model or config.model}
+    return told | {"rubric": VERSION, "temperature": config.temperature}

@@ -121,27 +121,48 @@ def services(config, world) -> dict:
     return opened
 
 
+def refuse_shared_gpu(renderer) -> None:
+    """Raise ConfigError for a pipeline of this process that was given no device and would take the policy's GPU."""
+    from genevolve_fast.train.config import ConfigError
+
+    if renderer.cache_mode == "replay" or device().type != "cuda":
+        return
+    for name, section in (("renderer", renderer), ("renderer.text_to_image", renderer.text_to_image)):
+        local = section is not None and section.kind in ("qwen-image-edit", "text-to-image") and not section.urls
+        if local and section.device is None:
+            raise ConfigError(
+                f"{name}.device is not set: the {section.kind} pipeline would load beside the policy on its GPU, whose "
+                f"memory is planned for training. Name another GPU, such as {name}.device=cuda:1, or draw elsewhere: "
+                "genevolve-fast render-serve, and kind qwen-service"
+            )
+
+
 def open_pool(config):
     """(requests to train on, World with their ground truth) of a configuration.
 
-    Raises ConfigError for rules of the sandbox over requests that lack what these rules read.
+    Raises ConfigError for parts of the sandbox over requests that are not its own, and for a pipeline that would take
+    the training GPU.
     """
     from genevolve_fast.data.config import open_requests
     from genevolve_fast.train.config import ConfigError
 
     if config.data.path == "sandbox":
+        refuse_shared_gpu(config.renderer)
         embedded, world = open_world(config)
         return embedded.requests("train", config.pool_size, seed=config.seed), world
     pool, truth = open_requests(config.data, "rl")
     if pool.bad.count:
         print(f"data: {pool.bad.count} bad rows of {pool.where} are left out; the first: {pool.bad.first[0]}")
-    asked = ("judge", "summarizer") if config.experience.enabled else ("judge",)
-    by_rules = [f"{name}.kind" for name in asked if getattr(config, name).kind == "rules"]
-    if by_rules and any("checklist" not in r.extra for r in pool):
+    asked = {"renderer": "canvas", "judge": "rules", "tools": "sandbox"}
+    asked |= {"summarizer": "rules"} if config.experience.enabled else {}
+    offline = [f"{name}.kind {kind}" for name, kind in asked.items() if getattr(config, name).kind == kind]
+    if offline and any("checklist" not in r.extra for r in pool):
         raise ConfigError(
-            f"{', '.join(by_rules)} rules: they are for requests of the sandbox, and rows of {pool.where} have no "
-            "checklist: set kind chat, with model and base_url"
+            f"{', '.join(offline)}: these are the sandbox's and know its requests only, and rows of {pool.where} have "
+            "no checklist: set kind chat for judge and summarizer, with model and base_url; for the renderer "
+            "qwen-service, with urls, or nano-banana; for tools serper or another search"
         )
+    refuse_shared_gpu(config.renderer)
     return pool, open_world(config, truth)[1]
 
 

@@ -39,10 +39,11 @@ def add_without_references(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_renderer_flags(p: argparse.ArgumentParser, default: str | None) -> None:
-    """--renderer and what it needs; required where it has no default."""
-    told = "" if default is None else " (default: %(default)s)"
-    p.add_argument("--renderer", choices=RENDERERS, default=default, required=default is None, help=f"who draws{told}")
+def add_renderer_flags(p: argparse.ArgumentParser, default: str | None, told: str = "") -> None:
+    """--renderer and what it needs; required where it has no default and nothing is `told` of one."""
+    required = default is None and not told
+    told = told or ("" if default is None else " (default: %(default)s)")
+    p.add_argument("--renderer", choices=RENDERERS, default=default, required=required, help=f"who draws{told}")
     p.add_argument(
         "--service-url", action="append", default=[], metavar="URL", help="a service with POST /generate, repeatable"
     )

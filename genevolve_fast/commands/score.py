@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -82,6 +83,13 @@ def score_results(
     with closing(scoring):
         if scoring.adopted:
             print(f"{scoring.adopted} rows of an earlier results_eval.json are kept, whatever judge scored them")
+        if missing := scoring.without_truth:
+            first = rows[missing[0]].get("gt_image")
+            print(
+                f"{len(missing)} of {len(rows)} rows have a picture but no ground truth and are not judged: gt_image "
+                f"{str(first)[:200]!r} is looked up beside {results}, here, and in each --gt-root",
+                file=sys.stderr,
+            )
         try:
             with stages.timed("score") if stages else nullcontext():
                 status = _judge(args, scoring, incidents)

@@ -60,9 +60,12 @@ def run_render_serve(args: argparse.Namespace) -> int:
         raise ServeError(f"--host {args.host} is reachable from elsewhere: set --api-key-env, or say --insecure")
     if args.batch_window_ms is not None and args.max_batch == 1:
         raise ServeError("--batch-window-ms does nothing without --max-batch")
+    if args.drain < 0 or args.max_request_mb <= 0:
+        raise ServeError("--drain must be at least 0 and --max-request-mb above it")
     factory, arguments = _factory(args, ServeError)
     devices = args.devices.split(",") if args.devices else _devices(factory)
-    if len(set(devices)) < len(devices) and "cpu" not in devices:
+    gpus = [device for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
         raise ServeError(f"--devices {args.devices} names a GPU twice: a pipeline fills one")
     try:
         pool = PoolSettings(

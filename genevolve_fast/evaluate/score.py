@@ -68,9 +68,12 @@ class Scoring:
     ) -> None:
         self.rows, self.folder, self.roots = rows, folder, roots
         self.errors: dict[int, str] = {}
+        self.without_truth: list[int] = []  # positions of rows that cannot be judged for want of it alone
         self.items = [item for i, row in enumerate(rows) for item in self._items(i, row, programs)]
         self.ledger = Ledger(folder / LEDGER, settings, "judgement", fresh)
-        self.adopted = 0 if fresh else self._adopt()
+        if fresh:  # or a run that is killed before it writes would take them for the released evaluator's
+            (folder / "results_eval.json").unlink(missing_ok=True)
+        self.adopted = self._adopt()
 
     def todo(self) -> list[Item]:
         """Judgements that are wanted and not in the ledger; equal ones once."""
@@ -129,7 +132,10 @@ class Scoring:
         request = request_of(kept | {"question": prompt, "id": row_id(row, position)})
         out = []
         picture, truth = picture_path(row, self.roots), truth_path(row, self.roots)
-        if rendered(row, self.roots) and picture and truth:
+        drawn = rendered(row, self.roots) and picture
+        if drawn and truth is None:
+            self.without_truth.append(position)
+        if drawn and truth:
             key = key_of("image", request.id, prompt, file_digest(picture), file_digest(truth))
             out.append(Item(position, "image", key, request, picture, truth))
         if programs and isinstance(row.get("gen_prompt"), str) and row["gen_prompt"].strip():

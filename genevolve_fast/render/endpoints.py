@@ -69,6 +69,7 @@ class Endpoint:
         self.url = whole.copy_with(userinfo=b"")
         self.where = where_of(whole)
         self.login = login_of(whole)
+        self.secrets = _of_login(whole, self.login)
         self.exchange = Exchange(lambda: open_transport(self.url, limits.concurrency))
         self.limits = limits
         self.active = self.failed = self.turn = 0
@@ -223,7 +224,7 @@ async def post(
     try:
         check_status(answer, endpoint.where)
     except FetchError as error:
-        raise _refusal(answer, error, secrets) from None
+        raise _refusal(answer, error, (*secrets, *endpoint.secrets)) from None
     return answer
 
 
@@ -254,10 +255,20 @@ def told(body: bytes, secrets: Sequence[str] = ()) -> str:
     for name in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(name):
             value = value[name]
-    text = value if isinstance(value, str) else text
+    return without(secrets, value if isinstance(value, str) else text, _MAX_SAID)
+
+
+def without(secrets: Sequence[str], text: str, limit: int = _MAX_SAID) -> str:
+    """`text` on one line of at most `limit` characters, stars for `secrets`: taken out first, a cut hides one."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return one_line(text, _MAX_SAID)
+    return one_line(text, limit)
+
+
+def _of_login(url: httpx.URL, header: Mapping[str, str]) -> tuple[str, ...]:
+    """What of an address's login a service may repeat."""
+    sent = header.get("Authorization", "").removeprefix("Basic ")
+    return tuple(s for s in (sent, url.password, url.username) if len(s) > 3)
 
 
 def parsed(body: bytes, where: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.incidents import Incidents
-from genevolve_fast.net.harmless import one_line
 from genevolve_fast.net.pictures import encoded
 from genevolve_fast.net.web import FetchError
 from genevolve_fast.render.endpoints import (
@@ -24,6 +23,7 @@ from genevolve_fast.render.endpoints import (
     parsed,
     picture_of,
     post,
+    without,
 )
 from genevolve_fast.render.service_client import check_references
 from genevolve_fast.trajectory import Program
@@ -75,9 +75,9 @@ class NanoBanana:
 
     async def _ask(self, endpoint: Endpoint, seconds: float, body: bytes) -> np.ndarray:
         answer = await post(endpoint, body, {"x-goog-api-key": self.api_key}, seconds, [self.api_key])
-        return await off_loop(self._read, answer.body, endpoint.where)
+        return await off_loop(self._read, answer.body, endpoint.where, [self.api_key, *endpoint.secrets])
 
-    def _read(self, body: bytes, where: str) -> np.ndarray:
+    def _read(self, body: bytes, where: str, secrets: Sequence[str]) -> np.ndarray:
         said = parsed(body, where)
         candidates = [c for c in _list(said.get("candidates")) if isinstance(c, dict)]
         parts = [part for c in candidates for part in _list(_dict(c.get("content")).get("parts"))]
@@ -86,21 +86,24 @@ class NanoBanana:
             inline = _dict(part.get("inlineData") or part.get("inline_data"))
             if inline.get("data"):
                 return picture_of(inline["data"], where, self.limits.max_pixels)
-        raise self._without_picture(said, candidates, parts, where)
+        raise _no_picture(said, candidates, parts, where, secrets)
 
-    def _without_picture(self, said: dict, candidates: list[dict], parts: list[dict], where: str) -> FetchError:
-        if isinstance(said.get("error"), dict):  # gateways send it with status 200
-            reason = one_line(str(said["error"].get("message", "")), 300).replace(self.api_key, "***")
-            return CallError(f"{where} could not draw it: {reason}", "server_error", "service")
-        feedback = _dict(said.get("promptFeedback"))
-        reasons = [feedback.get("blockReason"), *(c.get("finishReason") for c in candidates)]
-        text = one_line(" ".join(p["text"] for p in parts if isinstance(p.get("text"), str)), 200)
-        for reason in reasons:
-            if isinstance(reason, str) and (reason == feedback.get("blockReason") or _BLOCKED.search(reason)):
-                told = text or one_line(str(feedback.get("blockReasonMessage") or ""), 200)
-                message = f"{where} refuses to draw it ({one_line(reason, 60)}){f': {told}' if told else ''}"
-                return CallError(message, "blocked", "request")
-        return CallError(f"{where} answered without a picture: {text or 'nothing'}", "bad_response", "service")
+
+def _no_picture(
+    said: dict, candidates: list[dict], parts: list[dict], where: str, secrets: Sequence[str]
+) -> FetchError:
+    if isinstance(said.get("error"), dict):  # gateways send it with status 200
+        reason = without(secrets, str(said["error"].get("message", "")))
+        return CallError(f"{where} could not draw it: {reason}", "server_error", "service")
+    feedback = _dict(said.get("promptFeedback"))
+    reasons = [feedback.get("blockReason"), *(c.get("finishReason") for c in candidates)]
+    text = without(secrets, " ".join(p["text"] for p in parts if isinstance(p.get("text"), str)), 200)
+    for reason in reasons:
+        if isinstance(reason, str) and (reason == feedback.get("blockReason") or _BLOCKED.search(reason)):
+            told = text or without(secrets, str(feedback.get("blockReasonMessage") or ""), 200)
+            message = f"{where} refuses to draw it ({without(secrets, reason, 60)}){f': {told}' if told else ''}"
+            return CallError(message, "blocked", "request")
+    return CallError(f"{where} answered without a picture: {text or 'nothing'}", "bad_response", "service")
 
 
 def _list(value: object) -> list:

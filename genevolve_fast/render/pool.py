@@ -247,13 +247,16 @@ class Pool:
     async def _spawn(self, worker: Worker) -> Offer:
         """Raises _WorkerGoneError."""
         command = sys.executable, "-m", "genevolve_fast.render.worker", self._factory, worker.device, self._arguments
-        worker.process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_READ_BUFFER,
-            start_new_session=True,  # a Ctrl-C in the terminal goes to the service alone
-        )
+        try:
+            worker.process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=_READ_BUFFER,
+                start_new_session=True,  # a Ctrl-C in the terminal goes to the service alone
+            )
+        except OSError as error:  # no memory, processes or files left just now
+            raise _WorkerGoneError(f"its process cannot be started: {error.strerror}") from None
         worker.pid = worker.process.pid
         try:
             what, value = await asyncio.wait_for(self._receive(worker), self.settings.start_timeout_s)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.incidents import Incidents
-from genevolve_fast.net.harmless import one_line
 from genevolve_fast.net.pictures import data_url
 from genevolve_fast.protocols import RenderError
 from genevolve_fast.render.endpoints import (
@@ -22,6 +21,7 @@ from genevolve_fast.render.endpoints import (
     parsed,
     picture_of,
     post,
+    without,
 )
 from genevolve_fast.trajectory import Program
 
@@ -86,14 +86,12 @@ class ServiceRenderer:
         secrets = [self.api_key] if self.api_key else []
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         answer = await post(endpoint, body, headers, seconds, secrets)
-        return await off_loop(self._read, answer.body, endpoint.where, secrets)
+        return await off_loop(self._read, answer.body, endpoint.where, [*secrets, *endpoint.secrets])
 
     def _read(self, body: bytes, where: str, secrets: Sequence[str]) -> np.ndarray:
         said = parsed(body, where)
         if said.get("success") is not True:
-            reason = one_line(str(said.get("message") or said.get("error") or "it does not say why"), 300)
-            for secret in secrets:
-                reason = reason.replace(secret, "***")
+            reason = without(secrets, str(said.get("message") or said.get("error") or "it does not say why"))
             raise CallError(f"{where} could not draw it: {reason}", "server_error", "service")
         return picture_of(said.get("image") or said.get("image_base64"), where, self.limits.max_pixels)
 

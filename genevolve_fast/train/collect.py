@@ -13,7 +13,7 @@ from genevolve_fast import event_loop
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, World
 from genevolve_fast.reward.scoring import score
-from genevolve_fast.trajectory import Request, Trajectory
+from genevolve_fast.trajectory import Failed, Request, Trajectory
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,39 @@ def sample_rollouts(
 
 
 def judge_rollouts(rollouts: Rollouts, requests: Mapping[str, Request], world: World, render_seed: int = 0) -> Rollouts:
-    """Render and judge every trajectory; failures become typed outcomes, never zeros."""
+    """Render and judge every trajectory without an outcome; failures become typed outcomes, never zeros."""
+    waiting = [t for t in rollouts.trajectories if t.outcome is None]
+    truths = {id_: _truth(world, requests[id_]) for id_ in dict.fromkeys(t.request_id for t in waiting)}
 
-    async def main():
-        return await asyncio.gather(
-            *(
-                score(
-                    requests[t.request_id],
-                    t,
-                    renderer=world.renderer,
-                    image_judge=world.image_judge,
-                    program_judge=world.program_judge,
-                    truth=world.truth(requests[t.request_id]),
-                    images=rollouts.images,
-                    seed=render_seed,
-                    incidents=world.incidents,
-                )
-                for t in rollouts.trajectories
-            )
+    async def one(t: Trajectory) -> tuple[Trajectory, np.ndarray | None]:
+        truth = truths[t.request_id]
+        if isinstance(truth, Failed):
+            world.incidents.note(truth.stage, truth.kind)
+            return t.replace(outcome=truth), None
+        return await score(
+            requests[t.request_id],
+            t,
+            renderer=world.renderer,
+            image_judge=world.image_judge,
+            program_judge=world.program_judge,
+            truth=truth,
+            images=rollouts.images,
+            seed=render_seed,
+            incidents=world.incidents,
         )
 
+    async def main():
+        return await asyncio.gather(*map(one, waiting))
+
     scored = event_loop.run(main())
-    pictures = {t.id: picture for t, picture in scored if picture is not None}
-    return Rollouts(tuple(t for t, _ in scored), rollouts.images, pictures)
+    done = {t.id: t for t, _ in scored}
+    pictures = {**rollouts.pictures, **{t.id: picture for t, picture in scored if picture is not None}}
+    return Rollouts(tuple(done.get(t.id, t) for t in rollouts.trajectories), rollouts.images, pictures)
+
+
+def _truth(world: World, request: Request) -> np.ndarray | Failed:
+    """The ground truth, or why there is none: a broken file leaves its own group unjudged, not the run undone."""
+    try:
+        return world.truth(request)
+    except (OSError, ValueError) as error:
+        return Failed("judge", f"no ground truth: {error}")

@@ -207,14 +207,24 @@ def collect(
             rollouts = judge_rollouts(rollouts, requests, world)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     failed = [t.outcome for t in rollouts.trajectories if isinstance(t.outcome, Failed)]
-    if len(failed) > config.max_failed_share * len(rollouts.trajectories):
-        path.unlink()
+    most = config.max_failed_share * len(rollouts.trajectories)
+    if len(failed) > most:
+        unscored = [t.replace(outcome=None) if scoring_failed(t) else t for t in rollouts.trajectories]
+        if sum(isinstance(t.outcome, Failed) for t in unscored) > most:
+            path.unlink()
+        else:  # they are sampled well: the next start only draws and judges them again
+            trajectories.save(path, unscored, rollouts.images)
         raise RunError(
             f"step {step}: {len(failed)} of {len(rollouts.trajectories)} rollouts failed, more than max_failed_share "
             f"{config.max_failed_share}; the first: {failed[0].stage}: {failed[0].reason}. "
             "Mend it and run again with --resume"
         )
     return rollouts
+
+
+def scoring_failed(t: Trajectory) -> bool:
+    """Whether renderer or judge failed, and not what sampled the rollout."""
+    return isinstance(t.outcome, Failed) and t.outcome.stage in ("render", "judge")
 
 
 def group_by_request(rollouts: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
