@@ -292,7 +292,7 @@ def test_scores_of_another_rubric_or_temperature_are_not_taken_for_these(drawn, 
     from genevolve_fast.reward import rubric
 
     settings = {"judge": "m", "program_judge": "m", "rubric": rubric.VERSION, "temperature": 0.0}
-    with closing(Ledger(tmp_path / "scores.jsonl", settings)) as ledger:
+    with closing(Ledger(tmp_path / "scores.jsonl", settings, "judgement")) as ledger:
         ledger.add("a", {"position": 0, "kind": "image", "scores": {}})
     command = ["score", "--results", str(drawn / "results.json"), "--output-dir", str(tmp_path), "--judge-model", "m"]
     command += ["--judge-base-url", "http://127.0.0.1:9/v1"]

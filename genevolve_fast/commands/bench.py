@@ -204,11 +204,11 @@ def read_bench(data: str) -> tuple[list, Path]:
 
 
 def _renderer(args: argparse.Namespace) -> str:
-    """Who draws. Raises EvaluateError where nobody is named: the canvas draws nothing that a model could grade."""
-    from genevolve_fast.evaluate.ledger import EvaluateError
+    """Who draws. Raises BatchError where nobody is named: the canvas draws nothing that a model could grade."""
+    from genevolve_fast.resumable import BatchError
 
     if args.renderer is None and (args.wise is not None or args.judge != "sandbox"):
-        raise EvaluateError("--renderer is missing: who draws, such as qwen-service with --service-url, or nano-banana")
+        raise BatchError("--renderer is missing: who draws, such as qwen-service with --service-url, or nano-banana")
     return args.renderer or "canvas"
 
 
