@@ -349,7 +349,7 @@ def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
 def open_teacher(args: argparse.Namespace, pool, incidents):
     """What answers a pool's rows, opened by `async with`."""
     if args.teacher == "agent":
-        return open_runner(args, incidents)
+        return open_runner(args, incidents, args.output_dir / "images")
     from dataclasses import replace
 
     from genevolve_fast.agent.batch import policy_runner
