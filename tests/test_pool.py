@@ -126,6 +126,17 @@ def secrets_of(folder) -> dict[str, list[str]]:
     return out
 
 
+def test_no_recipe_stands_in_a_row_of_the_pool():
+    """Rows become the published sets; what a request was built from is told there, its recipe is not."""
+    plain = {"eval_type", "category", "difficulty", "meta"}  # published fields, which say what they say
+    for recipe_row in read_jsonl(made("pool") / "recipes.jsonl"):
+        rows = {r["id"]: r for r in read_jsonl(made("pool") / f"{recipe_row['split']}.jsonl")}
+        told = json.dumps({n: v for n, v in rows[recipe_row["id"]].items() if n not in plain})
+        fields = {"evidence", "requirement", "withheld", "family", "recipe"}
+        assert not [name for name in fields if f'"{name}"' in told]
+        assert not [v for v in (recipe_row["evidence"], recipe_row["anchor"]) if f'"{v}"' in told]
+
+
 def test_no_recipe_stands_in_a_request_or_in_what_a_session_sends(policy):
     import dataclasses
 

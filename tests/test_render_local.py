@@ -308,6 +308,23 @@ def test_a_lost_device_and_full_memory_are_told_apart(edit_folder):
     assert pipeline.draw([Job("a", (pixels(0),), width=64, height=64)])[0].shape == (64, 64, 3)
 
 
+def test_a_caller_that_gives_up_takes_no_company_with_it(edit_folder):
+    """One that was cancelled while it waited must not be answered: the others of its call would never be."""
+    renderer = LocalRenderer(PipelineSettings(model=edit_folder, **SMALL), max_batch=3)
+    renderer.pipeline.load()
+
+    async def give_up():
+        first = asyncio.ensure_future(renderer.render(program("first", 1), [pixels(1)], 0))  # holds the thread
+        await asyncio.sleep(0)
+        calls = [asyncio.ensure_future(renderer.render(program("a", 1), [pixels(0)], s)) for s in range(3)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        return await asyncio.wait_for(asyncio.gather(first, *calls[1:]), 60)
+
+    assert len(asyncio.run(give_up())) == 3
+    renderer.close()
+
+
 def test_a_caller_that_gives_up_is_not_drawn_for(edit_folder):
     renderer = LocalRenderer(PipelineSettings(model=edit_folder, **SMALL))
     drawn, draw = [], renderer.pipeline.draw

@@ -189,11 +189,15 @@ FOUND = "<tool_response>\nThe field is held by Otto Grimm.\n</tool_response>"
 PAIR = (
     REQUEST,
     rollout(BEST, Message("assistant", CALL), Message("user", FOUND)),
-    rollout(Program("Background white.")),
+    rollout(
+        Program("Background white, a walrus."),
+        Message("assistant", CALL),
+        Message("user", FOUND.replace("Grimm", "Vane")),
+    ),
 )
 
 
-@pytest.mark.parametrize("word", ["grimm", "quax", "crimson", "ruskin"])
+@pytest.mark.parametrize("word", ["grimm", "quax", "crimson", "ruskin", "walrus", "vane"])  # the last two: the worse's
 def test_a_leak_is_complained_about_then_left_out(server, word):
     told = GENERAL | {"failure_avoidance": f"Do not forget {word} again."}
     server.fault(f"text:{json.dumps(told)}")

@@ -124,6 +124,35 @@ def test_a_renderer_that_never_answers_or_cannot_draw_a_program_is_a_typed_failu
     assert "0 reference images; this renderer takes 1 to 2" in next(iter(drawn.failed.values()))[1]
 
 
+def test_a_picture_that_was_drawn_again_is_reviewed_again(tmp_path):
+    """A verdict belongs to the bytes it was given on, and every request is drawn from a seed of its own."""
+    step, trajectories = filtered()
+    seeds = []
+
+    class Seeded(Counting):
+        def __init__(self, changed: bool) -> None:
+            super().__init__()
+            self.changed = changed
+
+        async def render(self, program, references, seed):
+            seeds.append(seed)
+            return await super().render(program, references, seed) - np.uint8(self.changed)
+
+    class Approving:
+        name, seen = "approving", 0
+
+        async def review(self, t, picture, step):
+            self.seen += 1
+            return Review("pass", "fine")
+
+    reviewer = Approving()
+    drawn = draw(tmp_path, trajectories[:3], step, Seeded(False), reviewer, seed=7)
+    assert seeds == [picture_seed(7, t.id) for t in trajectories[:3]] and len(set(seeds)) == 3
+    (tmp_path / drawn.pictures[trajectories[0].id][0]).unlink()
+    draw(tmp_path, trajectories[:3], step, Seeded(True), reviewer, seed=7)
+    assert reviewer.seen == 4 and seeds[3:] == seeds[:1]
+
+
 def test_a_judge_that_fails_decides_nothing_and_is_asked_again(tmp_path):
     step, trajectories = filtered()
 
