@@ -18,6 +18,8 @@ from genevolve_fast.evaluate.published import TABLES, beside, columns, published
 from genevolve_fast.evaluate.wise import PROTOCOLS
 from genevolve_fast.sandbox.world import SandboxWorld
 
+pytestmark = pytest.mark.slow  # server processes, or pipelines of diffusers
+
 ROWS = 8
 
 

@@ -169,6 +169,7 @@ def test_the_command_writes_the_page_and_refuses_what_cannot_be(tmp_path, capsys
         read_side(tmp_path / "d")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium to run the page")
 def test_the_page_runs_and_shows_every_row(tmp_path):
     a, b = (write(tmp_path / n, rows_of(3), [0.5, 1.0, 0.0]) for n in ("a", "bb"))

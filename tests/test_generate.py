@@ -15,6 +15,8 @@ from genevolve_fast.sandbox.canvas import CanvasRenderer
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.trajectory import Program, Reference
 
+pytestmark = pytest.mark.slow  # server processes, or pipelines of diffusers
+
 
 @pytest.fixture(scope="module")
 def chat():

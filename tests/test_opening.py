@@ -81,6 +81,7 @@ def test_what_would_do_nothing_is_refused(overrides, told):
         configured("pool_size=400", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section, told",
     [

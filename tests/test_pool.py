@@ -218,6 +218,7 @@ def pool_command(server, folder, *flags) -> list[str]:
     return [*command, "--base-url", server.url, "--shares", "2,1,1", "--patience", "0", *flags]
 
 
+@pytest.mark.slow
 def test_a_chat_model_writes_the_pool_and_a_second_run_asks_only_for_what_is_missing(server, tmp_path, capsys):
     recipes = tmp_path / "recipes.jsonl"
     rows = [recipe(f"own-{i}", subject="", difficulty="easy").model_dump() for i in range(6)]

@@ -264,6 +264,7 @@ def test_sft_trains_on_a_published_folder_with_text_only_observations(tmp_path, 
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_check_says_what_a_folder_holds_and_what_is_wrong_with_it(tmp_path, capsys):
     view = copied("view", tmp_path / "view")
     assert main(["data", "check", str(view)]) == 0

@@ -205,6 +205,7 @@ def test_the_choice_goes_by_what_failed_here_then_by_health_then_by_load_then_in
     assert asyncio.run(taken((0, 0), (5, 2), (5, 2), avoid=0)) == ["b", "c", "b"]
 
 
+@pytest.mark.slow
 def test_no_address_gets_more_requests_at_a_time_than_allowed():
     with LoopbackCanvas() as server:
         server.fault(GENERATE, "delay:0.05")
@@ -259,6 +260,7 @@ def test_busy_services_are_given_the_time_they_ask_for_and_break_no_circuit(serv
     assert asks_for_hours.ready(160.0)
 
 
+@pytest.mark.slow
 def test_a_service_that_restarts_is_waited_for():
     with LoopbackCanvas() as server:
         renderer = client(server, limits=quick(patience_s=60))
@@ -532,6 +534,7 @@ def test_patience_begins_when_a_service_goes_away_not_when_the_picture_was_asked
     assert len(times) == 2
 
 
+@pytest.mark.slow
 def test_waiting_for_a_turn_uses_up_neither_patience_nor_deadline(service):
     service.fault(GENERATE, "delay:0.3")
     renderer = client(service, limits=quick(concurrency=1, request_timeout_s=1.2, picture_timeout_s=1.2, attempts=1))

@@ -13,6 +13,8 @@ from genevolve_fast.render.local import DiffusersPipeline, LocalRenderer, Pipeli
 from genevolve_fast.trajectory import Program, Reference
 from tests.tiny_pipelines import save_tiny_edit, save_tiny_flux
 
+pytestmark = pytest.mark.slow  # server processes, or pipelines of diffusers
+
 SMALL = {"dtype": "float32", "device": "cpu", "num_inference_steps": 2, "long_side": 64}
 CLOSE = 2 / 255  # what batching may change
 

@@ -24,6 +24,8 @@ from genevolve_fast.render.pool import Pool, PoolSettings, RefusedError
 from genevolve_fast.sandbox.canvas import draw_program
 from tests.loopback.render_service import RED, LoopbackRenderService, faulty, own
 
+pytestmark = pytest.mark.slow  # server processes, or pipelines of diffusers
+
 RELEASED = {  # what the released runtime's client sends beside prompt and references
     "seed": 0,
     "true_cfg_scale": 4.0,

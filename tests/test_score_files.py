@@ -329,6 +329,7 @@ def test_flags_that_cannot_work_are_refused(drawn, tmp_path, capsys, flags, told
     assert main([*command, *flags]) == 2 and told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_score_goes_on_where_it_was(drawn, tmp_path):
     rows = json.loads((drawn / "results.json").read_text())
     many = [row | {"id": f"{i}", "output_path": str(drawn / row["gt_image"])} for i, row in enumerate(rows * 8)]

@@ -62,6 +62,7 @@ def compare(server, *pairs, incidents=None, markers=(), **changes) -> list[Exper
     return asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_decisions_are_named_as_by_the_rules_behind_the_endpoint(server, pairs):
     said = compare(server, *pairs)
     assert said == [asyncio.run(RuleComparer().compare(*pair)) for pair in pairs]
@@ -159,6 +160,7 @@ def test_decisions_may_be_named(text):
     assert SECRETS.leak(text) is None
 
 
+@pytest.mark.slow
 def test_no_phrase_of_the_rule_comparer_is_taken_for_a_secret(pairs):
     for request, best, worst in pairs:
         shown = [c.found for t in (best, worst) for c in tool_calls(t) if c.tool != "query_knowledge"]

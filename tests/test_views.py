@@ -188,6 +188,7 @@ def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     assert main(command) == 0 and len(server.seen()) == 1
 
 
+@pytest.mark.slow
 def test_the_ground_truth_is_drawn_by_whichever_renderer_is_named(tmp_path, capsys):
     """Services and APIs draw it as the canvas here does, because the canvas is behind them."""
     command = ["data", "truth", "--input", str(made("filter")), "--output-dir", str(tmp_path / "t")]

@@ -18,6 +18,8 @@ from genevolve_fast.evaluate.wise import PROTOCOLS, read_grades, read_prompts, r
 from genevolve_fast.net.replies import ReplyError
 from genevolve_fast.resumable import BatchError
 
+pytestmark = pytest.mark.slow  # server processes, or pipelines of diffusers
+
 ORIGINAL, VERIFIED = PROTOCOLS["original"], PROTOCOLS["verified"]
 KEY = "sk-a-wise-secret"
 CATEGORIES = ("CULTURE", "TIME", "SPACE", "BIOLOGY", "PHYSICS", "CHEMISTRY")
