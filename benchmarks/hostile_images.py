@@ -13,7 +13,8 @@ from genevolve_fast.evaluate.scoreboard import record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from loopback.canvas_service import LoopbackCanvas  # noqa: E402
-from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, PeakMemory, as_answers, as_references, cases  # noqa: E402
+from loopback.hostile import PeakMemory  # noqa: E402
+from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, as_answers, as_references, cases  # noqa: E402
 
 
 def run(chosen: Sequence[Case]) -> tuple[list[str], int]:

@@ -21,6 +21,7 @@ from genevolve_fast.commands.opening import (
     policy_path,
     set_threads,
     show_fields,
+    subcommands,
 )
 
 
@@ -69,18 +70,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
         description="Train tool-using image-generation agents on few GPUs.",
         epilog="First steps: `genevolve-fast demo` lets the sandbox agent evolve on this machine, no GPU needed.",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run, help_: str, example: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(
-            name,
-            help=help_,
-            description=help_,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        p.set_defaults(run=run)
-        return p
+    command = subcommands(top.add_subparsers(dest="command", required=True, metavar="COMMAND"))
 
     def training(p: argparse.ArgumentParser, config: str | None) -> None:
         needed = config is None and "--fields" not in asked

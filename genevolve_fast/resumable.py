@@ -21,6 +21,7 @@ _SAVE_EVERY_S = 5.0
 _SAVE_SHARE = 20  # of the time at most one in so many is spent writing results
 
 T = TypeVar("T")
+B = TypeVar("B", bound="Tally")
 
 
 class BatchError(ValueError):
@@ -152,20 +153,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {before.get(n)} then, {now.get(n)} now" for n in names if before.get(n) != now.get(n))
 
 
-def now_and_then(write: Callable[[], object]) -> Callable[[], None]:
-    """Calls `write` seldom enough to cost little of a long batch; the journal loses nothing meanwhile."""
-    due = time.monotonic() + _SAVE_EVERY_S
-
-    def save() -> None:
-        nonlocal due
-        if (now := time.monotonic()) < due:
-            return
-        write()
-        due = now + max(_SAVE_EVERY_S, _SAVE_SHARE * (time.monotonic() - now))
-
-    return save
-
-
 # --- working it off ---------------------------------------------------------------------------------------------------
 
 _GIVE_UP_AFTER = 3  # items, or as many as run at a time
@@ -217,24 +204,27 @@ class Tally:
 async def work_off(
     todo: Iterable[T],
     work: Callable[[T], Awaitable[tuple[str, str]]],
-    tally: Tally,
+    tally: B,
     *,
     parallel: int,
-    progress: Callable[[], None] = lambda: None,
-) -> None:
+    progress: Callable[[B], None] = lambda tally: None,
+    write: Callable[[], object] = lambda: None,
+) -> B:
     """`work` every item, `parallel` at a time; it keeps what it made and returns (how it ended, why it failed).
 
     Ends early where item after item is refused alike, and by SIGINT and SIGTERM, which `tally` tells. What `work`
-    raises ends it too.
+    raises ends it too. `write` is called now and then, seldom enough to cost little, and at every end.
     """
-    waiting, started = iter(todo), time.monotonic()
+    waiting, started, save = iter(todo), time.monotonic(), _now_and_then(write)
+    progress(tally)
 
     async def worker() -> None:
         for item in waiting:
             if tally.stopped:
                 return
             tally.add(*await work(item), parallel)
-            progress()
+            progress(tally)
+            save()
 
     def end(number: int) -> None:
         tally.signal, tally.stopped = number, signal.Signals(number).name
@@ -250,7 +240,22 @@ async def work_off(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            tally.seconds = time.monotonic() - started
+            write()
+    tally.seconds = time.monotonic() - started
+    return tally
+
+
+def _now_and_then(write: Callable[[], object]) -> Callable[[], None]:
+    due = time.monotonic() + _SAVE_EVERY_S
+
+    def save() -> None:
+        nonlocal due
+        if (now := time.monotonic()) < due:
+            return
+        write()
+        due = now + max(_SAVE_EVERY_S, _SAVE_SHARE * (time.monotonic() - now))
+
+    return save
 
 
 @contextmanager

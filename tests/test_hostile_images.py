@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 from loopback.canvas_service import LoopbackCanvas
-from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, PeakMemory, as_answers, as_references, small_cases, wrong
+from loopback.hostile import PeakMemory
+from loopback.hostile_images import MEMORY_LIMIT, WAYS, Case, as_answers, as_references, small_cases, wrong
 
 CASES = small_cases()
 

@@ -13,7 +13,7 @@ from genevolve_fast.agent.journal import Finished, Journal, Sample
 from genevolve_fast.agent.results import AgentResult, picture_row, with_files
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Codec, Engine, Tool
-from genevolve_fast.resumable import Tally, now_and_then, work_off
+from genevolve_fast.resumable import Tally, work_off
 from genevolve_fast.trajectory import Request
 
 Runner = Callable[[Sample], Awaitable[Finished]]
@@ -48,8 +48,6 @@ async def run_batch(
     """
     done = journal.done
     batch = Batch(Counter(journal.results[s.position].termination for s in samples if s.position in done))
-    progress(batch)
-    save = now_and_then(lambda: journal.write_results(samples))
 
     async def run(sample: Sample) -> tuple[str, str]:
         finished = await _guarded(runner, sample)
@@ -58,16 +56,10 @@ async def run_batch(
             batch.tokens = (batch.tokens or 0) + finished.tokens
         return finished.failure or finished.result.termination, finished.result.error or ""
 
-    def after() -> None:
-        progress(batch)
-        save()
-
-    try:
-        todo = [s for s in samples if s.position not in done]
-        await work_off(todo, run, batch, parallel=parallel, progress=after)
-    finally:
-        journal.write_results(samples)
-    return batch
+    todo = [s for s in samples if s.position not in done]
+    return await work_off(
+        todo, run, batch, parallel=parallel, progress=progress, write=lambda: journal.write_results(samples)
+    )
 
 
 async def _guarded(runner: Runner, sample: Sample) -> Finished:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_attempts, tell_end
-from genevolve_fast.commands.opening import AddCommand, read_section, show_fields
+from genevolve_fast.commands.opening import AddCommand, read_section, show_fields, subcommands
 from genevolve_fast.commands.render import add_renderer_flags, open_chosen_renderer
 from genevolve_fast.commands.rollout import add_agent_flags, open_runner, rollout_settings
 
@@ -24,18 +24,7 @@ def add(command: AddCommand) -> None:
         "Make and check training data: prompt pool, teacher trajectories, filters, ground truth, published views.",
         "genevolve-fast data check GenEvolve-Data-Bench",
     )
-    steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
-
-    def step(name: str, run, help_: str, example: str) -> argparse.ArgumentParser:
-        p = steps.add_parser(
-            name,
-            help=help_,
-            description=help_,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        p.set_defaults(run=run)
-        return p
+    step = subcommands(top.add_subparsers(dest="step", required=True, metavar="STEP"))
 
     p = step(
         "pool",

@@ -18,6 +18,23 @@ class AddCommand(Protocol):
     def __call__(self, name: str, run, help_: str, example: str) -> argparse.ArgumentParser: ...
 
 
+def subcommands(group) -> AddCommand:
+    """What adds commands to argparse's `group` of them, each with its example."""
+
+    def command(name: str, run, help_: str, example: str) -> argparse.ArgumentParser:
+        p = group.add_parser(
+            name,
+            help=help_,
+            description=help_,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        p.set_defaults(run=run)
+        return p
+
+    return command
+
+
 def config_path(name: str) -> Path:
     """A YAML file, or one of the built-in configurations by its bare name."""
     path = Path(name)

@@ -99,9 +99,7 @@ class Scoring:
                 self.errors[item.position] = why
             return end, why
 
-        counts = Judging()
-        await work_off(self.todo(), one, counts, parallel=parallel, progress=lambda: progress(counts))
-        return counts
+        return await work_off(self.todo(), one, Judging(), parallel=parallel, progress=progress)
 
     def verdicts(self, kind: str) -> dict[int, dict[str, Any]]:
         """Ledger lines ("scores" or "program_score", and "diagnostics") of judged rows by position."""

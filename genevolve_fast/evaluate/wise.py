@@ -320,11 +320,7 @@ class WiseScoring:
             line = {"prompt_id": prompt.prompt_id, "scores": scores, "evaluation": reply}
             self.ledger.add(self._keys[prompt.prompt_id], line)
 
-        counts = Judging()
-        await work_off(
-            self.todo(), lambda p: outcome(grade(p)), counts, parallel=parallel, progress=lambda: progress(counts)
-        )
-        return counts
+        return await work_off(self.todo(), lambda p: outcome(grade(p)), Judging(), parallel=parallel, progress=progress)
 
     def graded(self) -> list[Graded]:
         out = []

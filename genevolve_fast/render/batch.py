@@ -18,7 +18,7 @@ from genevolve_fast.protocols import Renderer, RenderError
 from genevolve_fast.render.endpoints import off_loop
 from genevolve_fast.render.rows import Row, RowError, drawn, not_drawn, program_of, read_references, read_rows
 from genevolve_fast.render.service_client import refusal
-from genevolve_fast.resumable import BatchError, Log, Tally, changes, now_and_then, work_off
+from genevolve_fast.resumable import BatchError, Log, Tally, changes, work_off
 from genevolve_fast.trajectory import json_text
 
 JOURNAL = "renders.jsonl"
@@ -192,8 +192,6 @@ async def render_batch(
     """
     done = gallery.done
     batch = Batch(Counter({"drawn": len(done)} if done else {}))
-    progress(batch)
-    save = now_and_then(lambda: gallery.write_results(rows))
 
     async def draw(row: Row) -> tuple[str, str]:
         began = time.monotonic()
@@ -214,16 +212,10 @@ async def render_batch(
         gallery.add_failure(row, one_line(error, 500), end)
         return end, error
 
-    def after() -> None:
-        progress(batch)
-        save()
-
-    try:
-        todo = [row for row in rows if row.name not in done]
-        await work_off(todo, draw, batch, parallel=parallel, progress=after)
-    finally:
-        gallery.write_results(rows)
-    return batch
+    todo = [row for row in rows if row.name not in done]
+    return await work_off(
+        todo, draw, batch, parallel=parallel, progress=progress, write=lambda: gallery.write_results(rows)
+    )
 
 
 async def _draw(row: Row, renderer: Renderer, seed: int, draw_request: bool, bases: Sequence[Path]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import io
 import json
 import math
@@ -13,10 +12,11 @@ import re
 import signal
 import socket
 from binascii import Error as Base64Error
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 
 import genevolve_fast
 from genevolve_fast.net.pictures import decode_image
+from genevolve_fast.net.serving import BearerKey, ClientGoneError, while_connected
 from genevolve_fast.net.web import FetchError
 from genevolve_fast.protocols import RenderError
 from genevolve_fast.render.job import Job
@@ -39,7 +40,6 @@ MAX_IMAGES = 16
 _KEEP_SIDE = 1 << 16  # references stay as large as they came: the pipelines resize them as they were trained
 _STATUS = {"bad_arguments": 422, "too_large": 507}  # of a pipeline's failure; others are 500
 _DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]+)*;base64,", re.IGNORECASE)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def build_app(pool: Pool, settings: ServiceSettings) -> FastAPI:
             status = _STATUS.get(error.kind, 500)
             outcome = _outcome(status)
             return _failure(str(error), status)
-        except (ClientDisconnect, _VanishedError):
+        except (ClientDisconnect, ClientGoneError):
             outcome = "vanished"
             return Response(status_code=499)
         except asyncio.CancelledError:  # the time to finish is over
@@ -237,7 +237,7 @@ def build_app(pool: Pool, settings: ServiceSettings) -> FastAPI:
             async with decoding:
                 job = await asyncio.to_thread(parse, body, settings.max_reference_pixels)
             del body
-            pixels = await _while_connected(raw, pool.submit(job, place))
+            pixels = await while_connected(raw, pool.submit(job, place))
         finally:
             place.give_back()
         return await asyncio.to_thread(encode, pixels)
@@ -260,12 +260,9 @@ def build_app(pool: Pool, settings: ServiceSettings) -> FastAPI:
         return _failure(f"{type(error).__name__} in the service", 500)
 
     if settings.api_key:
-        app.add_middleware(_Key, key=settings.api_key)
+        refusal = partial(_failure, "the key is missing or wrong", 401)
+        app.add_middleware(BearerKey, key=settings.api_key, open_paths=("/health",), refuse=refusal)
     return app
-
-
-class _VanishedError(Exception):
-    """The client is gone."""
 
 
 def _outcome(status: int) -> str:
@@ -319,39 +316,6 @@ async def _discard(raw: Request, settings: ServiceSettings) -> None:
         await asyncio.wait_for(read(), min(10.0, settings.body_timeout_s))
     except asyncio.TimeoutError:
         return
-
-
-async def _while_connected(raw: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(raw))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _VanishedError
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(raw: Request) -> None:
-    while (await raw.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Key:
-    """Refuses requests without the bearer token; /health stays open."""
-
-    def __init__(self, app, key: str) -> None:
-        self.app, self.expected = app, f"Bearer {key}".encode()
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
-                return await _failure("the key is missing or wrong", 401)(scope, receive, send)
-        return await self.app(scope, receive, send)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
 import genevolve_fast
+from genevolve_fast.net.serving import BearerKey, ClientGoneError, while_connected
 from genevolve_fast.rollout.server_policy import ServedPolicy
 from genevolve_fast.rollout.server_prompts import chat_prompt, expand, images_of_parts
 from genevolve_fast.rollout.server_protocol import (
@@ -352,23 +352,12 @@ def build_app(
     started = int(time.time())
     app.add_middleware(_BodyLimit, limit=max_request_bytes)
     if api_key is not None:  # added last, asked first
-        app.add_middleware(_Key, key=api_key)
+        app.add_middleware(BearerKey, key=api_key, open_paths=OPEN_PATHS, refuse=_unauthorized)
     return app
 
 
-class _Key:
-    """Refuses requests without the bearer token."""
-
-    def __init__(self, app, key: str) -> None:
-        self.app, self.expected = app, f"Bearer {key}".encode()
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
-                error = RequestError("Unauthorized", 401, "AuthenticationError")
-                return await JSONResponse(error.body(), 401)(scope, receive, send)
-        return await self.app(scope, receive, send)
+def _unauthorized() -> JSONResponse:
+    return JSONResponse(RequestError("Unauthorized", 401, "AuthenticationError").body(), 401)
 
 
 class _BodyLimit:
@@ -404,24 +393,13 @@ class _BodyLimit:
 
 
 async def _while_connected(raw: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(raw))
+    """Raises RequestError where the client is gone, or the server about to be."""
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise RequestError("Client disconnected", 499)
-        return task.result()
+        return await while_connected(raw, work)
+    except ClientGoneError:
+        raise RequestError("Client disconnected", 499) from None
     except asyncio.CancelledError:  # the time for calls to finish is over
         raise unavailable("The server is ending. Please retry on another one.") from None
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(raw: Request) -> None:
-    while (await raw.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _session(raw: Request, salt: str | None) -> str | None:

@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -827,28 +826,6 @@ async def _guarded(checked) -> str:
         return await checked
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-class PeakMemory:
-    """Resident bytes above the start, the largest that a thread saw every 5 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        import psutil
-
-        process = psutil.Process()
-        start, self.growth, self._done = process.memory_info().rss, 0, threading.Event()
-
-        def watch() -> None:
-            while not self._done.wait(0.005):
-                self.growth = max(self.growth, process.memory_info().rss - start)
-
-        self._thread = threading.Thread(target=watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 WAYS = {"service": GENERATE, "gemini": GEMINI}
