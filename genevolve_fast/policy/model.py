@@ -121,7 +121,10 @@ class Policy(nn.Module):
         except OSError as error:
             raise no_policy(whole) from error
         kind = Qwen3VLForConditionalGeneration if vision else AutoModelForCausalLM
-        model = kind.from_pretrained(whole, dtype=dtype)
+        try:
+            model = kind.from_pretrained(whole, dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(f"no weights of policy {str(whole)!r} can be read: {error}") from error
         if base is not None:
             model = merge_saved(model, path)
         codec = TransformersCodec.from_pretrained(path)
