@@ -11,4 +11,4 @@ from benchmarks.data_chain import SMALL, STEPS, run_chain
 def test_every_step_of_the_chain_is_read_by_the_next(tmp_path):
     chain = run_chain(tmp_path, SMALL)
     assert chain.count == len(STEPS) == 8, chain.text()
-    assert (tmp_path / "bench" / "bench.json").exists()
+    assert (tmp_path / "bench" / "score" / "summary.json").exists()
