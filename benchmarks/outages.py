@@ -28,7 +28,7 @@ from genevolve_fast.trajectory import Failed, Judged
 from tests.loopback.canvas_service import LoopbackCanvas
 from tests.loopback.engine import LoopbackEngine
 from tests.loopback.judge import LoopbackJudge
-from tests.loopback.render_service import LoopbackRenderService
+from tests.loopback.render_service import LoopbackRenderService, faulty
 from tests.loopback.web import LoopbackWeb
 
 COMMAND = "python -m benchmarks.outages"
@@ -55,11 +55,11 @@ SAMPLING = (
     Outage("search", 3, "rollout", after=0.1),  # last of the two: without search nobody finds a picture
     Outage("engine", 3, "update_actor", after=0.0, seconds=6.0),  # the new weights find nobody
 )
-SCORING = (
-    Outage("renderer", 1, "judge", after=0.0),
+SCORING = (  # steps apart: renderer and image API are counted alike, and each must have been hit itself
+    Outage("renderer", 0, "judge", after=0.0),
+    Outage("judge", 1, "experience", after=0.0),  # while it compares
     Outage("image_api", 2, "judge", after=0.0),
     Outage("judge", 3, "judge", after=0.0),
-    Outage("judge", 4, "experience", after=0.0),  # while it compares
 )
 SOURCES = {  # who counts the failures of a server
     "engine": ("engine",),
@@ -119,9 +119,9 @@ def score_through(runs: Path, size: Size = Size(), *, outages: Sequence[Outage] 
     """
     runs.mkdir(parents=True, exist_ok=True)
     with (
-        LoopbackRenderService("--model", "sandbox:canvas") as renderer,
+        LoopbackRenderService(*faulty(seconds=0.1)) as renderer,  # slow enough to be killed at work
         LoopbackCanvas() as image_api,
-        LoopbackJudge(seed=SEED, train=POOL) as judge,
+        LoopbackJudge(latency_ms=200, seed=SEED, train=POOL) as judge,
     ):
         fields = SAMPLED_HERE | scored_by(renderer.url, image_api.gemini, judge.base_url, runs / "cache", "record")
         servers = {"renderer": renderer, "image_api": image_api, "judge": judge}
@@ -138,6 +138,7 @@ def score_through(runs: Path, size: Size = Size(), *, outages: Sequence[Outage] 
 SEED, POOL = 42, 400
 SCORED_HERE = {"data.path": "sandbox", "renderer": "{}", "judge": "{}", "summarizer": "{}", "embedder": "{}"}
 SAMPLED_HERE = {
+    "rollout.observe_images": "tokens",  # as the shipped policy learnt it: without pictures it names no reference
     "data.path": "sandbox",
     "pool_size": POOL,
     "seed": SEED,

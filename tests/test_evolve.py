@@ -175,7 +175,7 @@ def test_what_stands_in_the_way_is_said_in_one_line(uninterrupted, tmp_path, cap
         (["evolve", "--config", "genevolve_8b"], "rollout.engine vllm: vllm is not installed"),
         (["evolve", "--config", "demo", "--set", "stepz=1"], "stepz: there is no such field"),
         (["bench", "--policy", "./no/policy", "--out", str(tmp_path)], "no policy './no/policy'"),
-        (["bench", "--policy", str(half), "--out", str(tmp_path)], "has no weights that can be read"),
+        (["bench", "--policy", str(half), "--out", str(tmp_path)], "cannot be loaded"),
         (["report", str(tmp_path)], "is not the folder of a run"),
         (["scoreboard", "--file", str(tmp_path / "none.json")], "none.json"),
     ]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.whole_sequences import packed_causal
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches, teacher_sequence
+from genevolve_fast.cli import main
 from genevolve_fast.policy.positions import ImageMismatchError, mrope_positions
+from genevolve_fast.sandbox.tiny_policy import start_path
 
 
 def text(n: int, seed: int) -> list[int]:
@@ -148,3 +152,16 @@ def test_rotations_that_depend_on_the_call_are_refused(rope_type):
     plain.model.config.rope_parameters["rope_type"] = rope_type
     with pytest.raises(ValueError, match=f"rope_type '{rope_type}'"):
         Policy(plain.model, plain.codec)
+
+
+@pytest.mark.parametrize("cut", [None, 1000])
+def test_a_folder_without_its_weights_is_told_in_one_line(tmp_path, cut, capsys):
+    """A crash while it was copied, or a policy that was never written whole."""
+    folder = shutil.copytree(start_path(), tmp_path / "policy")
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    if cut is not None:
+        weights.write_bytes(data[:cut])
+    assert main(["bench", "--policy", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert f"the weights of {str(folder)!r} cannot be loaded" in capsys.readouterr().err

@@ -110,6 +110,7 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
         """Load weights, tokenizer and image processor from a folder or hub name; a saved adapter is merged."""
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
         base = adapter_base(path)
@@ -123,8 +124,9 @@ class Policy(nn.Module):
         kind = Qwen3VLForConditionalGeneration if vision else AutoModelForCausalLM
         try:
             model = kind.from_pretrained(whole, dtype=dtype)
-        except OSError as error:
-            raise FileNotFoundError(f"the policy {str(whole)!r} has no weights that can be read: {error}") from error
+        except (OSError, SafetensorError) as error:
+            told = str(error).splitlines()[0]
+            raise FileNotFoundError(f"the weights of {str(whole)!r} cannot be loaded: {told}") from error
         if base is not None:
             model = merge_saved(model, path)
         codec = TransformersCodec.from_pretrained(path)
