@@ -822,7 +822,7 @@ def counted(name, inner):
             os._exit(9)
         return inner(*a, **k)
     return call
-for owner, name in ((cache.os, "replace"), (cache.Path, "write_bytes"), (cache.AnswerCache, "_write")):
+for owner, name in ((os, "replace"), (Path, "write_bytes"), (cache.AnswerCache, "_write")):
     setattr(owner, name, counted(name, getattr(owner, name)))
 async def network(): return b"answer"
 answers = cache.AnswerCache(Path(sys.argv[1]), "record", Incidents())
