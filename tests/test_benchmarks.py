@@ -68,6 +68,7 @@ def test_main_grad_is_judged_too(truths):
     assert found["error_d_weight"] <= 2e-4 and found["error_d_hidden"] <= 2e-4
 
 
+@pytest.mark.slow
 def test_every_peer_runs_or_says_why_not():
     assert len(PEERS) >= 14
     for name in PEERS:

@@ -70,6 +70,7 @@ def uninterrupted(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(uninterrupted):
     folder, rows = uninterrupted / "t", measured(uninterrupted)
     assert [r["step"] for r in rows] == [1, 2, 3]
@@ -97,6 +98,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file(uninterrupted, policy):
     page = build_report(uninterrupted / "t", lambda ids: "x" * len(ids)).read_text()
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0].replace("<\\/", "</"))
@@ -162,6 +164,7 @@ def test_overrides_and_fields(tmp_path):
     assert ("objective.sdl_permille", 100) in [row[:2] for row in describe(EvolveConfig)]
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_way_is_said_in_one_line(uninterrupted, tmp_path, capsys, monkeypatch):
     """--fields needs no configuration; a missing policy, package or run is named; a run without checkpoints reports."""
     monkeypatch.setattr(engines, "vllm_installed", lambda: False)

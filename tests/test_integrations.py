@@ -76,6 +76,7 @@ def test_what_the_objective_lacks_is_refused(wrong):
         FusedLinearGRPOLoss(**wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, dict(reduction="sum"), dict(reduction="none"), dict(shift=True), dict(softcap=5.0)]
 )

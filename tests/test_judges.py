@@ -170,6 +170,7 @@ def test_experience_never_quotes_a_fact():
     assert habits_in(Experience()) == set()
 
 
+@pytest.mark.slow
 def test_the_demonstrator_is_as_good_as_its_habits(codec):
     reward = np.mean([t.reward for t in judged(codec, WORLD.requests("bench", 60), Demonstrator()).trajectories])
     assert 0.45 < reward < 0.68

@@ -177,6 +177,7 @@ def test_scoreboard_rows_follow_their_targets(tmp_path, capsys):
     assert "loop/reward_gain" in out and "not measured" in out and len(TARGETS) == 47
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_is_told_without_loading_torch(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     output = ["--input", str(tmp_path / "results.json"), "--output-dir", str(tmp_path / "out")]

@@ -85,6 +85,7 @@ def test_shared_gradient_equals_the_naive_one(case, checkpointing, max_tokens):
     assert distance(shared_gradient(policy, rollouts, images, max_tokens=max_tokens), want) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_rows", [1, 7, 64])
 def test_tiles_change_no_gradient(case, tile_rows):
     policy, rollouts, images = case
@@ -114,6 +115,7 @@ def test_adapters_get_the_naive_gradient(case, checkpointing, scope):
     assert all((p.grad is None) == (not p.requires_grad) for n, p in policy.named_parameters() if ".layers." in n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
 def test_bf16_with_fp32_adapters_loses_its_rounding_only(case, checkpointing):
     from genevolve_fast.policy.adapters import add_lora

@@ -204,6 +204,7 @@ def test_the_operators_keep_their_promises():
         torch.library.opcheck(module._backward, args, test_utils=check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_compiles_without_a_graph_break(accumulates):
     def loss(q, k, v, prefix_k, prefix_v, d_out, layout, into):
@@ -332,6 +333,7 @@ def test_torch_knows_the_shapes_of_the_calls():
         assert [x.shape for x in grads] == [q.shape, keys[0].shape, keys[1].shape]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_at_toy_size_and_writes_nothing(tmp_path, capsys):
     assert benchmark.main(["--dry-run", "--file", str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out

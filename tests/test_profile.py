@@ -507,6 +507,7 @@ def test_inline_runs_in_the_same_thread():
         Inline().submit(lambda: 1 // 0).result()
 
 
+@pytest.mark.slow
 def test_the_phases_of_a_training_pass_change_no_bit(policy, tokenizer):
     from naive import gradient
     from rollouts import demonstrated
@@ -536,6 +537,7 @@ def test_the_phases_of_a_training_pass_change_no_bit(policy, tokenizer):
     assert [g.cut for g in groups] == [t.request_stop for t in trajectories]
 
 
+@pytest.mark.slow
 def test_the_high_water_mark_of_a_step():
     """In a process of its own, whose heap is known: what was freed before must not hide what is taken now."""
     code = """

@@ -293,6 +293,7 @@ def test_check_misses_pictures_that_answers_name(tmp_path):
 # --- through datasets -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_datasets_streams_the_views_as_the_published_configs():
     pytest.importorskip("datasets")
     view = made("view")

@@ -165,6 +165,7 @@ def test_our_own_results_are_an_input_again(tmp_path, service):
 # --- continuing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_what_failed_is_drawn_again(tmp_path, service, capsys):
     rows = [row(i, [reference(tmp_path)]) for i in range(5)]
     command = arguments(batch(tmp_path, rows), tmp_path / "out", *via(service, "--parallel", "1"))

@@ -26,6 +26,8 @@ from genevolve_fast.render.service_client import ServiceRenderer, output_size
 from genevolve_fast.sandbox.canvas import CanvasRenderer, draw_reference
 from genevolve_fast.trajectory import Program, Reference
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-render-0123456789"
 ANCHOR = draw_reference("anchor", "red")
 EDIT = Program("Background blue. The emblem of the first reference image at the middle.", (Reference("IMG_001"),))

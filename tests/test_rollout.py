@@ -68,6 +68,7 @@ def journal_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_system_prompt_of_your_own(server, tmp_path):
     prompt = tmp_path / "prompt.txt"
     command = arguments(server, batch_of(tmp_path, 1), tmp_path / "out", "--system-prompt", str(prompt))

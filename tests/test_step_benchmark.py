@@ -32,6 +32,8 @@ from genevolve_fast.profile.flops import SHARED, pushed, sharing_ratio
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.train.update import accumulate_gradients
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOY = MODELS["toy"]
 ON_GPU = {name for name in TARGETS if name.startswith("step/")} - {

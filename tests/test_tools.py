@@ -133,6 +133,7 @@ def test_top_k_and_queries_are_limited(web, tmp_path):
         assert error.value.kind == "bad_arguments"
 
 
+@pytest.mark.slow
 def test_a_failing_service_is_asked_again_and_counted(web, tmp_path):
     incidents = Incidents()
     search = opened(web, tmp_path, incidents)["search"]
@@ -486,6 +487,7 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(web, tmp_path
     assert KEY not in "".join(traceback.format_exception(error.value)) and error.value.kind == "other"
 
 
+@pytest.mark.slow
 def test_event_loops_come_and_go_without_leaving_connections_open(web, tmp_path):
     tools, process = opened(web, tmp_path), psutil.Process()
 
@@ -626,6 +628,7 @@ def test_a_jpeg_of_endless_scans_is_refused():
     assert error.value.kind == "too_large" and error.value.permanent
 
 
+@pytest.mark.slow
 def test_downloads_from_one_host_wait_for_each_other(web, tmp_path):
     web.latency(300)
     fetcher = ImageFetcher(FetchLimits(per_host=3, timeout_s=0.9), Incidents(), (web.host,))

@@ -23,6 +23,8 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from genevolve_fast.integrations import trl as ours  # noqa: E402
 from genevolve_fast.integrations.trl import GenEvolveGRPOTrainer, objective_of, patch_trl  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 9
 PROMPTS = ["draw a red fox", "a sign that reads NOVA in blue letters", "two cups"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"

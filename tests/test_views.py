@@ -169,6 +169,7 @@ def test_a_judge_that_fails_decides_nothing_and_is_asked_again(tmp_path):
     assert renderer.calls == 0 and "undecided" not in {r.decision for r in drawn.reviews.values()}
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_looks_at_the_pictures(tmp_path):
     server = chat_server()
     passes, fails = ({"text": json.dumps({"pass": p, "reason": "I see it."})} for p in (True, False))

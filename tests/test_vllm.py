@@ -25,6 +25,8 @@ from tests import vllm_stand_in
 from tests.record_vllm_signatures import record
 from tests.vllm_stand_in import RECORDED, AsyncLLM
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, stop_ids=())
 
 

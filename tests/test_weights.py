@@ -110,6 +110,7 @@ def test_the_adapter_gets_all_of_the_gradient(policy, rollouts):
     assert all(".language_model.layers." in n and ".lora_" in n for n in with_gradient)
 
 
+@pytest.mark.slow
 def test_the_adapters_gradient_is_the_weights(policy, rollouts):
     """dB = scale·dW·Aᵀ and dA = scale·Bᵀ·dW, with dW of the same policy merged."""
     policy.double()
@@ -383,6 +384,7 @@ def test_an_average_is_saved_to_the_bit(policy, tmp_path):
         Average(policy, 1.0)
 
 
+@pytest.mark.slow
 def test_reference_and_teacher_passes_use_their_weights(policy, rollouts):
     """The step's traces hold the log-probs of the source, not the student's."""
     adapted(policy)

@@ -113,6 +113,7 @@ def test_rows(gpu, rows, capability):
     check_gradient(out.view, want)
 
 
+@pytest.mark.slow
 @settings(max_examples=99, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_stride_alignment_dtype_and_order(gpu, data):
