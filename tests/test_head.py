@@ -615,6 +615,7 @@ def test_the_meter_counts_what_is_alive():
     assert peak_bytes(run, torch.device("cpu")) == 8000 - 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["logprob", "frozen", "entropy", "trainable", "objective", "main_grad"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))]

@@ -272,6 +272,7 @@ def on_two_ranks(tmp_path, function, *arguments):
     assert all(p.exitcode == 0 for p in ranks), told or [p.exitcode for p in ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(D, 1e-10), pytest.param(torch.bfloat16, 1e-2, marks=pytest.mark.slow)]
 )

@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scope", ["all", pytest.param("decision", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget", [700, pytest.param(10**6, marks=pytest.mark.slow)])
