@@ -79,6 +79,7 @@ def test_d_logits_against_float64(name, used):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 65,537 programs, interpreted one after the other
 @pytest.mark.parametrize(("rows", "vocabulary"), [(65_537, 97), (8, 151_936), (3, 152_064), (3, 128_256)])
 def test_more_rows_than_a_grid_is_high_and_the_vocabularies_of_the_field(rows, vocabulary):
     torch.manual_seed(6)
