@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.train.config import OptimConfig
@@ -51,7 +52,7 @@ class Optimizer:
 def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Optimizer:
     """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule.
 
-    With release_gradients every layer has an AdamW of its own, which its visit's backward steps.
+    With release_gradients every weight of a layer has an AdamW of its own, which steps when its gradient is there.
     """
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if config.name == "muon" and p.ndim == 2 and ".layers." in n]
@@ -68,9 +69,9 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
 
     parts: list[torch.optim.Optimizer] = []
     if config.release_gradients:
-        for visit in policy.visits:
-            parts.append(adamw(visit.layer.parameters()))
-            visit.done = partial(_step_and_release, parts[-1])
+        for weight in (p for visit in policy.visits for p in visit.trained):
+            parts.append(adamw([weight]))
+            weight.register_post_accumulate_grad_hook(partial(_step_and_release, parts[-1]))
     parts.append(adamw(p for _, p in named))
     if matrices:
         parts.append(
@@ -90,7 +91,7 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
     return Optimizer(parts, factor)
 
 
-def _step_and_release(part: torch.optim.Optimizer) -> None:
+def _step_and_release(part: torch.optim.Optimizer, _: Tensor) -> None:
     part.step()
     part.zero_grad(set_to_none=True)
 
