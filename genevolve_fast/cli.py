@@ -45,6 +45,7 @@ _USER_ERRORS = {
     "data.rows": "DataError",
     "experience.memory": "OtherEmbedder",
     "policy.adapters": "AdapterError",
+    "policy.quantize": "QuantizeError",
     "profile.plan": "PlanError",
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
