@@ -203,8 +203,8 @@ class SavedAdapters:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model without adapters, their products added; adapted weights are new tensors on the host.
 
-    W + scale·B·A is summed at the adapter's precision and rounded once; W of 4 bits is what the layer computes with. The
-    model itself is not changed.
+    W + scale·B·A is summed at the adapter's precision and rounded once; a W of 4 bits is what the layer computes with.
+    The model itself is not changed.
     """
     adapted = _adapted(model)
     out = {}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from genevolve_fast.policy.model import Policy
 
-# What bitsandbytes and torchao log when anybody imports them, peft and transformers included: kernels that training does
-# not use are absent, and torchao calls a function of torch that will change.
+# what bitsandbytes and torchao log when anybody imports them, as peft and transformers do: kernels that training does
+# not use are absent, and torchao calls a function of torch that will change
 _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "torchao": "Failed to load ",
@@ -42,8 +42,8 @@ def quantize(policy: Policy, kind: str = "nf4", device: torch.device | None = No
     """Keep the linear layers of the decoder's attention and MLP as 4-bit NormalFloat with quantized scales.
 
     Each matrix goes to `device` (none: stays) by itself and is quantized there, so a policy in host memory never has
-    all its wide weights on a GPU; the rest of the policy stays where it is. Products run in the dtype of the policy. The
-    same weights give the same bits on the same device. Vision tower, embedding, norms and head are left as they are.
+    all its wide weights on a GPU; the rest of the policy stays where it is. Products run in the policy's dtype. The same
+    weights give the same bits on the same device. Vision tower, embedding, norms and head are left as they are.
     Raises QuantizeError for another kind, for a policy that is quantized or has an adapter, and without bitsandbytes.
     """
     if kind != "nf4":
@@ -55,15 +55,15 @@ def quantize(policy: Policy, kind: str = "nf4", device: torch.device | None = No
     bnb = load_bitsandbytes(f"policy.quantize {kind}")
     for layer in policy.decoder.layers:
         for part in (layer.self_attn, layer.mlp):
-            linear = [(n, m) for n, m in part.named_modules() if isinstance(m, nn.Linear)]
-            for name, module in linear:
+            for name in [n for n, m in part.named_modules() if isinstance(m, nn.Linear)]:
                 parent, _, last = name.rpartition(".")
-                setattr(part.get_submodule(parent), last, _four_bits(bnb, module, device or module.weight.device))
+                setattr(part.get_submodule(parent), last, _four_bits(bnb, part.get_submodule(name), device))
     policy.model.is_loaded_in_4bit = True  # peft reads it
 
 
-def _four_bits(bnb: ModuleType, linear: nn.Linear, device: torch.device) -> nn.Linear:
+def _four_bits(bnb: ModuleType, linear: nn.Linear, device: torch.device | None) -> nn.Linear:
     weight, bias = linear.weight.detach(), linear.bias
+    device = device or weight.device
     new = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, bias is not None, weight.dtype, quant_type="nf4", device="meta"
     )

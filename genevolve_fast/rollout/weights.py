@@ -63,8 +63,8 @@ def full_weights(policy: Policy, *, merged: bool = True) -> dict[str, Tensor]:
     if merged and has_adapters(policy):
         merged_weights = merged_state_dict(policy.model)
         return {name: merged_weights[name] for name in own}
-    plain = {n.replace(".base_layer.", "."): dequantized(m).cpu() for n, m in quantized_layers(policy.model).items()}
-    return own | {f"{name}.weight": tensor for name, tensor in plain.items()}
+    quantized = quantized_layers(policy.model).items()
+    return own | {f"{n.removesuffix('.base_layer')}.weight": dequantized(m).cpu() for n, m in quantized}
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES):
