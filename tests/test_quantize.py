@@ -17,7 +17,7 @@ from test_weights import SMALL, adapted, bits, logits, rollouts, same, text_poli
 
 from genevolve_fast.commands.opening import open_policy, open_world
 from genevolve_fast.incidents import Incidents
-from genevolve_fast.policy.adapters import add_lora, has_adapters, merged_state_dict
+from genevolve_fast.policy.adapters import has_adapters, merged_state_dict
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.quantize import QuantizeError, dequantized, plain_state_dict, quantize, quantized_layers
 from genevolve_fast.policy.weights import AdapterOff, Average, base_weights
@@ -26,7 +26,7 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.weights import HeadShape, differing, digest, full_weights
 from genevolve_fast.sandbox.tiny_policy import start_path
 from genevolve_fast.train.checkpoint import load_checkpoint, save_checkpoint
-from genevolve_fast.train.config import ConfigError, EvolveConfig, OptimConfig, SftConfig, load_config, parse_config
+from genevolve_fast.train.config import ConfigError, EvolveConfig, SftConfig, load_config, parse_config
 from genevolve_fast.train.evolve import evolve
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import prepare
@@ -263,8 +263,10 @@ def test_engines_are_given_the_values_computed_with(merged):
 @pytest.mark.slow
 def test_a_server_takes_the_adapter_alone_where_it_serves_the_four_bit_values(tmp_path):
     """And refuses it on the folder's own weights; merged it takes both."""
+    from test_vllm_server import ask, expected
+    from test_vllm_server import same as alike
+
     from genevolve_fast.rollout.vllm_server import VllmServerEngine
-    from test_vllm_server import ask, expected, same as alike
 
     policy = start()
     quantize(policy)
@@ -297,7 +299,7 @@ def test_a_server_takes_the_adapter_alone_where_it_serves_the_four_bit_values(tm
 
 SERVER = {"urls": ["http://127.0.0.1:9"], "sync_dir": "weights"}
 REFUSED = {
-    "needs lora.rank > 0: weights of 4 bits cannot train": {"policy": {"quantize": "nf4"}},
+    "needs lora.rank > 0: 4-bit weights cannot train": {"policy": {"quantize": "nf4"}},
     "quantize": {"policy": {"quantize": "int8", "lora": {"rank": 4}}},
     "needs rollout.vllm.merge_lora": {"policy": NF4, "rollout": {"engine": "vllm"}},
     "needs rollout.server.verify_every > 0": {

@@ -59,8 +59,10 @@ def open_policy(config):
     import torch
 
     from genevolve_fast.policy.model import Policy
-    from genevolve_fast.policy.quantize import quantize
+    from genevolve_fast.policy.quantize import load_bitsandbytes, quantize
 
+    if config.quantize != "none":
+        load_bitsandbytes(f"policy.quantize {config.quantize}")  # told before gigabytes are read
     policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
     if config.quantize != "none":
         quantize(policy, config.quantize, device())

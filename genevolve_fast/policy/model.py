@@ -136,8 +136,8 @@ class Policy(nn.Module):
         return cls(model, codec)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a transformers folder, an adapter merged, 4-bit weights plain; `dtype` rounds what is written, not what is
-        in memory."""
+        """Write a transformers folder, an adapter merged, 4-bit weights plain; `dtype` rounds what is written, not what
+        is in memory."""
         weights = merged_state_dict(self.model) if has_adapters(self) or quantized_layers(self.model) else None
         if dtype is not None:
             weights = {k: v.to(dtype) for k, v in (weights or self.model.state_dict()).items()}

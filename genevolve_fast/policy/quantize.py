@@ -42,8 +42,8 @@ def quantize(policy: Policy, kind: str = "nf4", device: torch.device | None = No
     """Keep the linear layers of the decoder's attention and MLP as 4-bit NormalFloat with quantized scales.
 
     Each matrix goes to `device` (none: stays) by itself and is quantized there, so a policy in host memory never has
-    all its wide weights on a GPU; the rest of the policy stays where it is. Products run in the policy's dtype. The same
-    weights give the same bits on the same device. Vision tower, embedding, norms and head are left as they are.
+    all its wide weights on a GPU; the rest of the policy stays where it is. Products run in the policy's dtype. The
+    same weights give the same bits on the same device. Vision tower, embedding, norms and head are left as they are.
     Raises QuantizeError for another kind, for a policy that is quantized or has an adapter, and without bitsandbytes.
     """
     if kind != "nf4":

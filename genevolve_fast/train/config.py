@@ -67,7 +67,7 @@ class PolicyConfig(_Section):
     def _refuse(self) -> PolicyConfig:
         if self.quantize != "none" and not self.lora.rank:
             raise ValueError(
-                f"quantize {self.quantize!r} needs lora.rank > 0: weights of 4 bits cannot train, an adapter on them can"
+                f"quantize {self.quantize!r} needs lora.rank > 0: 4-bit weights cannot train, an adapter on them can"
             )
         if not self.gradient_checkpointing and (self.offload_gib or self.tile_tokens != TILE_ROWS):
             raise ValueError(
@@ -324,8 +324,8 @@ class EvolveConfig(_Section):
         if self.policy.quantize != "none":
             if r.engine == "vllm" and not r.vllm.merge_lora:
                 raise ValueError(
-                    "policy.quantize with rollout.engine 'vllm' needs rollout.vllm.merge_lora: its base is the folder's, "
-                    "not the 4-bit one under the adapter"
+                    "policy.quantize with rollout.engine 'vllm' needs rollout.vllm.merge_lora: its base is the "
+                    "folder's, not the 4-bit one under the adapter"
                 )
             if r.engine == "server" and not r.server.merge_lora and not r.server.verify_every:
                 raise ValueError(

@@ -73,7 +73,9 @@ class MasterWeights:
         self, groups: Groups, build: Callable[[Groups], torch.optim.Optimizer], device: torch.device | None = None
     ) -> None:
         copied = [group | {"params": [_wide_copy(p, device) for p in group["params"]]} for group in groups]
-        self._pairs = [pair for a, b in zip(groups, copied, strict=True) for pair in zip(a["params"], b["params"])]
+        self._pairs = [
+            pair for a, b in zip(groups, copied, strict=True) for pair in zip(a["params"], b["params"], strict=True)
+        ]
         self.optimizer = build(copied)
 
     @torch.no_grad()
@@ -154,8 +156,8 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
     """Raise RunError, before anything is loaded, where the device or an absent package rules the optimizer out."""
     if config.implementation == "paged_8bit" and device.type != "cuda":
         raise RunError(
-            f"optim.implementation paged_8bit moves moments between a GPU and the host, the policy is on {device.type}: "
-            "there it would be 8bit; set that"
+            f"optim.implementation paged_8bit moves moments between a GPU and the host, the policy is on {device.type}, "
+            "where it would be 8bit: set that"
         )
     adamw_class(config)
 
@@ -163,8 +165,8 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
 def adamw_class(config: OptimConfig, *, sharded: bool = False) -> Callable[..., torch.optim.Optimizer]:
     """What makes the AdamW that a configuration names of parameter groups; lr, betas and weight_decay are keywords.
 
-    `8bit` is bitsandbytes', of parameters that FSDP2 shards (`sharded`) torchao's, which knows them. fp32 copies are not
-    made here: MasterWeights, or DeepSpeed, has them. Raises RunError with what to install.
+    `8bit` is bitsandbytes', of parameters that FSDP2 shards (`sharded`) torchao's, which knows them. fp32 copies are
+    not made here: MasterWeights, or DeepSpeed, has them. Raises RunError with what to install.
     """
     stochastic = config.bf16 == "stochastic"
     if config.implementation == "8bit" and (stochastic or sharded):
@@ -178,7 +180,7 @@ def adamw_class(config: OptimConfig, *, sharded: bool = False) -> Callable[..., 
             raise RunError(str(error)) from error
         return bnb.optim.AdamW8bit if config.implementation == "8bit" else bnb.optim.PagedAdamW8bit
     if config.implementation == "cpu":
-        return _deepspeed_adam
+        return _deepspeed()
     return partial(torch.optim.AdamW, fused=True)
 
 
@@ -291,13 +293,14 @@ def _torchao() -> Any:
         import torchao.optim
     except ImportError as error:
         raise RunError(
-            f"stochastic rounding needs torchao, which does not import ({error}): pip install 'genevolve-fast[quantized]'"
+            f"stochastic rounding needs torchao, which does not import ({error}): "
+            "pip install 'genevolve-fast[quantized]'"
         ) from error
     return torchao.optim
 
 
-def _deepspeed_adam(groups: Groups, *, lr: float, betas: tuple[float, float], weight_decay: float):
-    """DeepSpeed's AdamW for parameters in host memory; compiled the first time, about a minute."""
+def _deepspeed() -> Callable[..., torch.optim.Optimizer]:
+    """DeepSpeed's AdamW for parameters in host memory; it is compiled when it is first made, in a minute or two."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError as error:
@@ -305,13 +308,17 @@ def _deepspeed_adam(groups: Groups, *, lr: float, betas: tuple[float, float], we
             f"optim.implementation cpu needs deepspeed, which does not import ({error}): "
             "pip install 'genevolve-fast[deepspeed]'"
         ) from error
-    try:
-        return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, weight_decay=weight_decay)
-    except RuntimeError as error:
-        raise RunError(
-            f"optim.implementation cpu: DeepSpeed cannot compile its Adam ({error.__cause__ or error}): it needs a C++ "
-            "compiler and ninja on the PATH"
-        ) from error
+
+    def build(groups: Groups, **options: Any) -> torch.optim.Optimizer:
+        try:
+            return DeepSpeedCPUAdam(groups, **options)
+        except RuntimeError as error:
+            raise RunError(
+                f"optim.implementation cpu: DeepSpeed cannot compile its Adam ({error.__cause__ or error}): it needs a "
+                "C++ compiler and ninja on the PATH"
+            ) from error
+
+    return build
 
 
 def gradient_norm(policy: Policy, limit: float | None, **options: Any) -> float:
