@@ -173,6 +173,21 @@ def test_fp32_copies_in_buckets_are_those_of_one_step(implementation, monkeypatc
     assert same(trained(fields, torch.bfloat16, 4), whole) and held == [1] * 8
 
 
+def test_parameters_that_need_no_copy_are_stepped_once(monkeypatch):
+    """Whatever the number of buckets."""
+    mixed, plain = Weights(torch.bfloat16), Weights(torch.float32)
+    mixed.vector.data = plain.vector.data.clone()
+    monkeypatch.setattr(optim, "GRADIENTS_AT_ONCE", 1)
+    for step in range(3):
+        for weights, c in ((mixed, config(bf16="master")), (plain, config())):
+            if not step:
+                weights.optimizer = build_optimizer(weights, c, 3)
+            fill(weights, step)
+            weights.optimizer.step()
+    assert torch.equal(mixed.vector, plain.vector) and mixed.optimizer._parts[0].nbytes == mixed.matrix.numel() * 4
+    assert all(p.grad is None for p in mixed.parameters())
+
+
 @slow
 def test_the_optimizer_on_the_host_is_adamw():
     """fp32 weights in host memory are stepped in place, bf16 ones through fp32 copies."""
@@ -187,7 +202,9 @@ def test_the_optimizer_on_the_host_is_adamw():
     assert same(narrow, trained(config(bf16="master"), torch.bfloat16, 5))
 
 
-@pytest.mark.parametrize("fields", [{"implementation": "8bit"}, {"bf16": "master"}])
+@pytest.mark.parametrize(
+    "fields", [{"implementation": "8bit"}, {"bf16": "master"}, pytest.param({"implementation": "cpu"}, marks=slow)]
+)
 def test_released_gradients_step_each_layer_with_any_of_them(policy, tokenizer, fields):
     from test_memory_discipline import one_loss
 
@@ -346,7 +363,7 @@ def test_what_works_is_accepted():
 
 
 def test_pages_without_a_gpu_are_refused_not_ignored(policy):
-    with pytest.raises(RunError, match="between a GPU and the host, the policy is on cpu"):
+    with pytest.raises(RunError, match="between GPU and host, the policy is on cpu"):
         build_optimizer(policy, config(implementation="paged_8bit"), 1)
     with pytest.raises(RunError, match="on cpu"):
         check_optimizer(config(implementation="paged_8bit"), CPU)

@@ -455,6 +455,7 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
         ("no reference (objective.kl_coef 0)", {"reference": False}),
         ("policy.freeze_head", {} if s.lora else {"freeze_head": True}),
+        ("optim.implementation 8bit", {"implementation": "8bit"} if s.implementation == "fused" else {}),
         (f"head_workspace_mb {block_mb}", {"workspace_mb": block_mb}),
         ("policy.tile_tokens 2048", {"tile_tokens": min(2048, s.tile_tokens)}),
         ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),

@@ -66,33 +66,45 @@ class MasterWeights:
     """fp32 copies of parameters on `device`, which `optimizer` steps; the parameters get them rounded to nearest.
 
     A parameter that is fp32 and on `device` already is its own copy. Gradients are widened a bucket of parameters at a
-    time, at most GRADIENTS_AT_ONCE bytes or one parameter's.
+    time, at most GRADIENTS_AT_ONCE bytes or one parameter's, and gone after a step.
     """
 
     def __init__(
         self, groups: Groups, build: Callable[[Groups], torch.optim.Optimizer], device: torch.device | None = None
     ) -> None:
         copied = [group | {"params": [_wide_copy(p, device) for p in group["params"]]} for group in groups]
-        self._pairs = [
-            pair for a, b in zip(groups, copied, strict=True) for pair in zip(a["params"], b["params"], strict=True)
-        ]
+        whole, copies = ([p for group in each for p in group["params"]] for each in (groups, copied))
+        self._pairs = list(zip(whole, copies, strict=True))
         self.optimizer = build(copied)
 
     @torch.no_grad()
     def step(self) -> None:
-        for bucket in _buckets(self._pairs):
+        for bucket in self._buckets():
             for p, copy in bucket:
                 if copy is not p and p.grad is not None:
-                    copy.grad = p.grad.to(copy.device, copy.dtype)
-            self.optimizer.step()  # it skips the other buckets: they have no gradient
+                    copy.grad, p.grad = p.grad.to(copy.device, copy.dtype), None
+            self.optimizer.step()  # it skips what has no gradient: the other buckets
             for p, copy in bucket:
-                if copy is not p and p.grad is not None:
+                if copy is not p and copy.grad is not None:
                     p.copy_(copy)
-                copy.grad = copy.grad if copy is p else None
+                copy.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p, _ in self._pairs:
             p.grad = None
+
+    def _buckets(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        bucket, held = [(p, copy) for p, copy in self._pairs if copy is p], GRADIENTS_AT_ONCE
+        for p, copy in self._pairs:
+            if copy is p:
+                continue
+            if bucket and held + copy.nbytes > GRADIENTS_AT_ONCE:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append((p, copy))
+            held += copy.nbytes
+        if bucket:
+            yield bucket
 
     @property
     def state(self) -> dict[Tensor, Any]:
@@ -156,8 +168,8 @@ def check_optimizer(config: OptimConfig, device: torch.device) -> None:
     """Raise RunError, before anything is loaded, where the device or an absent package rules the optimizer out."""
     if config.implementation == "paged_8bit" and device.type != "cuda":
         raise RunError(
-            f"optim.implementation paged_8bit moves moments between a GPU and the host, the policy is on {device.type}, "
-            "where it would be 8bit: set that"
+            f"optim.implementation paged_8bit moves moments between GPU and host, the policy is on {device.type}: "
+            "set it to 8bit"
         )
     adamw_class(config)
 
@@ -263,18 +275,6 @@ def _stepping(part: Part) -> torch.optim.Optimizer:
 def _wide_copy(p: nn.Parameter, device: torch.device | None) -> nn.Parameter:
     wide, device = torch.promote_types(p.dtype, torch.float32), device or p.device
     return p if (p.dtype, p.device) == (wide, device) else nn.Parameter(p.detach().to(device, wide, copy=True))
-
-
-def _buckets(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    bucket, held = [], 0
-    for pair in pairs:
-        if bucket and held + pair[1].nbytes > GRADIENTS_AT_ONCE:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(pair)
-        held += pair[1].nbytes
-    if bucket:
-        yield bucket
 
 
 def _page_again(optimizer: torch.optim.Optimizer) -> None:
