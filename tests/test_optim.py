@@ -223,6 +223,66 @@ def test_released_gradients_step_each_layer_with_any_of_them(policy, tokenizer, 
     assert same(*both) and not same(policy, new_policy(tokenizer, seed=1).to(policy.head_weight.dtype))
 
 
+def sharded(rank: int, fields: dict) -> None:
+    """On each of two ranks: a step of FSDP2's shards is that of the whole."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    chosen = config(weight_decay=0.1, **fields)
+    whole, shards = Weights(torch.bfloat16), Weights(torch.bfloat16)
+    fully_shard(shards)
+    optimizer = build_optimizer(shards, chosen, 4)
+    for step in range(3):
+        fill(whole, step)
+        for p, q in zip(shards.parameters(), whole.parameters(), strict=True):
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    if chosen.bf16 == "stochastic":  # each shard draws its own numbers
+        exact = moved(trained(config(weight_decay=0.1), torch.float32, 3)).mean()
+        got = shards.matrix.full_tensor().double() - Weights(torch.float32).matrix.double()
+        assert abs(got.mean() - exact) < 5 * (got.var() / got.numel()).sqrt() < 0.2 * abs(exact)
+        return
+    want = trained(chosen, torch.bfloat16, 3)
+    assert all(torch.equal(p.full_tensor(), q) for p, q in zip(shards.parameters(), want.parameters(), strict=True))
+
+
+@slow
+@pytest.mark.parametrize("fields", [{"bf16": "master"}, {"bf16": "stochastic"}, {}])
+def test_shards_of_fsdp2_are_stepped_as_the_whole(tmp_path, fields):
+    from test_shards import on_two_ranks
+
+    on_two_ranks(tmp_path, sharded, fields)
+
+
+def sharded_eight_bit(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    whole, shards = Weights(torch.float32, rows=128), Weights(torch.float32, rows=128)
+    fully_shard(shards)
+    optimizer = build_optimizer(shards, config(implementation="8bit"), 4)
+    for step in range(3):
+        fill(whole, step)
+        for p, q in zip(shards.parameters(), whole.parameters(), strict=True):
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    (part,) = optimizer._parts
+    assert hasattr(part.state[shards.matrix]["exp_avg"].to_local(), "codes")
+    want = trained(config(), torch.float32, 3, weights=Weights(torch.float32, rows=128)).matrix
+    start = Weights(torch.float32, rows=128).matrix
+    assert (shards.matrix.full_tensor() - want).norm() < 0.02 * (want - start).norm()
+    for implementation in ("paged_8bit", "cpu"):
+        with pytest.raises(RunError, match="does not know what FSDP2 shards"):
+            adamw(decayed(shards.parameters(), 0.0), config(implementation=implementation))
+
+
+@slow
+def test_eight_bit_moments_of_shards(tmp_path):
+    from test_shards import on_two_ranks
+
+    on_two_ranks(tmp_path, sharded_eight_bit)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 KINDS = {

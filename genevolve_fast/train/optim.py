@@ -181,6 +181,10 @@ def adamw_class(config: OptimConfig, *, sharded: bool = False) -> Callable[..., 
     not made here: MasterWeights, or DeepSpeed, has them. Raises RunError with what to install.
     """
     stochastic = config.bf16 == "stochastic"
+    if sharded and config.implementation in ("paged_8bit", "cpu"):
+        raise RunError(
+            f"optim.implementation {config.implementation} does not know what FSDP2 shards: fused and 8bit do"
+        )
     if config.implementation == "8bit" and (stochastic or sharded):
         return partial(_torchao().AdamW8bit, bf16_stochastic_round=stochastic)
     if stochastic:
@@ -196,9 +200,11 @@ def adamw_class(config: OptimConfig, *, sharded: bool = False) -> Callable[..., 
     return partial(torch.optim.AdamW, fused=True)
 
 
-def adamw(groups: Groups, config: OptimConfig, *, sharded: bool = False) -> torch.optim.Optimizer:
+def adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW of parameter groups as a configuration says; a group may hold a weight_decay of its own."""
-    kind = adamw_class(config, sharded=sharded)
+    from torch.distributed.tensor import DTensor
+
+    kind = adamw_class(config, sharded=any(isinstance(p, DTensor) for group in groups for p in group["params"]))
     return kind(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
