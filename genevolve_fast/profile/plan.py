@@ -47,6 +47,9 @@ TILE_FORWARD_HIDDEN = 3
 PREFETCHED_LAYERS = 2  # of the offloaded layer inputs: one in use, one on its way
 MUON_COPIES = 4  # of one matrix in bf16 while it is orthogonalised
 ADAPTER_BYTES = 4  # A and B are fp32, so that small updates are not lost
+STATE_BYTES = {"8bit": 1 + 4 / 256, "paged_8bit": 1 + 4 / 256}  # of a moment: a byte, and a scale for every 256
+MASTER_BYTES = 4  # of an fp32 weight that bf16 ones are rounded from
+MASTER_GRADIENTS = 1 << 30  # bytes of fp32 gradients that exist at once while those are stepped
 CUDA_CONTEXT = round(0.6 * 2**30)  # driver, kernels, cuBLAS: assumed
 FRAGMENTATION = 1.04  # on what is allocated and freed within a step: assumed
 GIB = 2**30
@@ -74,6 +77,8 @@ class Settings:
     image_tokens: int = 0  # of all pictures whose features are kept
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     optimizer: Literal["adamw", "muon"] = "adamw"
+    implementation: Literal["fused", "8bit", "paged_8bit", "cpu"] = "fused"
+    bf16: Literal["nearest", "stochastic", "master"] = "nearest"
     lora: int = 0  # rank; 0 trains the weights themselves
     freeze_vision: bool = True
     freeze_head: bool = False
@@ -149,6 +154,7 @@ class Plan:
     phases: dict[str, tuple[Term, ...]]
     overhead: int  # of the CUDA context
     host_bytes: int  # pinned
+    optimizer_host_bytes: int = 0  # of weights and moments that an optimizer keeps in host memory, or may move there
 
     def phase_bytes(self, phase: str) -> int:
         return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
@@ -177,6 +183,7 @@ class Plan:
             "peak_phase": self.peak_phase,
             "limiting": asdict(self.limiting),
             "host_bytes": self.host_bytes,
+            "optimizer_host_bytes": self.optimizer_host_bytes,
             "overhead": self.overhead,
             "held": [asdict(t) for t in self.held],
             "phases": {
@@ -205,7 +212,8 @@ def plan(shape: ModelShape, settings: Settings) -> Plan:
         "step": (*gradients, *_step(shape, s), *features),
     }
     overhead = CUDA_CONTEXT if s.device == "cuda" else 0
-    return Plan(_held(shape, s), {name: _present(terms) for name, terms in phases.items() if terms}, overhead, host)
+    shown = {name: _present(terms) for name, terms in phases.items() if terms}
+    return Plan(_held(shape, s), shown, overhead, host, _optimizer_on_host(shape, s))
 
 
 def trainable(shape: ModelShape, s: Settings) -> int:
@@ -230,14 +238,49 @@ def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
             Term("weights", count * b, "parameters · b"),
             Term("adapters", adapters * ADAPTER_BYTES, f"{ADAPTER_BYTES} · parameters"),
             Term(
+                "fp32 weights",
+                0 if _leaves(s) and s.implementation == "cpu" else _copies(shape, s),
+                "4 · trainable parameters",
+            ),
+            Term(
                 "optimizer state",
-                (2 * learns - by_muon) * trained_bytes(s),
-                f"{trained_bytes(s)} · (2 · trainable parameters − those of Muon)",
+                0 if _leaves(s) else _moments(learns, by_muon, s),
+                f"{_moment_bytes(s):.3g} · (2 · trainable parameters − those of Muon)",
             ),
             Term(f"frozen copy ({' and '.join(frozen)})", copied, "trainable parameters · b"),
             Term("EMA teacher", 4 * learns if s.teacher == "ema" else 0, "4 · trainable parameters"),
         )
     )
+
+
+def _moment_bytes(s: Settings) -> float:
+    """Of one moment of one parameter: 8 bits, else as wide as the weight that is stepped."""
+    wide = 4 if s.bf16 == "master" or s.implementation == "cpu" else trained_bytes(s)
+    return STATE_BYTES.get(s.implementation, wide)
+
+
+def _moments(learns: int, by_muon: int, s: Settings) -> int:
+    """Bytes of all moments; Muon's only one is as wide as the weights."""
+    wide = MASTER_BYTES if s.bf16 == "master" else trained_bytes(s)
+    return round(2 * (learns - by_muon) * _moment_bytes(s) + by_muon * wide)
+
+
+def _copies(shape: ModelShape, s: Settings) -> int:
+    """Bytes of fp32 weights beside the trained ones."""
+    apart = s.bf16 == "master" or s.implementation == "cpu" and s.device == "cuda"
+    return MASTER_BYTES * trainable(shape, s) if apart else 0
+
+
+def _leaves(s: Settings) -> bool:
+    """Whether the moments are in host memory, or go there where a GPU is full."""
+    return s.device == "cuda" and s.implementation in ("paged_8bit", "cpu")
+
+
+def _optimizer_on_host(shape: ModelShape, s: Settings) -> int:
+    if not _leaves(s):
+        return 0
+    moments = _moments(trainable(shape, s), 0, s)
+    return moments + (_copies(shape, s) if s.implementation == "cpu" else 0)
 
 
 def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -381,10 +424,15 @@ def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    if s.optimizer != "muon":
-        return ()
     widest = max(a * b for a, b in shape.matrices)
-    return (Term("Muon's matrices", MUON_COPIES * 2 * widest, f"{MUON_COPIES} · 2 · in · out"),)
+    widened = min(
+        MASTER_BYTES * trainable(shape, s), max(MASTER_GRADIENTS, MASTER_BYTES * shape.parameters["embedding"])
+    )
+    master = s.bf16 == "master" and not (s.implementation == "cpu" and s.device == "cuda")
+    return (
+        Term("gradients in fp32", widened if master else 0, "min(4 · trainable parameters, max(1 GiB, 4 · V · H))"),
+        Term("Muon's matrices", MUON_COPIES * 2 * widest * (s.optimizer == "muon"), f"{MUON_COPIES} · 2 · in · out"),
+    )
 
 
 def _present(terms: Iterable[Term]) -> tuple[Term, ...]:
@@ -407,6 +455,7 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
         ("no reference (objective.kl_coef 0)", {"reference": False}),
         ("policy.freeze_head", {} if s.lora else {"freeze_head": True}),
+        ("optim.implementation 8bit", {"implementation": "8bit"} if s.implementation == "fused" else {}),
         (f"head_workspace_mb {block_mb}", {"workspace_mb": block_mb}),
         ("policy.tile_tokens 2048", {"tile_tokens": min(2048, s.tile_tokens)}),
         ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),
@@ -506,6 +555,9 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         of_prefix, away = offloaded_layers(shape, s)
         used = f"{gib(made.host_bytes)} of {s.offload_gib:g} GiB"
         lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
+    if made.optimizer_host_bytes:
+        what = "weights and moments" if s.implementation == "cpu" else "moments, where the GPU is full"
+        lines.append(f"host memory of the optimizer: {gib(made.optimizer_host_bytes)}, {what}")
     for name, saved, other in savings(shape, s)[:5]:
         lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
     longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""

@@ -35,6 +35,8 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         loss_share=min(1.0, r.max_rounds * r.max_tokens_per_turn / r.max_response_length),
         dtype=config.policy.dtype,
         optimizer=config.optim.name,
+        implementation=config.optim.implementation,
+        bf16=config.optim.bf16,
         lora=config.policy.lora.rank,
         freeze_vision=config.policy.freeze_vision,
         freeze_head=config.policy.freeze_head,
@@ -70,9 +72,11 @@ def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) ->
             + (f"It would fit with {', or '.join(helps)}. " if helps else "No single switch is enough. ")
             + "`genevolve-fast plan --config` shows every term"
         )
-    if made.host_bytes and made.host_bytes > (host := available_memory(torch.device("cpu"))):
+    on_host = made.host_bytes + made.optimizer_host_bytes
+    if on_host and on_host > (host := available_memory(torch.device("cpu"))):
         raise RunError(
-            f"offload_gib {settings.offload_gib:g} would pin {gib(made.host_bytes)} of host memory, "
-            f"{gib(host)} are left: lower it"
+            f"this run would take {gib(on_host)} of host memory, {gib(host)} are left: offload_gib "
+            f"{settings.offload_gib:g} pins {gib(made.host_bytes)}, optim.implementation {settings.implementation} "
+            f"keeps {gib(made.optimizer_host_bytes)}: lower the one, or set another of the other"
         )
     return made

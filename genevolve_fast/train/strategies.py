@@ -31,6 +31,7 @@ class Strategy:
     name = "ddp"
     in_step = False
     sharded_weights = False
+    keeps_precise = False  # has fp32 copies of bf16 weights of its own
     loss_scale = 1.0  # of the gradients that `backward` is to make
 
     def __init__(self, ranks: Ranks | None = None) -> None:
@@ -161,6 +162,7 @@ class Zero(Strategy):
     """DeepSpeed's ZeRO: stage 1 shards optimizer state, 2 also gradients, 3 also weights."""
 
     in_step = True
+    keeps_precise = True
 
     def __init__(self, ranks: Ranks, stage: int, *, offload_optimizer: bool, offload_params: bool) -> None:
         super().__init__(ranks)
