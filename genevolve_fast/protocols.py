@@ -36,6 +36,10 @@ class Codec(Protocol):
         """Number of placeholder ids for a grid."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash of what ids and grids follow from, so that what was counted with one codec is not used with another."""
+        ...
+
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
-from genevolve_fast.data.conversations import ImageFiles, load_conversations
+from genevolve_fast.data.conversations import open_conversations
 from genevolve_fast.data.published import HubSet, inspect, open_set, read_requests
 from genevolve_fast.data.rows import BadRow, BadRows, DataError, read_rows, safe_file
 
@@ -211,12 +211,13 @@ IMAGES = ["images/traj_00000/IMG_001.png"]
 
 def test_listed_pictures_that_no_placeholder_places_are_not_fed(tmp_path, policy):
     home = sft(tmp_path, [{"messages": TALK, "images": IMAGES}])
-    (sample,), dropped = load_conversations(tmp_path, policy.codec, ImageFiles(), 4096)
-    assert sample.images == () and sample.grids == () and dropped == 0
+    samples = open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz")
+    (sample,) = samples
+    assert sample.images == () and sample.grids == () and samples.dropped == 0
     assert policy.codec.image_pad_id not in sample.ids and sample.loss_mask.any()
     placed = [*TALK[:3], {"role": "user", "content": "<image>"}, TALK[4]]
     (home / "train.jsonl").write_text(json.dumps({"messages": placed, "images": IMAGES}))
-    (sample,), _ = load_conversations(home, policy.codec, ImageFiles(), 4096)
+    (sample,) = open_conversations(home, policy.codec, 4096, tmp_path / "index.npz")
     assert len(sample.images) == 1 and (sample.ids == policy.codec.image_pad_id).sum() == 9
 
 
@@ -234,9 +235,10 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path, policy):
     for reason, change in cases.items():
         (home / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
         with pytest.raises(BadRow, match=f"line 2: .*{reason}"):
-            load_conversations(tmp_path, policy.codec, ImageFiles(), 4096)
+            open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz")
         bad = BadRows(strict=False)
-        assert len(load_conversations(tmp_path, policy.codec, ImageFiles(), 4096, bad)[0]) == 1 and bad.count == 1
+        samples = open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz", bad=bad)
+        assert len(samples) == 1 and bad.count == 1
 
 
 def test_the_demonstrators_rows_cannot_be_left_out():

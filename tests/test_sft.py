@@ -9,7 +9,7 @@ import pytest
 from rollouts import demonstrated
 
 from genevolve_fast.agent.results import to_sft
-from genevolve_fast.data.conversations import DataError, ImageFiles, encode_conversation, load_conversations
+from genevolve_fast.data.conversations import DataError, encode_conversation, open_conversations
 from genevolve_fast.sandbox.bootstrap import new_start, write_demonstrations, write_recitations
 from genevolve_fast.sandbox.world import SandboxWorld
 from genevolve_fast.train.checkpoint import checkpoints
@@ -131,4 +131,4 @@ def test_bad_data_is_named(tmp_path, policy):
     for reason, text in cases.items():
         path.write_text(text)
         with pytest.raises(DataError, match=reason):
-            load_conversations(path, policy.codec, ImageFiles(), 2 if reason == "no sample" else 100)
+            open_conversations(path, policy.codec, 2 if reason == "no sample" else 100, tmp_path / "index.npz")
