@@ -37,7 +37,7 @@ class Codec(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of what ids and grids follow from, so that what was counted with one codec is not used with another."""
+        """A hash of what ids and grids follow from: equal hashes, equal lengths."""
         ...
 
 

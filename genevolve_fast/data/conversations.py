@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -123,10 +122,10 @@ class Conversations(Sequence[Conversation]):
         row = self._rows[index]
         conversation = self._read(int(row["table"]), int(row["number"]), tuple(row[["line", "at", "size"]].tolist()))
         if (found := count(conversation)) != (before := tuple(row[list(COUNTS)].tolist())):
+            was, now = (", ".join(f"{n} {name}" for n, name in zip(x, COUNTS, strict=True)) for x in (before, found))
             raise DataError(
-                f"{self._read.source.where}, line {row['number']}: has {found[0]} tokens, {found[1]} of them with loss, "
-                f"and {found[2]} images, but had {', '.join(map(str, before))} when it was counted: row or pictures "
-                "changed while they were in use"
+                f"{self._read.source.where}, line {row['number']}: {now}, but {was} when it was counted: row or "
+                f"pictures have changed; put them back, or delete {self._read.index} and start another run"
             )
         return conversation
 
@@ -138,9 +137,9 @@ def count(conversation: Conversation) -> Counts:
 class _Rows:
     """Rows of a set as conversations."""
 
-    def __init__(self, source: PublishedSet, cache: Path, codec: Codec, pixels: ImageFiles) -> None:
-        self.source, self.codec, self.pixels = source, codec, pixels
-        self.tables = open_tables(source, cache)
+    def __init__(self, source: PublishedSet, index: Path, codec: Codec) -> None:
+        self.source, self.index, self.codec, self.pixels = source, index, codec, ImageFiles()
+        self.tables = open_tables(source, index.parent / "arrow")
 
     def __call__(self, table: int, number: int, span: Span) -> Conversation:
         """The row at `span` of a table, which messages call line `number`. Raises BadRow."""
@@ -183,7 +182,7 @@ def open_conversations(
     """
     bad = bad or BadRows(strict=True)
     source = LocalSet(path, "sft") if path.is_file() else open_set(str(path), "sft")
-    read = _Rows(source, index.parent / "arrow", codec, ImageFiles())
+    read = _Rows(source, index, codec)
     counted = open_index(
         index,
         read.tables,

@@ -332,9 +332,7 @@ def _picture_of(image: Any) -> str | InlinePicture:
     return image
 
 
-def check_references(
-    messages: list[dict[str, str]], names: list[str | InlinePicture], where: str, line: int
-) -> None:
+def check_references(messages: list[dict[str, str]], names: list[str | InlinePicture], where: str, line: int) -> None:
     """Raise BadRow where the answer names an image id that no listed picture carries."""
     answer = parse_reply(messages[-1]["content"])
     if not isinstance(answer, Answer):

@@ -18,9 +18,9 @@ from genevolve_fast.files import file_hash, replacing
 
 Counts = tuple[int, int, int]  # tokens, loss tokens, images
 COUNTS = ("tokens", "loss_tokens", "images")
-ROW = np.dtype(
-    [("table", "i4"), ("number", "i8"), ("line", "i8"), ("at", "i8"), ("size", "i8")] + [(name, "i4") for name in COUNTS]
-)  # `number`: the line that messages name, which goes on from table to table
+_PLACE = [("table", "i4"), ("number", "i8"), ("line", "i8"), ("at", "i8"), ("size", "i8")]
+ROW = np.dtype(_PLACE + [(name, "i4") for name in COUNTS])  # number: as messages name it, on from table to table
+_BAD = ("count", "fields", "first")  # of BadRows
 _FORMAT = 1
 _CHUNK = 16  # rows that a thread counts in one go
 
@@ -38,7 +38,7 @@ def open_index(
     threads: int,
     settled: bool = False,
 ) -> np.ndarray:
-    """Rows [samples] of dtype ROW: read from `path` if that is of these tables and this codec, else made and kept there.
+    """Rows [samples] of dtype ROW: from `path` if that is of these tables and this codec, else made and kept there.
 
     `bad` is told of the bad rows either way. With `settled`, rows that differ from the ones at `path` are refused.
     Raises DataError, BadRow.
@@ -48,8 +48,10 @@ def open_index(
     if before is not None:
         rows, meta = before
         usable = meta["codec"] == codec and not (bad.strict and meta["bad"]["count"])
-        if usable and _unchanged(meta["files"], files):
-            bad.count, bad.fields, bad.first = (meta["bad"][name] for name in ("count", "fields", "first"))
+        if usable and (told := _unchanged(meta["files"], files)):
+            if told != meta["files"]:
+                _save(path, rows, meta | {"files": told})
+            bad.count, bad.fields, bad.first = (meta["bad"][name] for name in _BAD)
             return rows
     stats = [_stat(file) for file in files]
     rows = _count_all(tables, count, bad, where, threads)
@@ -63,7 +65,8 @@ def open_index(
                 f"{where} is not the data this run began with: its samples would come in another order. Start a run of "
                 "another name, or put the data back"
             )
-    _save(path, rows, {"files": told, "codec": codec, "bad": {k: getattr(bad, k) for k in ("count", "fields", "first")}})
+    told_bad = {name: getattr(bad, name) for name in _BAD}
+    _save(path, rows, {"files": told, "codec": codec, "bad": told_bad})
     return rows
 
 
@@ -72,12 +75,16 @@ def _stat(file: Path) -> list[Any]:
     return [file.name, stat.st_size, stat.st_mtime_ns]
 
 
-def _unchanged(told: list[list[Any]], files: Sequence[Path]) -> bool:
-    """Whether the files are the ones told of: by size and time, and where only the time differs by their bytes."""
+def _unchanged(told: list[list[Any]], files: Sequence[Path]) -> list[list[Any]]:
+    """What is to be told of the files from now on, if they are the ones told of, else nothing.
+
+    They are by name, size and time, or where only the time differs by their bytes.
+    """
     stats = [_stat(file) for file in files]
     if [t[:2] for t in told] != [s[:2] for s in stats]:
-        return False
-    return all(t[2] == s[2] or t[3] == file_hash(f) for t, s, f in zip(told, stats, files, strict=True))
+        return []
+    same = all(t[2] == s[2] or t[3] == file_hash(f) for t, s, f in zip(told, stats, files, strict=True))
+    return [[*s, t[3]] for t, s in zip(told, stats, strict=True)] if same else []
 
 
 def _count_all(tables: Sequence[Table], count: Count, bad: BadRows, where: str, threads: int) -> np.ndarray:

@@ -144,5 +144,3 @@ def _from_hub(source: HubSet) -> tuple[Any, tuple[Path, ...]]:
 
 def _told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-

@@ -90,7 +90,7 @@ def sft(
 def open_samples(
     config: SftConfig, policy: Policy, data: Path, first: Path | None, index: Path, *, settled: bool
 ) -> tuple[Conversations, Conversations | None]:
-    """(the samples of `data`, those of `first`), counted in the folder `index`; `settled`: they may not have changed."""
+    """(samples of `data`, samples of `first`), counted in the folder `index`; `settled`: they may not have changed."""
     codec, d = policy.codec, config.data
     codec.cached_bytes = d.image_cache_mb << 20
     bad = BadRows(d.strict)
