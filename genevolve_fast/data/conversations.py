@@ -137,8 +137,8 @@ def count(conversation: Conversation) -> Counts:
 class _Rows:
     """Rows of a set as conversations."""
 
-    def __init__(self, source: PublishedSet, index: Path, codec: Codec) -> None:
-        self.source, self.index, self.codec, self.pixels = source, index, codec, ImageFiles()
+    def __init__(self, source: PublishedSet, index: Path, codec: Codec, pictures: ImageFiles) -> None:
+        self.source, self.index, self.codec, self.pictures = source, index, codec, pictures
         self.tables = open_tables(source, index.parent / "arrow")
 
     def __call__(self, table: int, number: int, span: Span) -> Conversation:
@@ -158,7 +158,7 @@ class _Rows:
         return Conversation(ids, mask, images, tuple(self.codec.image_grid(i) for i in images))
 
     def _picture(self, picture: str | InlinePicture) -> np.ndarray:
-        return picture.pixels() if isinstance(picture, InlinePicture) else self.pixels(self.source.file(picture))
+        return picture.pixels() if isinstance(picture, InlinePicture) else self.pictures(self.source.file(picture))
 
 
 def open_conversations(
@@ -170,6 +170,7 @@ def open_conversations(
     bad: BadRows | None = None,
     threads: int | None = None,
     settled: bool = False,
+    pictures: ImageFiles | None = None,
 ) -> Conversations:
     """The conversations of a file, a published folder or a hub id.
 
@@ -182,7 +183,7 @@ def open_conversations(
     """
     bad = bad or BadRows(strict=True)
     source = LocalSet(path, "sft") if path.is_file() else open_set(str(path), "sft")
-    read = _Rows(source, index, codec)
+    read = _Rows(source, index, codec, pictures or ImageFiles())
     counted = open_index(
         index,
         read.tables,

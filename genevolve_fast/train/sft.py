@@ -14,7 +14,7 @@ import torch
 
 from genevolve_fast.batch.balance import assign
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches
-from genevolve_fast.data.conversations import Conversation, Conversations, open_conversations
+from genevolve_fast.data.conversations import Conversation, Conversations, ImageFiles, open_conversations
 from genevolve_fast.data.prefetch import Prefetch
 from genevolve_fast.data.rows import BadRows
 from genevolve_fast.ops import linear_logprob
@@ -92,9 +92,10 @@ def open_samples(
 ) -> tuple[Conversations, Conversations | None]:
     """(samples of `data`, samples of `first`), counted in the folder `index`; `settled`: they may not have changed."""
     codec, d = policy.codec, config.data
-    codec.cached_bytes = d.image_cache_mb << 20
+    pictures = d.image_cache_mb << 18  # a quarter: a patch holds each pixel twice, in four bytes
+    codec.cached_bytes = 3 * pictures
     bad = BadRows(d.strict)
-    ways = {"threads": d.workers, "settled": settled}
+    ways = {"threads": d.workers, "settled": settled, "pictures": ImageFiles(pictures)}
     samples = open_conversations(data, codec, d.cutoff, index / "data.npz", bad=bad, **ways)
     if bad.count:
         print(f"data: {bad.count} bad rows of {data} are left out; the first: {bad.first[0]}")
