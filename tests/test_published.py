@@ -16,6 +16,8 @@ from genevolve_fast.data.config import DataConfig, open_requests
 from genevolve_fast.data.conversations import open_conversations
 from genevolve_fast.data.published import HubSet, inspect, open_set, read_requests
 from genevolve_fast.data.rows import BadRow, BadRows, DataError, read_rows, safe_file
+from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.sandbox.tiny_policy import start_path
 
 ROW = {
     "id": 0,
@@ -321,6 +323,16 @@ try:
     open_requests(DataConfig(path="loopback/absent"), "rl")
 except ValueError as error:
     print(error)
+
+from pathlib import Path
+from genevolve_fast.data.conversations import open_conversations
+from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.sandbox.tiny_policy import start_path
+
+print(sum(1 for _ in Path(sys.argv[2]).parent.rglob("*.png")))
+codec = TransformersCodec.from_pretrained(start_path())
+talks = open_conversations(Path(sys.argv[1]), codec, 10**6, Path(sys.argv[2]))
+print(len(talks), sum(len(t.ids) for t in talks), sum(len(t.images) for t in talks))
 """
 
 
@@ -337,16 +349,17 @@ def test_a_hub_id_is_streamed_and_its_pictures_come_when_they_are_asked_for(tmp_
     with LoopbackHub(view) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         settings |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", HUB, REPOSITORY], env=os.environ | settings, capture_output=True, text=True
-        )
+        arguments = [sys.executable, "-c", HUB, REPOSITORY, str(tmp_path / "hub.npz")]
+        done = subprocess.run(arguments, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     rows, talks = (sum(1 for _ in open_set(str(view), *of).rows()) for of in (("rl", "train"), ("sft", "eval")))
     assert lines[:2] == [f"{rows} (96, 96, 3) ['background', 'items']", str(talks)]
     assert "loopback/absent/GenEvolve-Data-RL/train cannot be read from the hub" in lines[2]
-    cached = [p for p in tmp_path.rglob("*.png")]
-    assert len(cached) == 1  # only the picture that was asked for
+    codec = TransformersCodec.from_pretrained(start_path())
+    local = open_conversations(view, codec, 10**6, tmp_path / "local.npz")
+    assert lines[3] == "1"  # only the picture that was asked for
+    assert lines[4] == f"{len(local)} {local.tokens.sum()} {local.images.sum()}"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
