@@ -36,6 +36,10 @@ class Codec(Protocol):
         """Number of placeholder ids for a grid."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash of what ids and grids follow from: equal hashes, equal lengths."""
+        ...
+
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 

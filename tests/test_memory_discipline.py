@@ -136,7 +136,7 @@ def test_sft_gives_the_host_buffer_back_after_every_micro_batch(policy):
     batch = [Conversation(rows, rows > 51, (), ()) for _ in range(3)]
     one = 20 * policy.text_config.hidden_size * policy.head_weight.element_size() * len(policy.visits)
     policy.offload = ActivationOffload(one + 512 * len(policy.visits), policy.device)
-    accumulate(policy, batch, None, 20)
+    accumulate(policy, [[c] for c in batch], 36)
     assert policy.offload.peak_bytes >= one and policy.offload._used == 0
 
 

@@ -344,6 +344,8 @@ class SftDataConfig(_Section):
     recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
     strict: bool = Field(True, description="Refuse the first bad row; false: leave bad rows out and count them")
+    workers: int | None = Field(None, ge=1, description="Threads that tokenize ahead; none: one a core, at most 8")
+    image_cache_mb: int = Field(2048, ge=0, description="Host memory, in MiB, for decoded pictures and their patches")
 
     @model_validator(mode="after")
     def _refuse(self) -> SftDataConfig:
