@@ -224,7 +224,7 @@ def build_optimizer(
     """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule.
 
     With release_gradients every weight of a layer has an AdamW of its own, which steps when its gradient is there.
-    With `strategy` the optimizer is of this rank's part. Raises RunError for what this device or installation cannot do.
+    With `strategy` it is of this rank's part. Raises RunError for what this device or installation cannot do.
     """
     strategy = strategy or Strategy()
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
