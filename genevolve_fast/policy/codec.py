@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class TransformersCodec:
         self._patches: OrderedDict[str, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
         self._patch_bytes = 0
         self._grids: dict[str, tuple[int, int, int]] = {}
+        self._lock = threading.Lock()  # the next step's rollouts may be sampled while this one trains
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> TransformersCodec:
@@ -62,17 +64,18 @@ class TransformersCodec:
         if self.image_processor is None:
             raise ImageMismatchError("this policy sees no images: set rollout.observe_images to text")
         key = image_hash(pixels)
-        if key not in self._patches:
-            from PIL import Image
+        with self._lock:
+            if key not in self._patches:
+                from PIL import Image
 
-            out = self.image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
-            self._patches[key] = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
-            self._grids[key] = self._patches[key][1]
-            self._patch_bytes += out["pixel_values"].nbytes
-            while self._patch_bytes > _CACHED_BYTES and len(self._patches) > 1:
-                self._patch_bytes -= self._patches.popitem(last=False)[1][0].nbytes
-        self._patches.move_to_end(key)
-        return self._patches[key]
+                out = self.image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+                self._patches[key] = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+                self._grids[key] = self._patches[key][1]
+                self._patch_bytes += out["pixel_values"].nbytes
+                while self._patch_bytes > _CACHED_BYTES and len(self._patches) > 1:
+                    self._patch_bytes -= self._patches.popitem(last=False)[1][0].nbytes
+            self._patches.move_to_end(key)
+            return self._patches[key]
 
     def image_grid(self, pixels: np.ndarray) -> tuple[int, int, int]:
         return self._grids.get(image_hash(pixels)) or self.image_patches(pixels)[1]
