@@ -356,7 +356,7 @@ class EvolveConfig(_Section):
             raise ValueError(f"rollout_gpus with rollout.server.{other}: choose one of them")
         if not (s.urls or s.cpu_servers or self.rollout_gpus):
             raise ValueError(
-                "engine 'server' needs server.urls, the servers that sample, or rollout_gpus, where the run starts some; "
+                "engine 'server' needs server.urls, the servers that sample, or rollout_gpus for servers of the run; "
                 "without GPUs rollout.server.cpu_servers"
             )
         if len(self.rollout_gpus) % s.tensor_parallel_size:
