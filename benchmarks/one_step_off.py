@@ -1,9 +1,9 @@
 """One step off against synchronous, at equal steps: `python -m benchmarks.one_step_off`.
 
-`evolve` of the demo with an engine server that the run starts on the CPU and a judge on loopback that takes its time, as
-hosted judges do. Synchronous, a step waits for sampling and judging and then trains; one step off, the next step's
-rollouts are sampled and judged meanwhile. Compared are the seconds of all steps, start-up left out: the longer the
-shorter of the two parts, the more there is to win, and never more than half.
+`evolve` of the demo with an engine server that the run starts on the CPU and a judge on loopback that takes its time,
+as hosted judges do. Synchronous, a step waits for sampling and judging and then trains; one step off, the next step's
+rollouts are sampled and judged meanwhile. Compared are the seconds of all steps, without the start of the server: the
+more equal the two parts are, the more there is to win, and never more than half.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TIMEOUT_S = 900.0
 @dataclass(frozen=True)
 class Size:
     steps: int = 6
-    prompts: int = 8
-    generations: int = 6
+    prompts: int = 4
+    generations: int = 4
     latency_ms: float = 1500.0
 
 

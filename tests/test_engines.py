@@ -246,6 +246,32 @@ def test_a_call_that_the_server_cuts_off_before_its_first_token_is_asked_again(c
     assert engine.incidents.take() == {"engine/server_error": 1}
 
 
+def test_a_server_that_comes_back_during_an_update_by_nccl_waits_for_the_next(policy, tmp_path):
+    """A broadcast sends what the policy has now, which other weights than the running rollouts' may be."""
+    here, there = Loading({}), Loading({})
+    engine = VllmServerEngine(
+        policy,
+        ["http://here", "http://there"],
+        incidents=Incidents(),
+        sync_dir=tmp_path,
+        patience_s=30.0,
+        overlaps=True,
+    )
+    answers = {"here": here, "there": there}
+    engine._http.client = httpx.AsyncClient(transport=httpx.MockTransport(lambda r: answers[r.url.host](r)))
+    engine._senders, engine._label = {}, "mine"
+    there.version = engine._servers[1].label = "mine"  # the other one has lost its own
+    try:
+        for session in map(str, range(8)):
+            engine.open(session)
+            sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8, stop_ids=(2,))
+            assert asyncio.run(engine.generate(session, [8, 9], [], sampling, 1)).ids == [7] * 8
+        assert not here.paths and engine.incidents.take()["engine/server_error"] >= 1
+    finally:
+        engine._senders = None
+        engine.shutdown()
+
+
 # --- what goes out and what may come back -----------------------------------------------------------------------------
 
 TURN = Sampling(temperature=1.0, top_p=0.9, max_tokens=3, stop_ids=(2,))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from benchmarks.one_step_off import Size, measure
 from genevolve_fast import event_loop
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.ops import Objective
@@ -23,7 +30,10 @@ from genevolve_fast.train.config import ConfigError, EvolveConfig, parse_config
 from genevolve_fast.train.pipelined import OneStepAhead, open_sampler
 from genevolve_fast.train.run import Run, RunError
 from genevolve_fast.train.update import accumulate_gradients
-from genevolve_fast.trajectory import Trajectory, Turn
+from genevolve_fast.trajectory import Trajectory, Turn, load
+from tests.loopback.engine import LoopbackEngine
+
+ROOT = Path(__file__).parents[1]
 
 # --- the correction, by exact enumeration -----------------------------------------------------------------------------
 
@@ -417,3 +427,144 @@ def test_the_trainer_sees_its_own_gpus_only(monkeypatch):
 
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,2"
     gpus.check_share(config)
+
+
+# --- whole runs on real servers ---------------------------------------------------------------------------------------
+
+SMALL = {
+    "steps": 4,
+    "checkpoint.every": 2,
+    "pool_size": 40,
+    "rollout.prompts_per_step": 3,
+    "rollout.num_generations": 3,
+    "rollout.temperature": 1.0,
+    "rollout.engine": "server",
+    "experience.min_gap": 0.1,
+    "objective.rollout_is": "token",
+    "threads": 1,
+    "evaluate.requests": 0,
+}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def sampled(folder: Path, steps: int = 4) -> list[list[Trajectory]]:
+    return [load(folder / "rollouts" / f"step_{step:06d}.safetensors")[0] for step in range(steps)]
+
+
+@pytest.mark.slow
+def test_where_no_update_changes_the_weights_both_ways_are_one_run(tmp_path):
+    """Requests, seeds, rewards and what the memory holds when a step reads it do not depend on when it was sampled."""
+    from genevolve_fast.commands.opening import config_path, open_policy, open_world
+    from genevolve_fast.train.config import load_config
+    from genevolve_fast.train.evolve import evolve
+
+    with LoopbackEngine() as engine:
+        for staleness in (0, 1):
+            fields = SMALL | {
+                "optim.lr": 1e-30,
+                "rollout.staleness": staleness,
+                "rollout.server.urls": json.dumps([engine.url]),
+                "rollout.server.sync_dir": str(tmp_path / "weights"),
+            }
+            config = load_config(EvolveConfig, config_path("demo"), [f"{k}={v}" for k, v in fields.items()])
+            sandbox, world = open_world(config)
+            pool = sandbox.requests("train", config.pool_size, seed=config.seed)
+            evolve(config, open_policy(config.policy), world, pool, tmp_path / str(staleness))
+    one, other = (rows(tmp_path / name) for name in "01")
+    assert one[-1]["experience/memory"] > one[0]["experience/memory"] > 0
+    for name in ("reward", "experience/compared", "experience/used", "experience/memory", "num_tokens"):
+        assert [r[name] for r in one] == [r[name] for r in other], name
+    # the engine's log-probs differ in their last bits with what else is in its batch
+    assert [r["actor/grad_norm"] for r in one] == pytest.approx([r["actor/grad_norm"] for r in other], rel=1e-3)
+    for step, (a, b) in enumerate(zip(sampled(tmp_path / "0"), sampled(tmp_path / "1"), strict=True)):
+        assert [t.ids.tolist() for t in a] == [t.ids.tolist() for t in b]
+        assert {t.policy_step for t in a} == {step} and {t.policy_step for t in b} == {max(0, step - 1)}
+    kept = [(tmp_path / name / "checkpoints" / "step_000004" / "memory.json").read_text() for name in "01"]
+    assert kept[0] == kept[1]
+
+
+def command(runs: Path, *extra: str) -> list[str]:
+    fields = SMALL | {"name": "t", "optim.lr": 2e-4, "rollout.server.cpu_servers": 1, "rollout.staleness": 1}
+    sets = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+    return [
+        sys.executable,
+        "-m",
+        "genevolve_fast.cli",
+        "evolve",
+        "--config",
+        "demo",
+        "--runs",
+        str(runs),
+        *sets,
+        *extra,
+    ]
+
+
+def server_pids(runs: Path) -> list[int]:
+    """Of the servers that the run has started so far, the last one last."""
+    log = runs / "t" / "servers" / "server_0.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line)["pid"] for line in lines if line.startswith('{"ready"')]
+
+
+def until_phase(runs: Path, step: int, phase: str, process: subprocess.Popen) -> None:
+    log = runs / "t" / "phases.jsonl"
+    stop = time.monotonic() + 240
+    while time.monotonic() < stop and process.poll() is None:
+        lines = log.read_text().splitlines() if log.exists() else []
+        made = [json.loads(line) for line in lines if line.endswith("}")]
+        if any((m["step"], m["phase"]) == (step, phase) for m in made):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"it never came to {phase} of step {step}")
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_while_the_policy_trains_comes_back_with_the_weights_before_the_update(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=log, stderr=log)
+    until_phase(tmp_path, 2, "rollout", process)  # beside the update of step 1
+    os.kill(server_pids(tmp_path)[-1], signal.SIGKILL)
+    assert process.wait(240) == 0, (tmp_path / "log").read_text()[-3000:]
+    started = server_pids(tmp_path)
+    assert len(started) == 2 and not any(psutil.pid_exists(pid) for pid in started)
+    made = rows(tmp_path / "t")
+    assert sum(r.get("failures/engine/connect", 0) for r in made) > 0 and not any(r["rollouts/failed"] for r in made)
+    assert [r["rollout/staleness/max"] for r in made] == [0, 1, 1, 1]
+    assert [{t.policy_step for t in step} for step in sampled(tmp_path / "t")] == [{0}, {0}, {1}, {2}]
+    # on policy they agree; one update later they cannot, and the difference is what the correction divides by
+    apart = [r["rollout_corr/logp_difference_abs"] for r in made]
+    assert apart[0] < 1e-4 < min(apart[1:]) and max(apart) < 0.5
+    assert made[2]["actor/rollout_is_mean"] == pytest.approx(1, abs=0.2) and made[2]["actor/rollout_is_mean"] != 1
+    assert not list((tmp_path / "t" / "servers" / "weights").iterdir())
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_leaves_no_server_and_goes_on_with_the_rollouts_that_were_sampled_ahead(tmp_path):
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until_phase(tmp_path, 3, "rollout", process)  # step 2 trains on what was sampled beside step 1
+    process.kill()
+    process.wait()
+    pids = server_pids(tmp_path)
+    stop = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < stop, "the server outlived its trainer"
+        time.sleep(0.05)
+    before = sampled(tmp_path / "t", 3)
+    done = subprocess.run(command(tmp_path, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = sampled(tmp_path / "t")
+    assert [[t.ids.tolist() for t in step] for step in after[:3]] == [[t.ids.tolist() for t in step] for step in before]
+    assert [{t.policy_step for t in step} for step in after] == [{0}, {0}, {1}, {2}]
+    assert [r["step"] for r in rows(tmp_path / "t")] == [1, 2, 3, 4]
+    assert not any(psutil.pid_exists(pid) for pid in server_pids(tmp_path))
+
+
+@pytest.mark.slow
+def test_one_step_off_takes_less_time_where_judges_take_theirs(tmp_path):
+    before, after = measure(tmp_path, Size(steps=4, prompts=3, generations=3, latency_ms=3000))
+    print(f"synchronous {before.steps_s:.1f} s, one step off {after.steps_s:.1f} s")
+    assert after.overlap_s > 0 and after.steps_s < before.steps_s

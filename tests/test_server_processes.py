@@ -153,3 +153,4 @@ def test_the_guard_that_is_killed_takes_its_command_along(started):
     found = pids(servers.urls[0])
     os.kill(servers.pids[0], signal.SIGKILL)
     until(lambda: gone(found[0]))
+    os.kill(found[1], signal.SIGKILL)  # whose own business it is to notice: nobody is left who knows of it

@@ -316,8 +316,8 @@ class VllmServerEngine:
                 return
             moved = sampling and self.overlaps
             if moved and self._senders is not None:
-                raise Failure(
-                    f"{server.url} is left out until the next update: nccl keeps no old weights", "stale_weights"
+                raise Failure(  # of a kind that sends the session to another server
+                    f"{server.url} is left out until the next update: nccl keeps no old weights", "server_error"
                 )
             verify = verify and bool(self.verify_every)
             await self._http.command(server, "/pause?mode=wait")
