@@ -35,10 +35,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Pace:
-    """Of a run, in seconds: all its steps, the waits for rollouts, what was sampled beside updates; updates' age."""
+    """Of a run, in seconds: its steps, its waits for rollouts, the updates with another step to come, and what was
+    sampled and judged beside them; and for each step, how many updates its rollouts were behind."""
 
     steps_s: float
     waited_s: float
+    updates_s: float
     overlap_s: float
     staleness: tuple[float, ...]
 
@@ -77,6 +79,7 @@ def evolve(runs: Path, staleness: int, size: Size, judge: str) -> Pace:
     return Pace(
         sum(row["timing_s/step"] for row in rows),
         sum(row.get("timing_s/wait_rollout", 0) for row in rows),
+        sum(row["timing_s/update_actor"] for row in rows[:-1]),
         sum(row.get("perf/overlap_seconds", 0) for row in rows),
         ages,
     )
