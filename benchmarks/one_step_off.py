@@ -28,9 +28,9 @@ TIMEOUT_S = 900.0
 @dataclass(frozen=True)
 class Size:
     steps: int = 6
-    prompts: int = 4
-    generations: int = 4
-    latency_ms: float = 1500.0
+    prompts: int = 8
+    generations: int = 6
+    latency_ms: float = 3000.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def measure(runs: Path, size: Size) -> tuple[Pace, Pace]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=6, help="(default: %(default)s)")
-    p.add_argument("--latency-ms", type=float, default=1500.0, help="of every judgement (default: %(default)s)")
+    p.add_argument("--latency-ms", type=float, default=3000.0, help="of every judgement (default: %(default)s)")
     p.add_argument("--runs", type=Path, default=None, help="keep the runs in this folder")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
