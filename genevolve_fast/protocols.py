@@ -118,6 +118,10 @@ class TrainedEngine(Engine, Protocol):
         """
         ...
 
+    def shutdown(self) -> None:
+        """Give back everything; the last call."""
+        ...
+
 
 # --- tools ------------------------------------------------------------------------------------------------------------
 

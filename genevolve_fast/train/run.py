@@ -96,8 +96,7 @@ class Run:
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
         """Time a phase of a step; its beginning stands in phases.jsonl so that a crash can be located."""
-        with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
+        self.mark(name, step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._bar.set_postfix_str(name, refresh=True)
@@ -107,6 +106,11 @@ class Run:
         finally:
             self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + time.perf_counter() - begin
             self._phase_memory[name] = peak_memory_gb(self.device)
+
+    def mark(self, name: str, step: int) -> None:
+        """Write a phase's beginning into phases.jsonl; any thread may."""
+        with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write one step's metrics (phase times and memory added) to metrics.jsonl, TensorBoard and the bar."""
