@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -31,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser(argv).parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     try:
-        return args.run(args) or 0
+        try:
+            return args.run(args) or 0
+        finally:
+            end_bars()
     except KeyboardInterrupt:
         how = "; `--resume` continues from the last checkpoint" if "resume" in args else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
@@ -39,6 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        how = "; make room and run again with --resume" if "resume" in args else ""
+        print(f"genevolve-fast {args.command}: the disk is full: {error.filename or error}{how}", file=sys.stderr)
+        return 2
+
+
+def end_bars() -> None:
+    """Leave the line of a progress bar that an error stopped: what is told begins on its own."""
+    if bars := sys.modules.get("tqdm"):
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()
 
 
 _USER_ERRORS = {

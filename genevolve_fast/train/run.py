@@ -19,6 +19,12 @@ from tqdm import tqdm
 
 from genevolve_fast.files import write_text
 
+# What a resumed run may change: it says who answers, how long one waits and what is kept, not what is learnt.
+MAY_CHANGE = re.compile(
+    r"(.*\.)?(urls|(program_)?(base_url|api_key_env)|patience_s|(request_|picture_)?timeout_s|attempts|concurrency"
+    r"|requests_per_minute)|minutes|checkpoint\..*|optim\.skip_nonfinite"
+)
+
 
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says what to do."""
@@ -57,7 +63,8 @@ class Run:
             if not resume:
                 raise RunError(f"{self.folder} already holds a run: continue it with --resume or --set another name=")
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if changed := _differences(before, _plain(config)):
+            changed = [c for c in _differences(before, _plain(config)) if not MAY_CHANGE.fullmatch(c)]
+            if changed:
                 raise RunError(f"{self.folder} was started with another configuration ({', '.join(changed)})")
         elif resume:
             print(f"{self.folder} holds no run yet: starting it", flush=True)

@@ -14,13 +14,16 @@ from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatch
 from genevolve_fast.data.conversations import Conversation, ImageFiles, load_conversations
 from genevolve_fast.data.rows import BadRows
 from genevolve_fast.ops import linear_logprob
+from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.passes import normed, through_layers
 from genevolve_fast.policy.visits import Stream
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint
 from genevolve_fast.train.config import SftConfig
+from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import prepare
+from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, peak_memory_gb
 
 
@@ -46,6 +49,8 @@ def sft(
     if resume and (saved := checkpoints(folder / "checkpoints")):
         step = load_checkpoint(saved[-1], policy, optimizer)
     run.begin(step)
+    finite = FiniteSteps(policy, config.optim.skip_nonfinite)
+    refuse_full_disk(folder / "checkpoints", step, policy, optimizer, config.checkpoint)
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
     while step < steps and time.time() < deadline:
@@ -55,16 +60,22 @@ def sft(
             batch = [samples[i] for i in batch_order(config, len(samples), step - opening_steps)]
         with run.phase("update_actor", step):
             begin = time.perf_counter()
-            nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
+            try:
+                nll, tokens = accumulate(policy, batch, pixels, config.max_tokens_per_microbatch)
+            except NonFiniteError as error:
+                nll, tokens = math.nan, 0
+                finite.note(error)
             norm = gradient_norm(policy, config.optim.max_grad_norm)
-            optimizer.step()
+            if taken := finite.may_step(step, norm, {"loss": nll}):
+                optimizer.step()
             seconds = time.perf_counter() - begin
         step += 1
-        run.log(
+        row = run.log(
             step,
             {
                 "loss": nll,
                 **({} if config.optim.release_gradients else {"grad_norm": norm}),
+                "skipped_steps": float(not taken),
                 "lr": optimizer.lr,
                 "num_tokens": tokens,
                 "dropped_samples": dropped,
@@ -72,8 +83,10 @@ def sft(
                 "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
             },
         )
+        if step == 1:
+            check_metric(config.checkpoint.metric, row)
         if step % config.checkpoint.every == 0 or step == steps:
-            save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep_last=config.checkpoint.keep_last)
+            save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep=config.checkpoint)
     run.close()
     policy.eval()
     policy.save_pretrained(folder / "policy", config.save_dtype and getattr(torch, config.save_dtype))
