@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, generate, render, rollout, score, serve_render, wise
+from genevolve_fast.commands import bench, data, export, generate, render, rollout, score, serve_render, wise
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -62,6 +62,7 @@ _USER_ERRORS = {
     "data.rows": "DataError",
     "experience.memory": "OtherEmbedder",
     "policy.adapters": "AdapterError",
+    "policy.export": "ExportError",
     "profile.plan": "PlanError",
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
@@ -201,6 +202,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the command and stop; vLLM need not be installed then")
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
+    export.add(command)
     generate.add(command)
     rollout.add(command)
     render.add(command)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from genevolve_fast.files import write_text
+from genevolve_fast.train.versions import note_versions
 
 # What a resumed run may change: it says who answers, how long one waits and what is kept, not what is learnt.
 MAY_CHANGE = re.compile(
@@ -41,7 +42,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Run:
-    """`runs/NAME`: config.yaml, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
+    """`runs/NAME`: config.yaml, versions.json, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
 
     def __init__(
         self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool
@@ -73,6 +74,7 @@ class Run:
 
     def begin(self, step: int) -> None:
         """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
+        note_versions(self.folder, step)
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = []
