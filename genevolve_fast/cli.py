@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ from genevolve_fast.commands.opening import (
     show_fields,
     subcommands,
 )
+from genevolve_fast.files import out_of_space
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not out_of_space(error):
             raise
         how = "; make room and run again with --resume" if "resume" in args else ""
-        print(f"genevolve-fast {args.command}: the disk is full: {error.filename or error}{how}", file=sys.stderr)
+        told = str(error).splitlines()[0]
+        print(f"genevolve-fast {args.command}: the disk is full: {told}{how}", file=sys.stderr)
         return 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -38,6 +41,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a write failed for want of space; torch and safetensors do not pass the error's number on."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    told = str(error)
+    return any(f"(os error {number})" in told for number in _FULL) or "inline_container.cc" in told
 
 
 def write_bytes(path: Path, data: bytes) -> None:

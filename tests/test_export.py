@@ -22,7 +22,7 @@ from genevolve_fast.policy.adapters import add_lora, merged_state_dict
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.export import CHAT_TEMPLATE, ExportError, export_adapter, export_merged
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.report.card import Model, card, read_record
+from genevolve_fast.report.card import Model, card, read_record, shareable
 from genevolve_fast.rollout.server_prompts import chat_prompt
 from genevolve_fast.rollout.weights import HeadShape, expected_weights, full_weights
 from genevolve_fast.sandbox.tiny_policy import start_path
@@ -149,6 +149,8 @@ def test_an_adapter_is_merged_with_one_rounding(lora, tmp_path):
         source = folder / "checkpoints" / "step_000004"
         assert main(["export", str(source), "-o", str(tmp_path / dtype), "--dtype", dtype]) == 0
         assert equal(weights(tmp_path / dtype), {n: t.to(export.DTYPES[dtype]) for n, t in exact.items()})
+        told = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert told["dtype"] == told["text_config"]["dtype"] == dtype  # what dtype="auto" and vLLM load it in
     assert main(["export", str(source), "-o", str(tmp_path / "plain")]) == 0  # as trained: not as the base is stored
     assert equal(weights(tmp_path / "plain"), weights(tmp_path / "float32"))
 
@@ -342,6 +344,22 @@ def test_the_card_says_what_the_run_left_and_nothing_private(lora, tmp_path):
     for name in (p for p in (tmp_path / "merged").rglob("*.json")):
         assert not any(m in name.read_text() for m in machine), name
     assert not any(m in text for m in machine), [m for m in machine if m in text]
+
+
+def test_no_folder_address_or_host_of_a_configuration_is_shareable():
+    places = {"path": "/home/alice/models/base", "name_or_path": "runs/private"}
+    private = {
+        "policy": places | {"dtype": "bfloat16", "lora": {"rank": 8, "targets": ["q_proj", "/home/alice/x"]}},
+        "data": {"path": "/home/alice/rows.jsonl", "limit": 7},
+        "rollout": {"temperature": 0.5, "server": {"urls": ["http://10.1.2.3"]}},
+        "judge": {"kind": "chat", "model": "/home/alice/judge", "base_url": "http://corp.example", "api_key_env": "K"},
+        "optim": {"lr": 1e-5, "name": "http://hunter2@corp.example"},
+        "cache": "/home/alice",
+    }
+    told = shareable(private)
+    assert not any(p in json.dumps(told) for p in (*PRIVATE, "http", "alice"))
+    assert told["policy"]["lora"]["rank"] == 8 and told["data"]["limit"] == 7 and told["optim"]["lr"] == 1e-5
+    assert told["policy"]["path"] == "(a local folder)" and told["judge"] == {"kind": "chat"}
 
 
 def test_the_cards_of_hub_models_name_base_data_and_licence(tmp_path):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from genevolve_fast.cli import main
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.sandbox.tiny_policy import start_path
 from genevolve_fast.train import space
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.config import CheckpointConfig, ConfigError, OptimConfig, SftConfig, parse_config
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
@@ -111,9 +111,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoints_and_nothing_else(tmp_pa
     step(policy, optimizer)
     if fits < 1 << 40:
         longest_file(fits)
-    with pytest.raises(
-        RunError, match=r"no room for a checkpoint: \S+ has .*B free and it takes 18\.\d MB\. .*--resume"
-    ):
+    with pytest.raises(RunError, match=r"no room to save in \S+: 18\.\d MB are needed, .*B are free\. .*--resume"):
         save_checkpoint(tmp_path, 2, policy, optimizer, extras=lambda _: Path("/dev/full").write_bytes(bytes(1 << 20)))
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
     assert load_checkpoint(tmp_path / "step_000001", policy, optimizer) == 1 and same(bits(policy), before)
@@ -161,7 +159,7 @@ def test_room_is_looked_for_before_anything_is_written_or_trained(tmp_path, monk
         lambda: save_checkpoint(tmp_path, 3, policy, optimizer, keep=keep),
         lambda: refuse_full_disk(tmp_path, 2, policy, optimizer, keep),
     ):
-        with pytest.raises(RunError, match="no room for a checkpoint"):
+        with pytest.raises(RunError, match="no room to save in"):
             refused()
         assert [p.name for p in checkpoints(tmp_path)] == ["step_000001", "step_000002"]
     refuse_full_disk(tmp_path, 2, policy, optimizer, CheckpointConfig())
@@ -197,7 +195,7 @@ def test_a_run_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(d
     assert done.returncode == 0, done.stderr[-3000:]
     assert "status 2" in done.stdout and "Traceback" not in done.stderr
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("genevolve-fast sft:")]
-    assert "no room for a checkpoint" in told and str(tmp_path / "disk" / "t" / "checkpoints") in told
+    assert "no room to save in" in told and str(tmp_path / "disk" / "t" / "checkpoints") in told
     assert (tmp_path / "left").read_text().split() == ["step_000001", "step_000002"]
     assert (tmp_path / "at_the_end").read_text().split() == ["step_000002", "step_000003", "step_000004"]
     subprocess.run([*whole.split(), "--runs", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
@@ -222,11 +220,32 @@ def measured(file: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith(("timing", "memory", "perf"))} for r in rows]
 
 
-def test_a_disk_that_fills_while_something_else_is_written_is_told_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("genevolve_fast.cli.run_evolve", lambda args: Path("/dev/full").write_bytes(bytes(1 << 20)))
+@pytest.mark.parametrize("full", ["bytes", "tensors"])
+def test_a_disk_that_fills_while_something_else_is_written_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys, longest_file, full
+):
+    def writes(args):
+        if full == "bytes":
+            Path("/dev/full").write_bytes(bytes(1 << 20))
+        longest_file(1 << 16)
+        save_file({"x": torch.zeros(1 << 20)}, tmp_path / "x")
+
+    monkeypatch.setattr("genevolve_fast.cli.run_evolve", writes)
     assert main(["evolve", "--config", "demo"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("genevolve-fast evolve: the disk is full: ") and said.endswith("again with --resume\n")
+
+
+def test_the_final_policy_is_whole_or_the_old_one(tmp_path, longest_file):
+    policy, _ = trained()
+    save_final(tmp_path / "policy", policy)
+    before = bits(policy)
+    policy.decoder.norm.weight.data += 1
+    longest_file(1 << 20)
+    with pytest.raises(RunError, match="no room to save in"):
+        save_final(tmp_path / "policy", policy)
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    assert same(bits(Policy.from_pretrained(tmp_path / "policy")), before)
 
 
 # --- numbers that are none --------------------------------------------------------------------------------------------
@@ -262,8 +281,8 @@ def test_a_step_that_is_not_finite_is_not_taken_and_named(policy):
         guard.may_step(10, gradient_norm(policy, 1.0), {"loss": loss})
     assert same(bits(policy), before)
     gradients(policy)
-    policy.decoder.layers[3].mlp.up_proj.weight.grad[0, 0] = math.inf
-    named = r"step 1: gradient norm inf; first bad gradient model.language_model.layers.3.mlp.up_proj.weight. Nothing"
+    policy.decoder.layers[3].mlp.up_proj.weight.grad[0, 0] = math.nan
+    named = r"step 1: gradient norm nan; first bad gradient model.language_model.layers.3.mlp.up_proj.weight. Nothing"
     with pytest.raises(RunError, match=named):
         FiniteSteps(policy, 0).may_step(1, gradient_norm(policy, 1.0), {"loss": 0.5})
     policy.decoder.layers[2].mlp.up_proj.weight.data[0, 0] = math.nan
@@ -398,7 +417,9 @@ def test_evolve_stops_or_skips_where_the_policy_gives_no_numbers(tmp_path, monke
     read = functools.partial(load_config, EvolveConfig, ROOT / "configs" / "demo.yaml")
     config = read(fields)
     pool, world = open_pool(config)
-    with pytest.raises(RunError, match=r"step 1: actor/pg_loss nan; hidden\[0\] holds NaN.*--resume.*skip_nonfinite"):
+    with pytest.raises(
+        RunError, match=r"step 1: actor/pg_loss nan; hidden\[0\] holds NaN.*--resume goes on.*skip_nonfinite=1"
+    ):
         module.evolve(config, Policy.from_pretrained(start_path()), world, pool, tmp_path / "t")
     assert [p.name for p in checkpoints(tmp_path / "t" / "checkpoints")] == ["step_000001"]
     steps.clear()

@@ -91,18 +91,21 @@ def run_export(args: argparse.Namespace) -> int:
             vision=written.vision,
             rank=written.rank,
             base=base,
-            license=license_of(model_file(origin, "README.md") if origin else None),
+            license=license_of(model_file(origin, "README.md", fetch=True) if origin else None),
         )
         record = read_record(source.run, source.step, source.final) if source.run else None
         write_text(folder / "README.md", card(model, record))
-    tell(args, source, output, written)
+    tell(args, source, written, base or str(origin))
     if args.upload:
         print(f"uploaded: {upload(output, args.upload, args.private)}")
     return 0
 
 
-def tell(args: argparse.Namespace, source: Source, output: Path, written) -> None:
+def tell(args: argparse.Namespace, source: Source, written, base: str) -> None:
     """What was exported, what was written, what comes next."""
+    from genevolve_fast.report.card import lora_limit
+
+    output = args.output
     at = "" if source.step is None else f", step {source.step}{' (final)' if source.final else ''}"
     kind = f"LoRA adapter of rank {written.rank}" if written.rank else written.architecture
     files = f"{written.files} file" + "s" * (written.files > 1)
@@ -110,7 +113,8 @@ def tell(args: argparse.Namespace, source: Source, output: Path, written) -> Non
     size = f"{written.nbytes / 1e9:.3g} GB in {files}"
     print(f"{output}: {kind}, {written.parameters:,} parameters, {written.dtype}, {size}")
     if written.rank:
-        print(f"next: vllm serve BASE --enable-lora --lora-modules GenEvolve={output}   # README.md has the whole line")
+        flags = f"--enable-lora --max-lora-rank {lora_limit(written.rank)} --lora-modules GenEvolve={output}"
+        print(f"next: vllm serve {base} {flags}")
     else:
         print(f"next: genevolve-fast serve --model {output}")
     if not args.upload:

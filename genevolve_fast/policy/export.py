@@ -251,15 +251,18 @@ def _write_processors(codec: TransformersCodec, folder: Path, origins: Sequence[
     write_text(folder / _VIDEO, json.dumps(videos, indent=2) + "\n")
 
 
-def model_file(model: str | Path, name: str) -> Path | None:
-    """`name` of a model's folder, or of a hub id in the local cache; None where it has none."""
+def model_file(model: str | Path, name: str, *, fetch: bool = False) -> Path | None:
+    """`name` of a model's folder, or of a hub id in the local cache, or with `fetch` on the hub; None where none is."""
     if Path(model).is_dir():
         return path if (path := Path(model) / name).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+    import httpx
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(str(model), name)
-    except HFValidationError:
+        if found is None and fetch:
+            found = hf_hub_download(str(model), name, etag_timeout=5)
+    except (HFValidationError, httpx.HTTPError, OSError, ValueError):  # no such id, nobody to ask
         return None
     return Path(found) if isinstance(found, str) else None

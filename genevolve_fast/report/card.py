@@ -15,6 +15,7 @@ ROLLOUT = ("prompts_per_step", "num_generations", "temperature", "top_p", "max_t
 ROLLOUT += ("max_tokens_per_turn", "max_prompt_length", "max_response_length", "observe_images", "replay_sampling_mask")
 POLICY = ("dtype", "freeze_vision", "freeze_head", "lora", "quantize")
 PARTS = ("tools", "renderer", "judge", "summarizer", "embedder")  # who they are, not where
+WITHOUT_MODEL = ("rules", "hashed", "canvas", "sandbox")
 TOP = ("seed", "steps", "epochs", "batch_size", "minutes", "adv_estimator", "teacher", "ema_rate", "teacher_gate")
 TOP += ("max_tokens_per_microbatch", "max_failed_share")
 CURVES = {
@@ -119,7 +120,8 @@ def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     out["data"] = part("data", ("limit", "cutoff")) | {"path": dataset(config) or _known(config, "data")}
     for name in PARTS:
         kind, model = part(name).get("kind"), part(name).get("model")
-        out[name] = {"kind": kind} | ({"model": model} if isinstance(model, str) and _public(model) else {})
+        named = isinstance(model, str) and _public(model) and kind not in WITHOUT_MODEL
+        out[name] = {"kind": kind} | ({"model": model} if named else {})
     return _plain({k: v for k, v in out.items() if v not in ({}, {"kind": None})})
 
 
@@ -210,7 +212,7 @@ def training(model: Model, record: Record | None) -> str:
     if record.method == "evolve":
         r = c.get("rollout") or {}
         told["a step"] = f"{r.get('prompts_per_step')} requests × {r.get('num_generations')} rollouts"
-        told["reward"] = "½ KScore of the picture + ½ sufficiency of the program; " + _who(c, "judge")
+        told["reward"] = "½ KScore of the picture + ½ sufficiency of the program, by " + _who(c, "judge")
         told["renderer"] = _who(c, "renderer")
     told["data"] = dataset(c) or _known(c, "data")
     made = [f"{k} {record.versions[k]}" for k in ("genevolve_fast", "torch", "transformers") if k in record.versions]
@@ -254,20 +256,20 @@ def use(model: Model) -> str:
     ours = f"genevolve-fast serve --model {model.repo}"
     if model.rank:
         base = model.base or "BASE"
-        served = f"vllm serve {base} --enable-lora --max-lora-rank {_lora_limit(model.rank)} "
+        served = f"vllm serve {base} --enable-lora --max-lora-rank {lora_limit(model.rank)} "
         served += f"--lora-modules GenEvolve={model.repo}"
         ours = (
             f"genevolve-fast serve --backend vllm --served-model-name base --model {base} -- {served.split(' ', 3)[3]}"
         )
         load = f"""from peft import PeftModel
-from transformers import AutoTokenizer, {_class(model)}
+from transformers import {_class(model)}, AutoTokenizer
 
 name = "{model.repo}"
 base = {_class(model)}.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, name)
 """
     else:
-        load = f"""from transformers import AutoTokenizer, {_class(model)}
+        load = f"""from transformers import {_class(model)}, AutoTokenizer
 
 name = "{model.repo}"
 model = {_class(model)}.from_pretrained(name, dtype="auto")
@@ -317,7 +319,7 @@ def _class(model: Model) -> str:
     return "AutoModelForImageTextToText" if model.vision else "AutoModelForCausalLM"
 
 
-def _lora_limit(rank: int) -> int:
+def lora_limit(rank: int) -> int:
     """The smallest --max-lora-rank that vLLM takes and that holds `rank`."""
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
 
@@ -325,7 +327,7 @@ def _lora_limit(rank: int) -> int:
 def _who(config: Mapping[str, Any], name: str) -> str:
     part = config.get(name) or {}
     model = part.get("model")
-    return f"{name} {part.get('kind')}" + (f" ({model})" if isinstance(model, str) and _public(model) else "")
+    return f"{part.get('kind')}" + (f" ({model})" if isinstance(model, str) and _public(model) else "")
 
 
 def _shown(name: str) -> str:
@@ -343,4 +345,4 @@ def _mean(values) -> float:
 
 
 def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.2f} million"
+    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.2f} million" if n >= 1e6 else f"{n:,}"

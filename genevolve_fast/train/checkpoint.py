@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genevolve_fast.files import replacing_folder
 from genevolve_fast.policy.adapters import has_adapters, load_adapter
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.train.config import CheckpointConfig
@@ -71,6 +72,15 @@ def save_checkpoint(
     for old in outdated(folder, keep, step):
         shutil.rmtree(old)
     return final
+
+
+def save_final(folder: Path, policy: Policy, dtype: torch.dtype | None = None) -> None:
+    """Write the whole policy to `folder`, an adapter merged; it appears when it is complete. Raises RunError."""
+    with replacing_folder(folder) as partial:
+        needed = sum(p.numel() * (dtype or p.dtype).itemsize for p in policy.parameters())
+        check_room(folder.parent, needed)
+        with writing(partial, needed):
+            policy.save_pretrained(partial, dtype)
 
 
 def outdated(folder: Path, keep: CheckpointConfig, step: int) -> list[Path]:

@@ -22,7 +22,7 @@ from genevolve_fast.policy.weights import Average
 from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.protocols import Experience, TrainedEngine, World
 from genevolve_fast.reward.advantages import advantages
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.engines import open_engine
@@ -131,7 +131,7 @@ def evolve(
                 )
     run.close()
     policy.eval()
-    policy.save_pretrained(folder / "policy")
+    save_final(folder / "policy", policy)
     return folder / "policy"
 
 

@@ -44,10 +44,16 @@ class FiniteSteps:
         if self._in_a_row <= self._skip:
             print(f"{told}; skipped, {self._in_a_row} of optim.skip_nonfinite {self._skip} in a row", flush=True)
             return False
-        mend = "lower optim.lr, or set optim.skip_nonfinite to pass over such a step"
+        begun = "Nothing was stepped"
+        if any(visit.done for visit in self._policy.visits):
+            begun = "optim.release_gradients has stepped layers already"
+        mend = "with optim.skip_nonfinite=1 past such a step"
         if self._skip:
-            mend = f"{self._skip + 1} such steps in a row are no accident: lower optim.lr, or look at the data"
-        raise RunError(f"{told}. Nothing was stepped and the last checkpoint is good: run again with --resume; {mend}")
+            mend = f"but {self._in_a_row} such steps in a row are no accident"
+        raise RunError(
+            f"{told}. {begun} and the last checkpoint is good: --resume goes on from it, {mend}. A run that diverges "
+            "wants a lower optim.lr, under another name"
+        )
 
     def _where(self, traces: Mapping[str, Any]) -> str:
         """The first thing that is not finite: a weight, a rollout's log-probs, a gradient."""

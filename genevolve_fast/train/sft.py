@@ -18,7 +18,7 @@ from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.passes import normed, through_layers
 from genevolve_fast.policy.visits import Stream
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.config import SftConfig
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
@@ -89,7 +89,7 @@ def sft(
             save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep=config.checkpoint)
     run.close()
     policy.eval()
-    policy.save_pretrained(folder / "policy", config.save_dtype and getattr(torch, config.save_dtype))
+    save_final(folder / "policy", policy, config.save_dtype and getattr(torch, config.save_dtype))
     return folder / "policy"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from genevolve_fast.files import out_of_space
 from genevolve_fast.policy.adapters import has_adapters
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import human_bytes
@@ -15,7 +15,6 @@ from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.run import RunError
 
 BESIDE = 4 << 20  # bytes of tokenizer, random states and memory
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoint_bytes(policy: Policy, optimizer: Optimizer, beside: int = 0) -> int:
@@ -66,17 +65,9 @@ def writing(partial: Path, needed: int) -> Iterator[None]:
         raise
 
 
-def out_of_space(error: BaseException) -> bool:
-    """Whether a write failed for want of space; torch and safetensors do not pass the error's number on."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    told = str(error)
-    return any(f"os error {number})" in told for number in _FULL) or "inline_container.cc" in told
-
-
 def no_room(folder: Path, needed: int) -> RunError:
     free = human_bytes(shutil.disk_usage(folder).free)
     return RunError(
-        f"no room for a checkpoint: {folder} has {free} free and it takes {human_bytes(needed)}. Older checkpoints are "
+        f"no room to save in {folder}: {human_bytes(needed)} are needed, {free} are free. Older checkpoints are "
         "whole and so is what was sampled: make room and run again with --resume"
     )
