@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, generate, render, rollout, score, serve_render, wise
+from genevolve_fast.commands import bench, data, export, generate, render, rollout, score, serve_render, wise
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -23,6 +23,7 @@ from genevolve_fast.commands.opening import (
     show_fields,
     subcommands,
 )
+from genevolve_fast.files import out_of_space
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser(argv).parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     try:
-        return args.run(args) or 0
+        try:
+            return args.run(args) or 0
+        finally:
+            end_bars()
     except KeyboardInterrupt:
         how = "; `--resume` continues from the last checkpoint" if "resume" in args else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
@@ -39,6 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except user_errors() as error:
         print(f"genevolve-fast {args.command}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not out_of_space(error):
+            raise
+        how = "; make room and run again with --resume" if "resume" in args else ""
+        told = str(error).splitlines()[0]
+        print(f"genevolve-fast {args.command}: the disk is full: {told}{how}", file=sys.stderr)
+        return 2
+
+
+def end_bars() -> None:
+    """Leave the line of a progress bar that an error stopped: what is told begins on its own."""
+    if bars := sys.modules.get("tqdm"):
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()
 
 
 _USER_ERRORS = {
@@ -46,6 +64,7 @@ _USER_ERRORS = {
     "experience.memory": "OtherEmbedder",
     "policy.adapters": "AdapterError",
     "policy.quantize": "QuantizeError",
+    "policy.export": "ExportError",
     "profile.plan": "PlanError",
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
@@ -185,6 +204,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the command and stop; vLLM need not be installed then")
     p.add_argument("extra", nargs="*", metavar="-- FLAGS", help="passed to the server as they are")
 
+    export.add(command)
     generate.add(command)
     rollout.add(command)
     render.add(command)

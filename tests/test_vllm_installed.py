@@ -73,3 +73,20 @@ def test_vllm_names_a_policys_weights_as_we_do(policy):
             renamed = [n.replace(f".{part}.", f".{fused}.") for n in renamed]
     shape = type("Shape", (), {"kv_heads": 2, "head_dim": 32, "vision_heads": 2})
     assert {name for name, _ in expected_weights(ours, shape, 0, 1)} == set(renamed)
+
+
+def test_vllm_reads_an_exported_adapter(tmp_path):
+    import json
+
+    from vllm.lora.peft_helper import PEFTHelper
+
+    from genevolve_fast.policy.adapters import add_lora
+    from genevolve_fast.policy.export import export_adapter
+
+    adapted = Policy.from_pretrained(start_path())
+    add_lora(adapted, rank=8, alpha=24)
+    adapted.save_trainable(tmp_path / "saved")
+    (tmp_path / "out").mkdir()
+    export_adapter(tmp_path / "saved", tmp_path / "out")
+    read = PEFTHelper.from_dict(json.loads((tmp_path / "out" / "adapter_config.json").read_text()))
+    assert (read.r, read.lora_alpha, read.vllm_lora_scaling_factor) == (8, 24, 3.0) and "q_proj" in read.target_modules

@@ -64,6 +64,7 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "data/chain_steps": ("count", "==", 8),
     "render/hostile_failures": ("count", "==", 0),
     "judge/unjudged_counted_as_zero": ("count", "==", 0),
+    "scale/export_logit_error": ("error", "==", 0),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

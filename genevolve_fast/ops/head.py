@@ -122,6 +122,10 @@ def check_devices(hidden: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
 
 
+class NonFiniteError(ValueError):
+    """A result is NaN; the message names what made it so."""
+
+
 def check_values(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> None:
     """Raises ValueError naming the first target outside the vocabulary, or a temperature; synchronises a GPU."""
     if isinstance(head.temperature, Tensor) and not (head.temperature > 0).all():
@@ -136,19 +140,20 @@ def check_values(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int)
 
 
 def check_result(logps: Tensor, hidden: Tensor, head: Head, rows: Rows, targets: Tensor) -> None:
-    """Raises ValueError naming the argument that made some of the log-probs of `rows` NaN; synchronises a GPU."""
+    """Raises NonFiniteError naming the argument that made some of the log-probs of `rows` NaN, ValueError for a target
+    outside its row's ids; synchronises a GPU."""
     if not logps.isnan().any():
         return
     where = torch.arange(len(hidden), device=hidden.device)[rows][logps.isnan()]
     if (bad := ~hidden[where].isfinite().all(1)).any():
-        raise ValueError(f"hidden[{int(where[bad][0])}] holds NaN or infinity")
+        raise NonFiniteError(f"hidden[{int(where[bad][0])}] holds NaN or infinity")
     row = int(where[0])
     if head.sets is not None and not head.sets.holds(row, target := int(targets[row])):
         raise ValueError(f"targets[{row}] is {target}, which is not among its row's ids in sampling_mask")
     for name, x in (("weight", head.weight), ("bias", head.bias), ("temperature", head.temperature)):
         if isinstance(x, Tensor) and not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity")
-    raise ValueError(f"the log-prob of row {row} is NaN: its logits overflow, or no rank holds its target")
+            raise NonFiniteError(f"{name} holds NaN or infinity")
+    raise NonFiniteError(f"the log-prob of row {row} is NaN: its logits overflow, or no rank holds its target")
 
 
 def full_precision(hidden: Tensor) -> contextlib.AbstractContextManager:

@@ -234,6 +234,9 @@ class OptimConfig(_Section):
     release_gradients: bool = Field(
         False, description="Update a layer as soon as its backward is done and drop its gradient; sft of single samples"
     )
+    skip_nonfinite: int = Field(
+        0, ge=0, description="Steps in a row that may be passed over because loss or gradient is not finite"
+    )
 
     @model_validator(mode="after")
     def _refuse(self) -> OptimConfig:
@@ -248,7 +251,19 @@ class OptimConfig(_Section):
 
 class CheckpointConfig(_Section):
     every: int = Field(10, ge=1, description="Steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept, the newest")
+    keep_best: int = Field(0, ge=0, description="Checkpoints kept beside them, the best by `metric`")
+    metric: str | None = Field(
+        None, description="Logged metric, its mean since the checkpoint before; reward, or -loss where lower is better"
+    )
+
+    @model_validator(mode="after")
+    def _refuse(self) -> CheckpointConfig:
+        if self.keep_best and not self.metric:
+            raise ValueError("keep_best needs metric: by which logged number a checkpoint is the best, such as reward")
+        if self.metric is not None and not self.keep_best:
+            raise ValueError("metric without keep_best would do nothing: set keep_best above 0")
+        return self
 
 
 class EvaluateConfig(_Section):
@@ -463,6 +478,7 @@ class SftConfig(_Section):
                 "optim.name adamw": self.optim.name == "adamw",
                 "policy.gradient_checkpointing": self.policy.gradient_checkpointing,
                 "policy.lora.dropout 0": not self.policy.lora.dropout,
+                "optim.skip_nonfinite 0": not self.optim.skip_nonfinite,  # layers have stepped when the loss is known
             }
             if missing := [name for name, there in needs.items() if not there]:
                 raise ValueError(f"optim.release_gradients needs {', '.join(missing)}")

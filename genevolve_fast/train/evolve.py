@@ -17,19 +17,22 @@ from genevolve_fast.agent.session import SessionSettings
 from genevolve_fast.experience.bundle import best_and_worst
 from genevolve_fast.experience.context import render as render_experience
 from genevolve_fast.experience.memory import ExperienceMemory
+from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import Average
 from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.protocols import Experience, TrainedEngine, World
 from genevolve_fast.reward.advantages import advantages
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.engines import open_engine
+from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.metrics import rollout_metrics
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.pipelined import Phase, open_sampler
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
+from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Failed, Request, Trajectory
@@ -71,6 +74,8 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitS
     ends.callback(sampler.close)
     sampler.sync(step)
     run.begin(step)
+    finite, beside = FiniteSteps(policy, config.optim.skip_nonfinite), average.nbytes if average else 0
+    refuse_full_disk(folder / "checkpoints", step, policy, optimizer, config.checkpoint, beside)
     started = time.time()
 
     while step < config.steps and (config.minutes is None or time.time() - started < 60 * config.minutes):
@@ -83,24 +88,31 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitS
             begin = time.perf_counter()
             batch = training_rollouts(groups, experiences, policy, config)
             memory_peak = PeakBytes(policy.device)
-            metrics, traces = accumulate_gradients(
-                policy,
-                batch,
-                rollouts.images,
-                config.objective,
-                temperature=config.rollout.temperature,
-                max_tokens=config.max_tokens_per_microbatch,
-                reference=reference,
-                teacher=teacher,
-                workspace_mb=config.head_workspace_mb,
-            )
+            try:
+                metrics, traces = accumulate_gradients(
+                    policy,
+                    batch,
+                    rollouts.images,
+                    config.objective,
+                    temperature=config.rollout.temperature,
+                    max_tokens=config.max_tokens_per_microbatch,
+                    reference=reference,
+                    teacher=teacher,
+                    workspace_mb=config.head_workspace_mb,
+                )
+            except NonFiniteError as error:
+                metrics, traces = {"actor/pg_loss": math.nan}, {}
+                finite.note(error)
             metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
-            metrics["actor/grad_norm"] = gradient_norm(policy, config.optim.max_grad_norm, error_if_nonfinite=True)
-            optimizer.step()
-            if average:
-                average.update()
+            metrics["actor/grad_norm"] = norm = gradient_norm(policy, config.optim.max_grad_norm)
+            losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+            if taken := finite.may_step(step, norm, losses, traces):
+                optimizer.step()
+                if average:
+                    average.update()
+            metrics["actor/skipped_steps"] = float(not taken)
             if (peak := memory_peak.read()) is not None:
-                metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics["tokens/largest_microbatch"])
+                metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics.get("tokens/largest_microbatch", 0.0))
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
@@ -119,7 +131,9 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitS
             "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
         }
         metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
-        run.log(step, metrics)
+        row = run.log(step, metrics)
+        if step == 1:
+            check_metric(config.checkpoint.metric, row)
         if step % config.checkpoint.every == 0 or step == config.steps:
             with run.phase("checkpoint", step):
                 save_checkpoint(
@@ -128,11 +142,12 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitS
                     policy,
                     optimizer,
                     extras=lambda path: save_beside(path, memory, average),
-                    keep_last=config.checkpoint.keep_last,
+                    keep=config.checkpoint,
+                    beside=beside,
                 )
     run.close()
     policy.eval()
-    policy.save_pretrained(folder / "policy")
+    save_final(folder / "policy", policy)
     return folder / "policy"
 
 

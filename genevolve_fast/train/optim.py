@@ -335,7 +335,11 @@ def _deepspeed() -> Callable[..., torch.optim.Optimizer]:
     return build
 
 
-def gradient_norm(policy: Policy, limit: float | None, **options: Any) -> float:
-    """Global norm of the gradients, which are scaled down to `limit` where they exceed it."""
-    options = {"max_norm": math.inf if limit is None else limit} | options
-    return float(torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], **options))
+def gradient_norm(policy: Policy, limit: float | None) -> float:
+    """Global norm of the gradients, which are scaled down to `limit` where they exceed it; not where it is not finite:
+    the scale would spread one bad gradient over all."""
+    params = [p for p in policy.parameters() if p.requires_grad]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if limit is not None and torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+    return float(norm)

@@ -18,6 +18,13 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from genevolve_fast.files import write_text
+from genevolve_fast.train.versions import note_versions
+
+# What a resumed run may change: it says who answers, how long one waits and what is kept, not what is learnt.
+MAY_CHANGE = re.compile(
+    r"(.*\.)?(urls|(program_)?(base_url|api_key_env)|patience_s|(request_|picture_)?timeout_s|attempts|concurrency"
+    r"|requests_per_minute)|minutes|checkpoint\..*|optim\.skip_nonfinite"
+)
 
 
 class RunError(RuntimeError):
@@ -42,12 +49,12 @@ def refuse_another_run(folder: Path, config: BaseModel, resume: bool) -> None:
     if not resume:
         raise RunError(f"{folder} already holds a run: continue it with --resume or --set another name=")
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if changed := _differences(before, _plain(config)):
+    if changed := [c for c in _differences(before, _plain(config)) if not MAY_CHANGE.fullmatch(c)]:
         raise RunError(f"{folder} was started with another configuration ({', '.join(changed)})")
 
 
 class Run:
-    """`runs/NAME`: config.yaml, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
+    """`runs/NAME`: config.yaml, versions.json, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
 
     def __init__(
         self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool
@@ -71,6 +78,7 @@ class Run:
 
     def begin(self, step: int) -> None:
         """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
+        note_versions(self.folder, step)
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = []

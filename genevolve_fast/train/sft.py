@@ -18,16 +18,19 @@ from genevolve_fast.data.conversations import Conversation, Conversations, Image
 from genevolve_fast.data.prefetch import Prefetch
 from genevolve_fast.data.rows import BadRows
 from genevolve_fast.ops import linear_logprob
+from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.passes import normed, through_layers
 from genevolve_fast.policy.visits import Stream
 from genevolve_fast.profile.flops import sequence_cost
 from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.profile.shapes import ModelShape
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.config import SftConfig
+from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
 from genevolve_fast.train.prepare import prepare
+from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, peak_memory_gb, refuse_another_run
 
 
@@ -47,6 +50,8 @@ def sft(
     run = Run(folder, config, device=policy.device, total=schedule.steps, resume=resume)
     step = load_checkpoint(saved[-1], policy, optimizer) if saved else 0
     run.begin(step)
+    finite = FiniteSteps(policy, config.optim.skip_nonfinite)
+    refuse_full_disk(folder / "checkpoints", step, policy, optimizer, config.checkpoint)
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
     with prefetched(schedule, policy, config, step) as feed:
@@ -54,16 +59,25 @@ def sft(
             plan = schedule.plan(step)
             with run.phase("update_actor", step):
                 begin, waited, memory = time.perf_counter(), feed.waited, PeakBytes(policy.device)
-                nll = accumulate(policy, (next(feed) for _ in plan.microbatches()), plan.loss_tokens)
+                microbatches = (next(feed) for _ in plan.microbatches())
+                try:
+                    nll = accumulate(policy, microbatches, plan.loss_tokens)
+                except NonFiniteError as error:
+                    nll = math.nan
+                    finite.note(error)
+                    for _ in microbatches:
+                        pass  # the next step begins at its own
                 norm = gradient_norm(policy, config.optim.max_grad_norm)
-                optimizer.step()
+                if taken := finite.may_step(step, norm, {"loss": nll}):
+                    optimizer.step()
                 peak, seconds = memory.read(), time.perf_counter() - begin
             step += 1
-            run.log(
+            row = run.log(
                 step,
                 {
                     "loss": nll,
                     **({} if config.optim.release_gradients else {"grad_norm": norm}),
+                    "skipped_steps": float(not taken),
                     "lr": optimizer.lr,
                     "num_tokens": plan.tokens,
                     "samples": schedule.samples_before(step),
@@ -76,11 +90,13 @@ def sft(
                     "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
                 },
             )
+            if step == 1:
+                check_metric(config.checkpoint.metric, row)
             if step % config.checkpoint.every == 0 or step == schedule.steps:
-                save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep_last=config.checkpoint.keep_last)
+                save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep=config.checkpoint)
     run.close()
     policy.eval()
-    policy.save_pretrained(folder / "policy", config.save_dtype and getattr(torch, config.save_dtype))
+    save_final(folder / "policy", policy, config.save_dtype and getattr(torch, config.save_dtype))
     return folder / "policy"
 
 

@@ -1,0 +1,77 @@
+"""A step whose loss or gradient is not a number: never taken, skipped where that is allowed, else the run stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genevolve_fast.ops.head import NonFiniteError
+from genevolve_fast.policy.model import Policy
+from genevolve_fast.train.run import RunError
+
+
+class FiniteSteps:
+    """Says of every step whether it may be taken; up to `skip` in a row may not."""
+
+    def __init__(self, policy: Policy, skip: int) -> None:
+        self._policy, self._skip, self._in_a_row = policy, skip, 0
+        self._told = ""
+
+    def note(self, error: NonFiniteError) -> None:
+        """What the head said of this step; on a GPU it says nothing, because that would wait for the kernels."""
+        self._told = str(error)
+
+    def may_step(self, step: int, norm: float, losses: Mapping[str, float], traces: Mapping[str, Any] = {}) -> bool:
+        """False: gradients are dropped, weights and schedule stay as they were. Raises RunError after too many.
+
+        `norm` is the gradients' before clipping; `traces` of the step's rollouts have `logps`. Equal on all ranks where
+        `norm` and `losses` are.
+        """
+        bad = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if not math.isfinite(norm):
+            bad.append(f"gradient norm {norm}")
+        if not bad:
+            self._in_a_row = 0
+            return True
+        self._in_a_row += 1
+        where = self._where(traces)
+        self._policy.zero_grad(set_to_none=True)
+        told = f"step {step}: {', '.join(bad)}; {where}"
+        if self._in_a_row <= self._skip:
+            print(f"{told}; skipped, {self._in_a_row} of optim.skip_nonfinite {self._skip} in a row", flush=True)
+            return False
+        begun = "Nothing was stepped"
+        if any(visit.done for visit in self._policy.visits):
+            begun = "optim.release_gradients has stepped layers already"
+        mend = "with optim.skip_nonfinite=1 past such a step"
+        if self._skip:
+            mend = f"but {self._in_a_row} such steps in a row are no accident"
+        raise RunError(
+            f"{told}. {begun} and the last checkpoint is good: --resume goes on from it, {mend}. A run that diverges "
+            "wants a lower optim.lr, under another name"
+        )
+
+    def _where(self, traces: Mapping[str, Any]) -> str:
+        """The first thing that is not finite: a weight, a rollout's log-probs, a gradient."""
+        named = dict(self._policy.model.named_parameters())
+        told, self._told = self._told, ""
+        if name := _first(named):
+            return f"first bad weight {name}, which was so before this step"
+        found = [told] if told else []
+        if rollout := next((i for i, t in traces.items() if not _finite(torch.as_tensor(t.logps))), None):
+            found.append(f"first bad rollout {rollout}")
+        if name := _first({n: p.grad for n, p in named.items() if p.grad is not None}):
+            found.append(f"first bad gradient {name}")
+        return ", ".join(found) or "every weight and gradient is finite alone"
+
+
+def _first(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, t in tensors.items() if not _finite(t.detach())), None)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
