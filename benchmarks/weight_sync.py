@@ -28,9 +28,10 @@ from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
 from genevolve_fast.train.config import EvolveConfig, load_config
 from genevolve_fast.train.evolve import new_memory
-from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import prepare
 from genevolve_fast.train.single import sample_step
+from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.train.update import accumulate_gradients
 
 RESULTS = Path(__file__).parent / "results" / "weight_sync.json"
@@ -92,7 +93,7 @@ def measure(mode: str, steps: int, url: str, folder: Path) -> Counts:
                 counts.tokens_differing += int((gaps > TOLERANCE).sum())
                 counts.largest_difference = max(counts.largest_difference, float(gaps.max()))
         begun = _begin(engine, policy, batch, images, counts)
-        gradient_norm(policy, config.optim.max_grad_norm)
+        Strategy().norm(policy, config.optim.max_grad_norm)
         optimizer.step()
         _update(engine, step + 1, counts)
         _go_on(engine, policy, begun, counts)

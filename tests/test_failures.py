@@ -23,9 +23,10 @@ from genevolve_fast.train import space
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.config import CheckpointConfig, ConfigError, OptimConfig, SftConfig, parse_config
 from genevolve_fast.train.finite import FiniteSteps
-from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.retention import read_marker
 from genevolve_fast.train.run import RunError
+from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.trajectory import Judged, load
 
 ROOT = Path(__file__).parents[1]
@@ -265,26 +266,26 @@ def test_a_step_that_is_not_finite_is_not_taken_and_named(policy):
     guard = FiniteSteps(policy, skip=1)
     before, loss = bits(policy), gradients(policy)
     policy.decoder.layers[3].mlp.up_proj.weight.grad[0, 0] = math.inf
-    norm = gradient_norm(policy, 1.0)
+    norm = Strategy().norm(policy, 1.0)
     assert not guard.may_step(7, norm, {"loss": loss}) and all(p.grad is None for p in policy.parameters())
     loss = gradients(policy)
-    assert guard.may_step(8, gradient_norm(policy, 1.0), {"loss": loss})  # one good step: the count starts again
+    assert guard.may_step(8, Strategy().norm(policy, 1.0), {"loss": loss})  # one good step: the count starts again
     policy.zero_grad(set_to_none=True)
     loss = gradients(policy)
     policy.decoder.layers[3].mlp.up_proj.weight.grad[0, 0] = math.inf
-    assert not guard.may_step(9, gradient_norm(policy, 1.0), {"loss": loss})
+    assert not guard.may_step(9, Strategy().norm(policy, 1.0), {"loss": loss})
     with spoilt(policy, {0}):
         loss = gradients(policy)
     with pytest.raises(
         RunError, match=r"step 10: loss nan, gradient norm nan; first bad gradient .*embed.*2 such steps"
     ):
-        guard.may_step(10, gradient_norm(policy, 1.0), {"loss": loss})
+        guard.may_step(10, Strategy().norm(policy, 1.0), {"loss": loss})
     assert same(bits(policy), before)
     gradients(policy)
     policy.decoder.layers[3].mlp.up_proj.weight.grad[0, 0] = math.nan
     named = r"step 1: gradient norm nan; first bad gradient model.language_model.layers.3.mlp.up_proj.weight. Nothing"
     with pytest.raises(RunError, match=named):
-        FiniteSteps(policy, 0).may_step(1, gradient_norm(policy, 1.0), {"loss": 0.5})
+        FiniteSteps(policy, 0).may_step(1, Strategy().norm(policy, 1.0), {"loss": 0.5})
     policy.decoder.layers[2].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(RunError, match="first bad weight .*layers.2.mlp.up_proj.weight, which was so before"):
         FiniteSteps(policy, 0).may_step(1, math.nan, {})
@@ -295,9 +296,9 @@ def test_gradients_are_clipped_as_torch_does(policy):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     policy.freeze_vision()
     grads = [p.grad.clone() for p in policy.parameters()]
-    norm = gradient_norm(policy, None)
+    norm = Strategy().norm(policy, None)
     assert all(torch.equal(p.grad, g) for p, g in zip(policy.parameters(), grads, strict=True))
-    assert gradient_norm(policy, 0.5) == norm
+    assert Strategy().norm(policy, 0.5) == norm
     ours = [p.grad.clone() for p in policy.parameters()]
     for p, g in zip(policy.parameters(), grads, strict=True):
         p.grad = g

@@ -32,11 +32,31 @@ class Optimizer:
         self._factor = factor
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(_stepping(part), factor) for part in parts]
 
-    def step(self) -> None:
-        """Update the weights, advance the schedule and drop the gradients."""
-        self._strategy.step(self._parts)
-        for schedule in self._schedules:
-            schedule.step()
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._parts
+
+    def step(self) -> float | None:
+        """Update the weights, advance the schedule and drop the gradients. The gradients' norm where only the step
+        knows it: not finite, and then nothing was done."""
+        norm = self._strategy.step(self._parts)
+        if norm is None or math.isfinite(norm):
+            for schedule in self._schedules:
+                schedule.step()
+        return norm
+
+    def schedules_state(self) -> list[dict[str, Any]]:
+        return [schedule.state_dict() for schedule in self._schedules]
+
+    def load_schedules(self, states: Sequence[dict[str, Any]]) -> None:
+        for part, schedule, saved in zip(self._parts, self._schedules, states, strict=True):
+            schedule.load_state_dict(saved)
+            for group, base in zip(_stepping(part).param_groups, schedule.base_lrs, strict=True):
+                lr = float(base) * self._factor(schedule.last_epoch)  # the schedule decides, not the saved number
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
 
     @property
     def lr(self) -> float:
@@ -46,21 +66,14 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         return {
             "parts": [part.state_dict() for part in self._parts],
-            "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "schedules": self.schedules_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
             _page_again(_stepping(part))
-        for part, schedule, saved in zip(self._parts, self._schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(saved)
-            for group, base in zip(_stepping(part).param_groups, schedule.base_lrs, strict=True):
-                lr = float(base) * self._factor(schedule.last_epoch)  # the schedule decides, not the saved number
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
+        self.load_schedules(state["schedules"])
 
 
 class MasterWeights:
@@ -110,6 +123,9 @@ class MasterWeights:
     @property
     def state(self) -> dict[Tensor, Any]:
         return self.optimizer.state
+
+    def copy_of(self, p: Tensor) -> Tensor | None:
+        return next((copy for q, copy in self._pairs if q is p), None)
 
     @property
     def nbytes(self) -> int:
@@ -333,13 +349,3 @@ def _deepspeed() -> Callable[..., torch.optim.Optimizer]:
             ) from error
 
     return build
-
-
-def gradient_norm(policy: Policy, limit: float | None) -> float:
-    """Global norm of the gradients, which are scaled down to `limit` where they exceed it; not where it is not finite:
-    the scale would spread one bad gradient over all."""
-    params = [p for p in policy.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if limit is not None and torch.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
-    return float(norm)

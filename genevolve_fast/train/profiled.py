@@ -24,10 +24,11 @@ from genevolve_fast.train.config import EvolveConfig
 from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.evolve import new_memory
 from genevolve_fast.train.fits import settings_of
-from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import other_weights, prepare
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.single import sample_step
+from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients, forwarded
 from genevolve_fast.trajectory import Request
 
@@ -151,7 +152,7 @@ def _measure(config, open_policy, world, pool, shape, device, steps: int) -> Pro
             )
         widest = max(widest, int(metrics["tokens/largest_microbatch"]))
         with meter.phase("step"):
-            gradient_norm(policy, config.optim.max_grad_norm)
+            Strategy().norm(policy, config.optim.max_grad_norm)
             optimizer.step()
             engine.update_weights(step + 1)
 

@@ -19,7 +19,7 @@ class Ranks:
     def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.world = world
-        self._group = group
+        self.group = group
 
     @property
     def first(self) -> bool:
@@ -31,7 +31,7 @@ class Ranks:
         if self.world == 1:
             return [mine]
         everybodys: list[Any] = [None] * self.world
-        dist.all_gather_object(everybodys, mine, group=self._group)
+        dist.all_gather_object(everybodys, mine, group=self.group)
         return everybodys
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -44,7 +44,7 @@ class Ranks:
                 told[0] = make()
             except Exception as error:
                 told[1] = error
-        dist.broadcast_object_list(told, 0, group=self._group)
+        dist.broadcast_object_list(told, 0, group=self.group)
         if told[1] is not None:
             raise told[1]
         return told[0]
@@ -54,7 +54,7 @@ class Ranks:
         if self.world == 1:
             return list(numbers)
         x = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x.tolist()
 
     def any(self, here: bool) -> bool:
@@ -63,7 +63,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
-            dist.barrier(group=self._group)
+            dist.barrier(group=self.group)
 
 
 def launched() -> bool:

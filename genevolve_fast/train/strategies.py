@@ -31,6 +31,7 @@ class Strategy:
     name = "ddp"
     in_step = False
     sharded_weights = False
+    gathers_to_save = False  # `take` makes whole tensors, of which each rank writes some
     keeps_precise = False  # has fp32 copies of bf16 weights of its own
     loss_scale = 1.0  # of the gradients that `backward` is to make
 
@@ -64,40 +65,50 @@ class Strategy:
             for g, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(summed.view_as(g))
 
-    def norm(self, policy: Policy, limit: float | None) -> float:
-        """Global norm of the step's gradients, which are scaled down to `limit` where they exceed it."""
+    def norm(self, policy: Policy, limit: float | None) -> float | None:
+        """Global norm of the step's gradients, which are scaled down to `limit` where they exceed it; not where it is
+        not finite: the scale would spread one bad gradient over all. None where only `step` knows it."""
         trained = [p for p in policy.parameters() if p.requires_grad]
-        return float(torch.nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if limit is not None and torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        return float(norm)
 
-    def step(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        """Update the weights and drop the gradients."""
+    def step(self, parts: Sequence[Any]) -> float | None:
+        """Update the weights and drop the gradients. The gradients' norm where `norm` did not know it: not finite, and
+        nothing was stepped, or before clipping."""
         for part in parts:
             part.step()
             part.zero_grad(set_to_none=True)
+        return None
 
     @contextmanager
     def whole(self, policy: Policy) -> Iterator[None]:
         """Every weight whole on every rank, to be read: what samples, sends weights or writes them needs it."""
         yield
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
+    # --- sharded checkpoints ------------------------------------------------------------------------------------------
 
-    def weight(self, p: nn.Parameter) -> Tensor:
-        """A trained weight at full precision, as a checkpoint writes it: whole, or this rank's part as a DTensor."""
-        return p.detach()
+    def take(self, p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(a trained weight at full precision, its optimizer's tensors), whole or as DTensors."""
+        held, state = _slot(p, parts)
+        return held.detach(), {k: v for k, v in state.get(held, {}).items() if isinstance(v, Tensor)}
 
-    def state(self, p: nn.Parameter, parts: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-        """The optimizer's tensors of a weight, whole or as DTensors."""
-        held = next((part.state[p] for part in parts if p in part.state), {})
-        return {k: v for k, v in held.items() if isinstance(v, Tensor)}
+    def like(self, p: nn.Parameter, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Room to read a tensor of a weight into."""
+        if hasattr(p, "placements") and tuple(size) == tuple(p.shape):
+            return torch.empty_like(p, dtype=dtype, requires_grad=False)
+        return torch.empty(size, dtype=dtype)
 
-    def restore(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts) -> None:
-        """Put whole tensors back where `weight` and `state` took them from."""
-        with torch.no_grad():
-            p.copy_(_like(weight, p))
-        owner = next(part for part in parts if any(p is q for g in part.param_groups for q in g["params"]))
+    @torch.no_grad()
+    def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
+        """Put back what `take` took."""
+        held, states = _slot(p, parts)
+        held.copy_(weight)
+        if held is not p:
+            p.copy_(held)
         if state:
-            owner.state[p] = {k: _like(v, p) if v.shape == p.shape else v.clone() for k, v in state.items()}
+            states[held] = {k: v.to(held.device) for k, v in state.items()}
 
 
 class Fsdp2(Strategy):
@@ -134,13 +145,13 @@ class Fsdp2(Strategy):
         if policy.has_vision and where == "cuda":
             policy.model.model.visual.to("cuda")
 
-    def norm(self, policy: Policy, limit: float | None) -> float:
+    def norm(self, policy: Policy, limit: float | None) -> float | None:
         # torch's clip_grad_norm_ flattens DTensors, which uneven shards refuse
         parts = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
         square = torch.stack([g.float().square().sum() for g in parts]).sum()
         dist.all_reduce(square)
         norm = float(square.sqrt())
-        if limit is not None:
+        if limit is not None and math.isfinite(norm):
             torch._foreach_mul_(parts, min(1.0, limit / (norm + 1e-6)))
         return norm
 
@@ -162,6 +173,7 @@ class Zero(Strategy):
     """DeepSpeed's ZeRO: stage 1 shards optimizer state, 2 also gradients, 3 also weights."""
 
     in_step = True
+    gathers_to_save = True
     keeps_precise = True
 
     def __init__(self, ranks: Ranks, stage: int, *, offload_optimizer: bool, offload_params: bool) -> None:
@@ -174,7 +186,6 @@ class Zero(Strategy):
             "offload_param": offload_params,
         }
         self.loss_scale = float(ranks.world)  # DeepSpeed averages over ranks
-        self._limit: float | None = None
 
     def prepare(self, policy: Policy, parts: list[torch.optim.Optimizer]) -> None:
         deepspeed = _deepspeed(policy.device)
@@ -211,17 +222,17 @@ class Zero(Strategy):
             zero_optimization=zero,
             zero_allow_untested_optimizer=True,
             zero_force_ds_cpu_optimizer=False,
-            bf16=dict(enabled=policy.head_weight.dtype == torch.bfloat16),
+            bf16=dict(enabled=policy.head_weight.dtype == torch.bfloat16, check_grad_overflow=True),
             data_types=dict(grad_accum_dtype="fp32"),
             steps_per_print=10**9,
         )
 
-    def _count(self, steps: int) -> None:
+    def _count(self, steps: float) -> None:
         for state in self._base.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(steps)
             elif "step" in state:
-                state["step"] = steps
+                state["step"] = int(steps)
 
     def backward(self, loss: Tensor) -> None:
         self.engine()  # DeepSpeed counts micro-batches by forwards
@@ -230,18 +241,49 @@ class Zero(Strategy):
     def finish(self, policy: Policy) -> None:
         pass
 
-    def norm(self, policy: Policy, limit: float | None) -> float:
-        self._limit = limit
-        return math.nan  # known after the step
+    def norm(self, policy: Policy, limit: float | None) -> float | None:
+        self.engine.optimizer.clip_grad = limit or 0.0
+        return None  # DeepSpeed knows it in the step
 
-    def step(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.engine.optimizer.clip_grad = self._limit or 0.0
+    def step(self, parts: Sequence[Any]) -> float:
         self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if self.engine.was_step_applied() else math.inf
 
-    @property
-    def last_norm(self) -> float:
-        """Global norm of the gradients of the last step, before clipping."""
-        return float(self.engine.get_global_grad_norm())
+    def take(self, p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {k: safe_get_full_optimizer_state(p, k) for k in self._state_keys()}
+        steps = torch.tensor(float(self._steps()))
+        return safe_get_full_fp32_param(p), state | {"step": steps}
+
+    def like(self, p: nn.Parameter, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    @torch.no_grad()
+    def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        where = self.engine.device
+        safe_set_full_fp32_param(p, weight.to(where))
+        for key in self._state_keys():
+            if key in state:
+                safe_set_full_optimizer_state(p, state[key].to(where), key)
+        if "step" in state:
+            self._count(float(state["step"]))
+        if self.stage == 3:
+            part = p.ds_tensor
+            padded = torch.nn.functional.pad(weight.flatten(), (0, part.numel() * self.ranks.world - weight.numel()))
+            part.copy_(padded[part.numel() * self.ranks.rank :][: part.numel()].to(part.dtype))
+        else:
+            p.copy_(weight)
+
+    def _state_keys(self) -> list[str]:
+        held = next(iter(self._base.state.values()), {})
+        return [k for k, v in held.items() if isinstance(v, Tensor) and v.ndim]
+
+    def _steps(self) -> float:
+        return max((float(s["step"]) for s in self._base.state.values() if "step" in s), default=0.0)
 
     @contextmanager
     def whole(self, policy: Policy) -> Iterator[None]:
@@ -304,10 +346,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield bucket
 
 
-def _like(x: Tensor, p: Tensor) -> Tensor:
-    """x as p lies on its devices: a DTensor of the same placement, or as it is."""
-    if hasattr(p, "placements"):
-        from torch.distributed.tensor import distribute_tensor
+def _slot(p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[Tensor, Any]]:
+    """(what an optimizer steps for a weight: itself or its fp32 copy; the states of that optimizer)."""
+    for part in parts:
+        held = part.copy_of(p) if hasattr(part, "copy_of") else p
+        if held is not None and any(held is q for group in _groups(part) for q in group["params"]):
+            return held, part.state
+    raise KeyError("no optimizer steps this weight")
 
-        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    return x.to(p.device)
+
+def _groups(part: Any) -> list[dict[str, Any]]:
+    return part.param_groups if hasattr(part, "param_groups") else part.optimizer.param_groups
