@@ -110,6 +110,7 @@ def test_one_that_does_not_answer_in_time_is_named(tmp_path):
     assert late.value.kind == "timeout"
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_started_again_at_its_address_and_given_up_when_it_keeps_dying(
     started, tmp_path, monkeypatch
 ):
