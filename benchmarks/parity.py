@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.batch.groups import TrainingRollout
@@ -21,6 +22,9 @@ from genevolve_fast.ops import Objective
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import Average, Snapshot
+from genevolve_fast.train.checkpoint import load_checkpoint, save_checkpoint
+from genevolve_fast.train.config import OptimConfig
+from genevolve_fast.train.optim import Optimizer, build_optimizer
 from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.strategies import Strategy, open_strategy
 from genevolve_fast.train.update import accumulate_gradients
@@ -51,52 +55,94 @@ def batches(policy: Policy) -> list[tuple[list[TrainingRollout], int]]:
     return [(rollouts, 10**6), (rollouts, 40), (alone, 40), (rollouts[3:], 60), (rollouts, 90)]
 
 
-def train(policy: Policy, strategy: Strategy, *, teacher: str, adamw: bool = False) -> list[tuple[float, dict]]:
-    """(loss, whole trained weights) after each of five steps."""
+def train(
+    policy: Policy,
+    strategy: Strategy,
+    *,
+    teacher: str = "live",
+    adamw: bool = False,
+    steps: range = range(STEPS),
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> list[tuple[float, dict]]:
+    """(loss, whole trained weights) after each of `steps`; from a checkpoint, into a checkpoint.
+
+    SGD, or the product's AdamW.
+    """
     strategy.shard(policy)
     names = {n for n, p in policy.model.named_parameters() if p.requires_grad}
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    kind = torch.optim.AdamW if adamw else torch.optim.SGD
-    parts = [kind(trained, lr=1e-3 if adamw else 0.1)]
-    strategy.prepare(policy, parts)
+    if adamw:
+        optimizer = build_optimizer(policy, OptimConfig(lr=1e-3, max_grad_norm=1.0), STEPS, strategy)
+    else:
+        parts = [torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)]
+        strategy.prepare(policy, parts)
+        optimizer = Optimizer(parts, lambda _: 1.0, strategy)
     reference = Snapshot(policy)
     average = Average(policy, 0.3) if teacher == "ema" else None
+    if resume is not None:
+        assert load_checkpoint(resume, policy, optimizer, strategy, average) == steps.start
     out = []
-    for rollouts, max_tokens in batches(policy):
+    for step in steps:
+        rollouts, max_tokens = batches(policy)[step]
         metrics, _ = accumulate_gradients(
             policy, rollouts, {}, OBJECTIVE, temperature=TEMPERATURE, max_tokens=max_tokens, reference=reference,
             teacher=average, strategy=strategy,
         )  # fmt: skip
         strategy.norm(policy, 1.0)
-        strategy.step(parts)
+        optimizer.step()
         if average:
             average.update()
         with strategy.whole(policy):
             whole = {n: p.detach().cpu().clone() for n, p in policy.model.named_parameters() if n in names}
         out.append((metrics["loss"], whole))
+    if save is not None:
+        save_checkpoint(save, steps.stop, policy, optimizer, strategy=strategy, average=average)
     return out
 
 
-def _on_rank(rank: int, name: str, lora: bool, teacher: str, tied: bool, adamw: bool, folder: str) -> None:
-    policy = tiny(lora, tied)
-    ours = train(policy, open_strategy(name, Ranks(rank, 2)), teacher=teacher, adamw=adamw)
+def _on_rank(rank: int, name: str, make: dict, options: dict, folder: str) -> None:
+    policy = tiny(**make)
+    ours = train(policy, open_strategy(name, Ranks(rank, dist.get_world_size())), **options)
     if rank == 0:
         torch.save(ours, Path(folder) / "distributed.pt")
 
 
-def error(name: str, *, lora: bool, teacher: str = "live", tied: bool = False, adamw: bool = False) -> float:
-    """Largest difference of a loss or a weight after any step between two ranks under `name` and one process."""
-    alone = train(tiny(lora, tied), Strategy(), teacher=teacher, adamw=adamw)
+def distributed(name: str, make: dict, world: int = 2, **options) -> list[tuple[float, dict]]:
+    """What `train` returns on the first of `world` ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        on_ranks(Path(folder), _on_rank, name, lora, teacher, tied, adamw, folder)
-        ours = torch.load(Path(folder) / "distributed.pt", weights_only=True)
+        on_ranks(Path(folder), _on_rank, name, make, options, folder, world=world)
+        return torch.load(Path(folder) / "distributed.pt", weights_only=True)
+
+
+def difference(ours: list[tuple[float, dict]], theirs: list[tuple[float, dict]]) -> float:
+    """Largest difference of a loss or a weight after any step."""
     worst = 0.0
-    for (loss, weights), (their_loss, theirs) in zip(alone, ours, strict=True):
-        assert weights.keys() == theirs.keys()
-        worst = max(worst, abs(loss - their_loss), *(float((w - theirs[n]).abs().max()) for n, w in weights.items()))
-    moved = max(float((alone[-1][1][n] - w).abs().max()) for n, w in alone[0][1].items())
-    assert moved > 1e-3, "the weights hardly moved: nothing was compared"
+    for (loss, weights), (other_loss, others) in zip(ours, theirs, strict=True):
+        assert weights.keys() == others.keys()
+        worst = max(worst, abs(loss - other_loss), *(float((w - others[n]).abs().max()) for n, w in weights.items()))
     return worst
+
+
+def error(name: str, *, lora: bool, tied: bool = False, **options) -> float:
+    """Two ranks under `name` against one process."""
+    make = dict(lora=lora, tied=tied)
+    alone = train(tiny(**make), Strategy(), **options)
+    moved = max(float((alone[-1][1][n] - w).abs().max()) for n, w in alone[0][1].items())
+    assert moved > 1e-4, "the weights hardly moved: nothing was compared"
+    return difference(alone, distributed(name, make, **options))
+
+
+def resume_error(before: str, after: str, world: int, *, lora: bool, teacher: str = "ema") -> float:
+    """Three AdamW steps of two ranks under `before`, two more from their checkpoint by `world` ranks under `after`,
+    against the same two steps of the two ranks. Loss, weights, moments and average go on as they were."""
+    make, options = dict(lora=lora), dict(teacher=teacher, adamw=True)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = distributed(before, make, **options)
+        first = distributed(before, make, steps=range(3), save=Path(folder), **options)
+        assert difference(first, whole[:3]) == 0
+        later = dict(steps=range(3, STEPS), resume=Path(folder) / "step_000003", **options)
+        rest = train(tiny(**make), Strategy(), **later) if world == 1 else distributed(after, make, world, **later)
+    return difference(rest, whole[3:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,9 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in args.only:
-        worst = max(
-            error(name, lora=lora, teacher=teacher) for lora in (False, True) for teacher in ("live", "ema")
-        )  # fmt: skip
+        worst = max(error(name, lora=lora, teacher=teacher) for lora in (False, True) for teacher in ("live", "ema"))
         adamw = error(name, lora=False, adamw=True)
         print(f"{name}: {worst:.2e} after {STEPS} SGD steps (AdamW, full: {adamw:.2e})", flush=True)
     return 0

@@ -15,8 +15,10 @@ from genevolve_fast.commands.opening import (
     RUNS,
     device,
     load,
+    loaded_on,
     open_policy,
     open_pool,
+    open_ranks,
     open_world,
     policy_path,
     set_threads,
@@ -72,6 +74,7 @@ _USER_ERRORS = {
     "resumable": "BatchError",
     "rollout.serve": "ServeError",
     "train.config": "ConfigError",
+    "train.ranks": "RanksError",
     "train.run": "RunError",
     "trajectory": "InvariantError",
 }
@@ -256,11 +259,14 @@ def run_sft(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     check_optimizer(config.optim, device())
     folder = args.runs / config.name
-    if config.policy.path == "sandbox:new":
-        policy, data, first = new_start(config, SandboxWorld(WorldConfig(seed=config.world.seed)), folder / "data")
-    else:
-        policy, data, first = open_policy(config.policy), Path(config.data.path), None
-    print(f"policy: {sft(config, policy, data, folder, first=first, resume=args.resume)}")
+    with open_ranks(config) as strategy:
+        if config.policy.path == "sandbox:new":
+            sandbox = SandboxWorld(WorldConfig(seed=config.world.seed))
+            policy, data, first = strategy.ranks.first_then_all(lambda: new_start(config, sandbox, folder / "data"))
+        else:
+            policy, data, first = open_policy(config.policy, loaded_on(strategy)), Path(config.data.path), None
+        final = sft(config, policy, data, folder, first=first, resume=args.resume, strategy=strategy)
+        print(f"policy: {final}")
     return 0
 
 
@@ -282,8 +288,11 @@ def run_evolve(args: argparse.Namespace) -> int:
     check_optimizer(config.optim, device())
     check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
     pool, world = open_pool(config)
-    final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)
-    print(f"policy: {final}")
+    with open_ranks(config) as strategy:
+        policy = open_policy(config.policy, loaded_on(strategy))
+        folder = args.runs / config.name
+        final = evolve(config, policy, world, pool, folder, resume=args.resume, strategy=strategy)
+        print(f"policy: {final}")
     return 0
 
 

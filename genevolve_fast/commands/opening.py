@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -54,8 +56,9 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def open_policy(config):
-    """The policy that a configuration names, on the GPU where there is one; 4-bit weights are made on the way there."""
+def open_policy(config, where=None):
+    """The policy that a configuration names, on `where`, or the GPU where there is one; 4-bit weights are made on the
+    way there."""
     import torch
 
     from genevolve_fast.policy.model import Policy
@@ -65,8 +68,33 @@ def open_policy(config):
         load_bitsandbytes(f"policy.quantize {config.quantize}")  # told before gigabytes are read
     policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
     if config.quantize != "none":
-        quantize(policy, config.quantize, device())
-    return policy.to(device())
+        quantize(policy, config.quantize, where or device())
+    return policy.to(where or device())
+
+
+@contextmanager
+def open_ranks(config):
+    """The strategy over the ranks that a launcher started; only the first one talks. Left in order at the end."""
+    from genevolve_fast.train.ranks import join, leave
+    from genevolve_fast.train.strategies import open_strategy
+
+    d = config.distributed
+    ranks = join(d.timeout_s)
+    strategy = open_strategy(d.strategy, ranks, offload_optimizer=d.offload_optimizer, offload_params=d.offload_params)
+    with open(os.devnull, "w") as silence, nullcontext() if ranks.first else redirect_stdout(silence):
+        try:
+            yield strategy
+        except SystemExit:  # all ranks were asked to end
+            leave(ranks)
+            raise
+    leave(ranks)
+
+
+def loaded_on(strategy):
+    """Where the policy's weights are read to: the host where only parts of them go to a GPU."""
+    import torch
+
+    return torch.device("cpu") if strategy.sharded_weights else device()
 
 
 def policy_path(config) -> str | Path:
@@ -88,10 +116,10 @@ def policy_path(config) -> str | Path:
 
 
 def device():
-    """The GPU where there is one."""
-    import torch
+    """The GPU where there is one; of several ranks on a node, each its own."""
+    from genevolve_fast.train.ranks import local_device
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return local_device()
 
 
 def open_world(config, truth=None):

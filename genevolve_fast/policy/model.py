@@ -18,7 +18,6 @@ from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.positions import ImageMismatchError
-from genevolve_fast.policy.quantize import quantized_layers
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
@@ -164,10 +163,17 @@ class Policy(nn.Module):
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a transformers folder, an adapter merged, 4-bit weights plain; `dtype` rounds what is written, not what
         is in memory."""
-        weights = merged_state_dict(self.model) if has_adapters(self) or quantized_layers(self.model) else None
+        weights = merged_state_dict(self.model)
         if dtype is not None:
-            weights = {k: v.to(dtype) for k, v in (weights or self.model.state_dict()).items()}
+            weights = {k: v.to(dtype) for k, v in weights.items()}
         self.model.save_pretrained(path, state_dict=weights)
+        self.codec.save_pretrained(path)
+
+    def save_outline(self, path: str | Path) -> None:
+        """Write what a transformers folder holds beside the weights."""
+        self.model.config.save_pretrained(path)
+        if self.model.can_generate():
+            self.model.generation_config.save_pretrained(path)
         self.codec.save_pretrained(path)
 
     def save_trainable(self, path: str | Path) -> None:

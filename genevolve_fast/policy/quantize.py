@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -87,14 +88,21 @@ def dequantized(layer: nn.Linear) -> Tensor:
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and persistent buffers as they are: FSDP2 would cut into shards again what state_dict asks for."""
+    for name, p in model.named_parameters(remove_duplicate=False):
+        yield name, p.detach()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with quantized weights as matrices again, new tensors on the host."""
     layers = quantized_layers(model)
     out = {}
-    for name, tensor in model.state_dict().items():
-        owner, weight, rest = name.rpartition(".weight.")
-        if owner in layers:
-            continue  # scales and tables of its 4-bit weight
+    for name, tensor in _held(model):
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         out[name] = tensor if layer is None else dequantized(layer).cpu()
     return out

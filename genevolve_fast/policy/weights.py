@@ -106,6 +106,10 @@ class Snapshot:
                     _exchange(self._students[name].data, self._average[name])
             self._forget_derived()
 
+    def part(self, name: str) -> Tensor:
+        """What this rank keeps of a parameter."""
+        return self._average[name]
+
     def describe(self) -> str:
         return f"a snapshot of this rank's part, {human_bytes(self.nbytes)}"
 
@@ -165,9 +169,12 @@ def held_part(p: Tensor) -> Tensor:
     return getattr(p, "ds_tensor", p)
 
 
-def base_weights(policy: Policy) -> AdapterOff | FrozenCopy:
-    """The weights the run started from: under LoRA the adapter switched off, else a frozen copy made now."""
-    return AdapterOff(policy) if has_adapters(policy) else FrozenCopy(policy)
+def base_weights(policy: Policy, sharded: bool = False) -> AdapterOff | FrozenCopy | Snapshot:
+    """The weights the run started from: under LoRA the adapter switched off, else a frozen copy made now; where ranks
+    share weights or hook them (`sharded`) a snapshot of this rank's part."""
+    if has_adapters(policy):
+        return AdapterOff(policy)
+    return Snapshot(policy) if sharded else FrozenCopy(policy)
 
 
 def human_bytes(n: int) -> str:

@@ -249,6 +249,59 @@ class OptimConfig(_Section):
         return self
 
 
+class DistributedConfig(_Section):
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp", description="What several ranks share: nothing, optimizer state, also gradients, also weights (two ways)"
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer state in host memory; zero1 to zero3")
+    offload_params: bool = Field(False, description="Weights in host memory between visits; zero3, fsdp2 with state")
+    timeout_s: float = Field(1800.0, gt=0, description="Seconds that a rank waits for the others before it gives up")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> DistributedConfig:
+        if self.offload_optimizer and not self.strategy.startswith("zero"):
+            raise ValueError(
+                f"offload_optimizer with strategy {self.strategy!r}: DeepSpeed offloads it, set zero1, zero2 or zero3 "
+                "(fsdp2 moves it together with the weights: offload_params)"
+            )
+        if self.offload_params and self.strategy not in ("zero3", "fsdp2"):
+            raise ValueError(f"offload_params with strategy {self.strategy!r} does nothing: set zero3 or fsdp2")
+        return self
+
+    @property
+    def shards(self) -> bool:
+        """Whether ranks share anything, and so visit layers in step."""
+        return self.strategy != "ddp"
+
+
+def refuse_shards(d: DistributedConfig, policy: PolicyConfig, optim: OptimConfig) -> None:
+    """Raise ValueError for what ranks cannot share."""
+    if not d.shards:
+        return
+    whole, in_parts = d.strategy in ("zero1", "zero2"), f"implementation {optim.implementation}"
+    reasons = {
+        "optim.name muon": (optim.name == "muon", "it orthogonalises whole matrices, and a rank has parts of them"),
+        "optim.release_gradients": (optim.release_gradients, "gradients are shared instead: take one of the two"),
+        "policy.freeze_vision false": (not policy.freeze_vision, "ranks see different pictures: train it under ddp"),
+        f"policy.quantize {policy.quantize}": (
+            policy.quantize != "none" and not whole,
+            "4-bit weights are not cut into shards: set ddp, zero1 or zero2",
+        ),
+        f"optim.{in_parts}": (
+            optim.implementation in ("8bit", "paged_8bit"),
+            "8-bit moments are of whole weights: the shared ones are fp32, or set ddp",
+        ),
+        "optim.implementation cpu": (
+            optim.implementation == "cpu" and not d.offload_optimizer,
+            "it steps what distributed.offload_optimizer keeps on the host, with zero1 to zero3",
+        ),
+        "optim.bf16 stochastic": (optim.bf16 == "stochastic", "set master: the fp32 copies are shared"),
+    }
+    for what, (wrong, why) in reasons.items():
+        if wrong:
+            raise ValueError(f"{what} with distributed.strategy {d.strategy!r}: {why}")
+
+
 class CheckpointConfig(_Section):
     every: int = Field(10, ge=1, description="Steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept, the newest")
@@ -311,6 +364,7 @@ class EvolveConfig(_Section):
     experience: ExperienceConfig = Field(default_factory=ExperienceConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @model_validator(mode="before")
@@ -324,6 +378,7 @@ class EvolveConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> EvolveConfig:
+        refuse_shards(self.distributed, self.policy, self.optim)
         o, r, e = self.objective, self.rollout, self.experience
         if r.num_generations < 2:
             raise ValueError("rollout.num_generations must be at least 2: one rollout has no group to compare with")
@@ -467,9 +522,11 @@ class SftConfig(_Section):
     data: SftDataConfig = Field(default_factory=SftDataConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_ratio=0.02, schedule="cosine"))
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=200))
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
 
     @model_validator(mode="after")
     def _refuse(self) -> SftConfig:
+        refuse_shards(self.distributed, self.policy, self.optim)
         _refuse_precision(self.policy, self.optim)
         if self.optim.release_gradients:
             needs = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,131 +24,170 @@ from genevolve_fast.policy.weights import Average
 from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.protocols import Experience, TrainedEngine, World
 from genevolve_fast.reward.advantages import advantages
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
+from genevolve_fast.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    refuse_full_disk,
+    save_checkpoint,
+    save_final,
+    step_of,
+)
 from genevolve_fast.train.collect import Rollouts, judge_rollouts, sample_rollouts
 from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.metrics import rollout_metrics
-from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.pipelined import Phase, open_sampler
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
 from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
+from genevolve_fast.train.stopping import Preempted, Stopping
+from genevolve_fast.train.strategies import Strategy
+from genevolve_fast.train.together import Together
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Failed, Request, Trajectory
 
-TEACHER = "teacher.safetensors"  # in a checkpoint: the teacher's running average
-
 
 def evolve(
-    config: EvolveConfig, policy: Policy, world: World, pool: Sequence[Request], folder: Path, *, resume: bool = False
+    config: EvolveConfig,
+    policy: Policy,
+    world: World,
+    pool: Sequence[Request],
+    folder: Path,
+    *,
+    resume: bool = False,
+    strategy: Strategy | None = None,
 ) -> Path:
-    """Evolve `policy` on the requests of `pool`; returns the folder of the evolved policy (`folder/policy`)."""
-    with ExitStack() as ends:  # of the engine and what samples ahead, also where a step raises
-        return _evolve(config, policy, world, pool, folder, resume, ends)
+    """Evolve `policy` on the requests of `pool`; returns the folder of the evolved policy (`folder/policy`).
+
+    On SIGTERM the last whole step is saved and Preempted raised, an exit with status 0.
+    """
+    strategy = strategy or Strategy()
+    stopping = Stopping(strategy.ranks)
+    with stopping.listening(), ExitStack() as ends:  # of the engine and what samples ahead, also where a step raises
+        return _evolve(config, policy, world, pool, folder, resume, strategy, stopping, ends)
 
 
-def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitStack) -> Path:
+def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: Strategy, stopping, ends) -> Path:
+    ranks = strategy.ranks
     refuse_dropout(policy)
     prepare(policy.eval(), config.policy, config.seed)
-    reference, teacher = other_weights(config, policy)
+    strategy.shard(policy)
+    parts = config.rollout.engine != "server"  # each rank samples its own; servers sample for all
+    engine = None
+    if parts or ranks.first:
+        engine = open_engine(config, policy, world.incidents, folder=folder)
+        ends.callback(engine.shutdown)
+        engine.sleep()  # a run resumed in its update trains before anything is sampled
+    optimizer = build_optimizer(policy, config.optim, config.steps, strategy)
+    reference, teacher = other_weights(config, policy, strategy.in_step)
     average = teacher if isinstance(teacher, Average) else None
-    engine = open_engine(config, policy, world.incidents, folder=folder)
-    ends.callback(engine.shutdown)
-    engine.sleep()  # a run resumed in its update trains before anything is sampled
-    optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
-    run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
-    step = 0
-    if resume and (saved := checkpoints(folder / "checkpoints")):
-        step = load_checkpoint(saved[-1], policy, optimizer)
+    run = Run(folder, config, device=policy.device, total=config.steps, resume=resume, ranks=ranks)
+    kept, step = folder / "checkpoints", 0
+    if resume and (saved := checkpoints(kept)):
+        step = load_checkpoint(saved[-1], policy, optimizer, strategy, average)
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
-        if average:
-            average.load(saved[-1] / TEACHER)
 
     def judged(step: int, version: int, phase: Phase) -> Rollouts:
-        requests = {r.id: r for r in requests_of_step(pool, config, step)}
-        return collect(run, config, policy, world, engine, requests, step, version, phase)
+        requests, file = sampler.mine(requests_of_step(pool, config, step), step)
+        return collect(file, config, policy, world, engine, {r.id: r for r in requests}, step, version, phase)
 
-    sampler = open_sampler(config.rollout.staleness, run, engine, judged, config.steps)
-    ends.callback(sampler.close)
+    def save() -> None:
+        with run.phase("checkpoint", step):
+            beside = lambda path: memory.save(path / "memory")  # noqa: E731
+            save_checkpoint(kept, step, policy, optimizer, beside, config.checkpoint, strategy, average)
+
+    own = open_sampler(config.rollout.staleness, run, engine, judged, config.steps) if engine else None
+    sampler = Together(own, folder, policy, strategy, stopping, parts)
+    if own:
+        ends.callback(own.close)
     sampler.sync(step)
     run.begin(step)
-    finite, beside = FiniteSteps(policy, config.optim.skip_nonfinite), average.nbytes if average else 0
-    refuse_full_disk(folder / "checkpoints", step, policy, optimizer, config.checkpoint, beside)
+    finite = FiniteSteps(policy, config.optim.skip_nonfinite)
+    refuse_full_disk(kept, step, policy, optimizer, config.checkpoint, average, ranks)
     started = time.time()
 
-    while step < config.steps and (config.minutes is None or time.time() - started < 60 * config.minutes):
-        requests = {r.id: r for r in requests_of_step(pool, config, step)}
-        rollouts = sampler.next(step)
-        with run.phase("experience", step):
-            groups = group_by_request(rollouts.trajectories)
-            experiences, compared = learn_from(groups, requests, world, memory, config, step)
-        with run.phase("update_actor", step):
-            begin = time.perf_counter()
-            batch = training_rollouts(groups, experiences, policy, config)
-            memory_peak = PeakBytes(policy.device)
-            try:
-                metrics, traces = accumulate_gradients(
-                    policy,
-                    batch,
-                    rollouts.images,
-                    config.objective,
-                    temperature=config.rollout.temperature,
-                    max_tokens=config.max_tokens_per_microbatch,
-                    reference=reference,
-                    teacher=teacher,
-                    workspace_mb=config.head_workspace_mb,
-                )
-            except NonFiniteError as error:
-                metrics, traces = {"actor/pg_loss": math.nan}, {}
-                finite.note(error)
-            metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
-            metrics["actor/grad_norm"] = norm = gradient_norm(policy, config.optim.max_grad_norm)
-            losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-            if taken := finite.may_step(step, norm, losses, traces):
-                optimizer.step()
-                if average:
+    def goes_on() -> bool:
+        late = config.minutes is not None and time.time() - started >= 60 * config.minutes
+        return step < config.steps and not ranks.any(late)
+
+    try:
+        while goes_on():
+            rollouts = sampler.next(step)
+            with run.phase("experience", step):
+                groups = group_by_request(rollouts.trajectories)
+                requests = {r.id: r for r in requests_of_step(pool, config, step)}
+                with stopping.anytime() if ranks.world == 1 else nullcontext():
+                    experiences, compared = ranks.from_first(
+                        lambda: learn_from(groups, requests, world, memory, config, step)  # noqa: B023
+                    )
+            with run.phase("update_actor", step):
+                begin = time.perf_counter()
+                batch = training_rollouts(groups, experiences, policy, config)
+                memory_peak = PeakBytes(policy.device)
+                try:
+                    metrics, traces = accumulate_gradients(
+                        policy,
+                        batch,
+                        rollouts.images,
+                        config.objective,
+                        temperature=config.rollout.temperature,
+                        max_tokens=config.max_tokens_per_microbatch,
+                        reference=reference,
+                        teacher=teacher,
+                        workspace_mb=config.head_workspace_mb,
+                        strategy=strategy,
+                        pause=stopping.pause,
+                    )
+                except NonFiniteError as error:
+                    if ranks.world > 1:  # the others have a gradient of this step already
+                        raise RunError(f"step {step}: {error}") from error
+                    metrics, traces = {"actor/pg_loss": math.nan}, {}
+                    finite.note(error)
+                metrics["actor/teacher_skipped"] = teacher_skipped(batch, experiences)
+                losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+                norm, taken = finite.step(step, optimizer, strategy, config.optim.max_grad_norm, losses, traces)
+                if taken and average:
                     average.update()
-            metrics["actor/skipped_steps"] = float(not taken)
-            if (peak := memory_peak.read()) is not None:
-                metrics["perf/peak_bytes_per_token"] = peak / max(1.0, metrics.get("tokens/largest_microbatch", 0.0))
-            metrics["perf/train_seconds"] = time.perf_counter() - begin
-        keep_for_report(folder, step, rollouts, traces, experiences)
-        step += 1
-        sampler.wait(step)
-        with run.phase("sync", step):
-            sampler.sync(step)
-        metrics |= sampler.metrics() | rollout_metrics(rollouts.trajectories, groups)
-        metrics |= {f"failures/{what}": float(count) for what, count in world.incidents.take().items()}
-        metrics |= {
-            "experience/compared": compared,
-            "experience/memory": len(memory),
-            "experience/used": len(experiences),
-        }
-        metrics |= {
-            "actor/lr": optimizer.lr,
-            "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
-        }
-        metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
-        row = run.log(step, metrics)
-        if step == 1:
-            check_metric(config.checkpoint.metric, row)
-        if step % config.checkpoint.every == 0 or step == config.steps:
-            with run.phase("checkpoint", step):
-                save_checkpoint(
-                    folder / "checkpoints",
-                    step,
-                    policy,
-                    optimizer,
-                    extras=lambda path: save_beside(path, memory, average),
-                    keep=config.checkpoint,
-                    beside=beside,
-                )
+                metrics |= {"actor/grad_norm": norm, "actor/skipped_steps": float(not taken)}
+                if (peak := memory_peak.read()) is not None:
+                    largest = max(1.0, metrics.get("tokens/largest_microbatch", 0.0))
+                    metrics["perf/peak_bytes_per_token"] = max(ranks.gather(peak)) / largest
+                metrics["perf/train_seconds"] = time.perf_counter() - begin
+            if ranks.first:
+                keep_for_report(folder, step, rollouts, traces, experiences)
+            step += 1
+            sampler.wait(step)
+            with run.phase("sync", step):
+                sampler.sync(step)
+            metrics |= sampler.metrics() | rollout_metrics(rollouts.trajectories, groups)
+            metrics |= {
+                f"failures/{what}": float(n) for what, n in summed(ranks.gather(world.incidents.take())).items()
+            }
+            metrics |= {
+                "experience/compared": compared,
+                "experience/memory": len(memory),
+                "experience/used": len(experiences),
+                "actor/lr": optimizer.lr,
+                "perf/max_memory_allocated_gb": max(ranks.gather(peak_memory_gb(policy.device))),
+            }
+            metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
+            row = run.log(step, metrics)
+            if step == 1:
+                check_metric(config.checkpoint.metric, row)
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                save()
+    except Preempted:
+        policy.zero_grad(set_to_none=True)
+        if step and step not in map(step_of, checkpoints(kept)):
+            save()
+        run.close()
+        raise
     run.close()
     policy.eval()
-    save_final(folder / "policy", policy)
+    save_final(folder / "policy", policy, strategy=strategy)
     return folder / "policy"
 
 
@@ -169,11 +209,9 @@ def session_settings(r: RolloutConfig, world: World, temperature: float | None =
     )
 
 
-def save_beside(path: Path, memory: ExperienceMemory, average: Average | None) -> None:
-    """What a checkpoint holds besides policy and optimizer."""
-    memory.save(path / "memory")
-    if average:
-        average.save(path / TEACHER)
+def summed(counts: Sequence[Mapping[str, int]]) -> Counter[str]:
+    """Counts of all ranks."""
+    return sum(map(Counter, counts), Counter())
 
 
 def new_memory(config: EvolveConfig, world: World) -> ExperienceMemory:
@@ -222,22 +260,20 @@ def sample(
 
 
 def collect(
-    run: Run,
+    path: Path,
     config: EvolveConfig,
     policy: Policy,
     world: World,
     engine: TrainedEngine,
     requests: Mapping[str, Request],
     step: int,
-    version: int | None = None,
-    phase: Phase | None = None,
+    version: int | None,
+    phase: Phase,
 ) -> Rollouts:
-    """Judged rollouts of the step; finished ones that a crash left untrained are read back instead of sampled.
+    """Judged rollouts of the step; finished ones that a crash left untrained in `path` are read back, not sampled.
 
-    `version` as for `sample`; `phase` is entered around sampling and judging, the run's where there is none.
+    `version` as for `sample`; `phase` is entered around sampling and judging.
     """
-    phase = phase or run.phase
-    path = run.folder / "rollouts" / f"step_{step:06d}.safetensors"
     if path.exists():
         rollouts = Rollouts(*trajectories.load(path), {})
     else:

@@ -11,19 +11,40 @@ from torch import Tensor
 
 from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.run import RunError
+from genevolve_fast.train.strategies import Strategy
 
 
 class FiniteSteps:
     """Says of every step whether it may be taken; up to `skip` in a row may not."""
 
-    def __init__(self, policy: Policy, skip: int) -> None:
-        self._policy, self._skip, self._in_a_row = policy, skip, 0
+    def __init__(self, policy: Policy, skip: int, released: bool = False) -> None:
+        """`released`: with optim.release_gradients layers step in the backward."""
+        self._policy, self._skip, self._in_a_row, self._released = policy, skip, 0, released
         self._told = ""
 
     def note(self, error: NonFiniteError) -> None:
         """What the head said of this step; on a GPU it says nothing, because that would wait for the kernels."""
         self._told = str(error)
+
+    def step(
+        self,
+        step: int,
+        optimizer: Optimizer,
+        strategy: Strategy,
+        limit: float | None,
+        losses: Mapping[str, float],
+        traces: Mapping[str, Any] = {},
+    ) -> tuple[float, bool]:
+        """(the gradients' norm before it was clipped to `limit`, whether the step was taken). Raises RunError."""
+        norm = strategy.norm(self._policy, limit)
+        if norm is None:  # DeepSpeed looks itself, and leaves out what is not finite
+            norm = optimizer.step()
+            return norm, self.may_step(step, norm, losses, traces)
+        if taken := self.may_step(step, norm, losses, traces):
+            optimizer.step()
+        return norm, taken
 
     def may_step(self, step: int, norm: float, losses: Mapping[str, float], traces: Mapping[str, Any] = {}) -> bool:
         """False: gradients are dropped, weights and schedule stay as they were. Raises RunError after too many.
@@ -45,7 +66,7 @@ class FiniteSteps:
             print(f"{told}; skipped, {self._in_a_row} of optim.skip_nonfinite {self._skip} in a row", flush=True)
             return False
         begun = "Nothing was stepped"
-        if any(visit.done for visit in self._policy.visits):
+        if self._released:
             begun = "optim.release_gradients has stepped layers already"
         mend = "with optim.skip_nonfinite=1 past such a step"
         if self._skip:

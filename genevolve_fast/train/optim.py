@@ -33,6 +33,11 @@ class Optimizer:
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(_stepping(part), factor) for part in parts]
 
     @property
+    def shared(self) -> bool:
+        """Whether each rank steps a part of the weights only."""
+        return self._strategy.in_step
+
+    @property
     def parts(self) -> Sequence[Part]:
         return self._parts
 
@@ -50,9 +55,10 @@ class Optimizer:
 
     def load_schedules(self, states: Sequence[dict[str, Any]]) -> None:
         for part, schedule, saved in zip(self._parts, self._schedules, states, strict=True):
-            schedule.load_state_dict(saved)
-            for group, base in zip(_stepping(part).param_groups, schedule.base_lrs, strict=True):
-                lr = float(base) * self._factor(schedule.last_epoch)  # the schedule decides, not the saved number
+            own = {"base_lrs", "_last_lr"}  # one a group, and DeepSpeed knows no empty groups
+            schedule.load_state_dict({k: v for k, v in saved.items() if k not in own})
+            schedule._last_lr = [float(b) * self._factor(schedule.last_epoch) for b in schedule.base_lrs]
+            for group, lr in zip(_stepping(part).param_groups, schedule._last_lr, strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr)
                 else:

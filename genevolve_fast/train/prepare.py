@@ -83,12 +83,14 @@ def refuse_dropout(policy: Policy) -> None:
         )
 
 
-def other_weights(config: EvolveConfig, policy: Policy) -> tuple[WeightSource | None, WeightSource | None]:
+def other_weights(
+    config: EvolveConfig, policy: Policy, sharded: bool = False
+) -> tuple[WeightSource | None, WeightSource | None]:
     """(reference, teacher) of a run that starts at `policy`; prints what each costs.
 
     None: no KL term, and a teacher with the student's weights. Base teacher and reference are one source.
     """
-    base = base_weights(policy) if config.objective.kl_coef or config.teacher == "base" else None
+    base = base_weights(policy, sharded) if config.objective.kl_coef or config.teacher == "base" else None
     reference = base if config.objective.kl_coef else None
     teacher = (
         Average(policy, config.ema_rate) if config.teacher == "ema" else base if config.teacher == "base" else None

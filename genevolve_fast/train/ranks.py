@@ -13,6 +13,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class RanksError(RuntimeError):
+    """This process was not launched as the configuration needs it."""
+
+
 class Ranks:
     """One process of `world`. Exchanges go through gloo, so that they never wait for a GPU's queue."""
 
@@ -42,12 +46,26 @@ class Ranks:
         if self.first:
             try:
                 told[0] = make()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 told[1] = error
         dist.broadcast_object_list(told, 0, group=self.group)
         if told[1] is not None:
             raise told[1]
         return told[0]
+
+    def to_first(self, mine: T) -> list[T]:
+        """Everybody's object on the first rank, nothing on the others."""
+        if self.world == 1:
+            return [mine]
+        everybodys: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(mine, everybodys, 0, group=self.group)
+        return everybodys or []
+
+    def first_then_all(self, make: Callable[[], T]) -> T:
+        """What every rank makes of its own, the first one before the others: they find what it left on the disk."""
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0] if made else make()
 
     def most(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all ranks, which bring equally many."""
@@ -67,8 +85,8 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Whether torchrun, deepspeed or srun with their variables started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun or deepspeed started this process, as one of several or alone."""
+    return "WORLD_SIZE" in os.environ
 
 
 def local_device() -> torch.device:
@@ -81,12 +99,12 @@ def local_device() -> torch.device:
 def join(timeout_s: float = 1800.0) -> Ranks:
     """The ranks that the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; alone without them.
 
-    timeout_s: how long a rank waits for the others in an exchange. Raises ValueError where a variable is missing.
+    timeout_s: how long a rank waits for the others in an exchange. Raises RanksError where a variable is missing.
     """
     if not launched():
         return Ranks()
     if missing := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is set without {', '.join(missing)}: launch with torchrun or deepspeed")
+        raise RanksError(f"WORLD_SIZE is set without {', '.join(missing)}: launch with torchrun or deepspeed")
     where, patience = local_device(), datetime.timedelta(seconds=timeout_s)
     if where.type == "cuda":
         torch.cuda.set_device(where)

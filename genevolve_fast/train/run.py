@@ -18,12 +18,13 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from genevolve_fast.files import write_text
+from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.versions import note_versions
 
 # What a resumed run may change: it says who answers, how long one waits and what is kept, not what is learnt.
 MAY_CHANGE = re.compile(
     r"(.*\.)?(urls|(program_)?(base_url|api_key_env)|patience_s|(request_|picture_)?timeout_s|attempts|concurrency"
-    r"|requests_per_minute)|minutes|checkpoint\..*|optim\.skip_nonfinite"
+    r"|requests_per_minute)|minutes|distributed\..*|checkpoint\..*|optim\.skip_nonfinite"
 )
 
 
@@ -57,14 +58,23 @@ class Run:
     """`runs/NAME`: config.yaml, versions.json, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
 
     def __init__(
-        self, folder: str | Path, config: BaseModel, *, device: torch.device, total: int, resume: bool
+        self,
+        folder: str | Path,
+        config: BaseModel,
+        *,
+        device: torch.device,
+        total: int,
+        resume: bool,
+        ranks: Ranks | None = None,
     ) -> None:
+        """Ranks but the first measure and write nothing."""
+        self._ranks = ranks or Ranks()
         self.folder = Path(folder)
         self.device = device
         self.started = time.time()
         self._phase_seconds: dict[str, float] = {}
         self._phase_memory: dict[str, float] = {}
-        self._settle(config, resume)
+        self._ranks.from_first(lambda: self._settle(config, resume))
         self._total, self._minutes = total, getattr(config, "minutes", None)
         self._bar: tqdm | None = None
         self._board = None
@@ -78,6 +88,22 @@ class Run:
 
     def begin(self, step: int) -> None:
         """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
+        if self._ranks.first:
+            self._forget_after(step)
+        # a run that ends by the clock cannot tell from its steps when
+        timed = f"{{desc}}: {{n_fmt}} steps [{{elapsed}} of {self._minutes} min, {{rate_fmt}}{{postfix}}]"
+        self._bar = tqdm(
+            total=self._total,
+            initial=step,
+            desc=self.folder.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            bar_format=timed if self._minutes else None,
+            disable=not self._ranks.first,
+        )
+
+    def _forget_after(self, step: int) -> None:
         note_versions(self.folder, step)
         path = self.folder / "metrics.jsonl"
         if path.exists():
@@ -89,17 +115,6 @@ class Run:
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line cut by the crash
             write_text(path, "".join(f"{line}\n" for line in kept))
-        # a run that ends by the clock cannot tell from its steps when
-        timed = f"{{desc}}: {{n_fmt}} steps [{{elapsed}} of {self._minutes} min, {{rate_fmt}}{{postfix}}]"
-        self._bar = tqdm(
-            total=self._total,
-            initial=step,
-            desc=self.folder.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            bar_format=timed if self._minutes else None,
-        )
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -117,20 +132,27 @@ class Run:
 
     def mark(self, name: str, step: int) -> None:
         """Write a phase's beginning into phases.jsonl; any thread may."""
+        if not self._ranks.first:
+            return
         with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write one step's metrics (phase times and memory added) to metrics.jsonl, TensorBoard and the bar."""
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
         row = {name: float(value) for name, value in metrics.items()}
         row |= {f"timing_s/{name}": seconds for name, seconds in self._phase_seconds.items()}
         row |= {f"memory_gb/{name}": peak for name, peak in self._phase_memory.items()}
         row["timing_s/step"] = sum(self._phase_seconds.values())
         self._phase_seconds, self._phase_memory = {}, {}
+        if self._ranks.first:
+            self._write(step, row)
+        return row
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
             f.flush()
@@ -141,7 +163,6 @@ class Run:
         shown = {"reward": "reward", "loss": "loss", "tok/s": "perf/throughput", "GB": "perf/max_memory_allocated_gb"}
         told = {"samples": f"{row['samples']:.0f}"} if "samples" in row else {}
         self._bar.set_postfix(told | {k: f"{row[v]:.3g}" for k, v in shown.items() if v in row})
-        return row
 
     def close(self) -> None:
         self._bar.close()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genevolve_fast.batch.balance import assign
+from genevolve_fast.batch.groups import idle_prefix
 from genevolve_fast.batch.packing import TrainingSequence, pack, plan_microbatches
 from genevolve_fast.data.conversations import Conversation, Conversations, ImageFiles, open_conversations
 from genevolve_fast.data.prefetch import Prefetch
@@ -25,78 +27,118 @@ from genevolve_fast.policy.visits import Stream
 from genevolve_fast.profile.flops import sequence_cost
 from genevolve_fast.profile.meter import PeakBytes
 from genevolve_fast.profile.shapes import ModelShape
-from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
+from genevolve_fast.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    refuse_full_disk,
+    save_checkpoint,
+    save_final,
+    step_of,
+)
 from genevolve_fast.train.config import SftConfig
 from genevolve_fast.train.finite import FiniteSteps
-from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import prepare
 from genevolve_fast.train.retention import check_metric
-from genevolve_fast.train.run import Run, peak_memory_gb, refuse_another_run
+from genevolve_fast.train.run import Run, RunError, peak_memory_gb, refuse_another_run
+from genevolve_fast.train.stopping import Preempted, Stopping
+from genevolve_fast.train.strategies import Strategy
+from genevolve_fast.train.update import nothing
 
 
 def sft(
-    config: SftConfig, policy: Policy, data: Path, folder: Path, *, first: Path | None = None, resume: bool = False
+    config: SftConfig,
+    policy: Policy,
+    data: Path,
+    folder: Path,
+    *,
+    first: Path | None = None,
+    resume: bool = False,
+    strategy: Strategy | None = None,
 ) -> Path:
     """Train `policy` on the conversations at `data`; returns the folder of the final policy (`folder/policy`).
 
-    `first` is a JSONL whose samples are seen once, in their order, before the first epoch.
+    `first` is a JSONL whose samples are seen once, in their order, before the first epoch. On SIGTERM the last whole
+    step is saved and Preempted raised, an exit with status 0.
     """
-    refuse_another_run(folder, config, resume)
+    strategy = strategy or Strategy()
+    stopping = Stopping(strategy.ranks)
+    with stopping.listening():
+        return _sft(config, policy, data, folder, first, resume, strategy, stopping)
+
+
+def _sft(config, policy, data, folder: Path, first, resume: bool, strategy: Strategy, stopping: Stopping) -> Path:
+    ranks, kept = strategy.ranks, folder / "checkpoints"
+    ranks.from_first(lambda: refuse_another_run(folder, config, resume))
     saved = checkpoints(folder / "checkpoints") if resume else []
-    samples, opening = open_samples(config, policy, data, first, folder / "index", settled=bool(saved))
-    schedule = Schedule(config, samples, opening)
+    samples, opening = ranks.first_then_all(
+        lambda: open_samples(config, policy, data, first, folder / "index", settled=bool(saved))
+    )
+    shape = ModelShape.from_config(policy.model.config.to_dict()) if ranks.world > 1 else None
+    schedule = Schedule(config, samples, opening, world=ranks.world, shape=shape)
     prepare(policy, config.policy, config.seed)
-    optimizer = build_optimizer(policy, config.optim, schedule.steps)
-    run = Run(folder, config, device=policy.device, total=schedule.steps, resume=resume)
-    step = load_checkpoint(saved[-1], policy, optimizer) if saved else 0
+    strategy.shard(policy)
+    optimizer = build_optimizer(policy, config.optim, schedule.steps, strategy)
+    run = Run(folder, config, device=policy.device, total=schedule.steps, resume=resume, ranks=ranks)
+    step = load_checkpoint(saved[-1], policy, optimizer, strategy) if saved else 0
     run.begin(step)
-    finite = FiniteSteps(policy, config.optim.skip_nonfinite)
-    refuse_full_disk(folder / "checkpoints", step, policy, optimizer, config.checkpoint)
+    finite = FiniteSteps(policy, config.optim.skip_nonfinite, config.optim.release_gradients)
+    refuse_full_disk(kept, step, policy, optimizer, config.checkpoint, ranks=ranks)
     deadline = time.time() + 60 * config.minutes if config.minutes else math.inf
     policy.train()
-    with prefetched(schedule, policy, config, step) as feed:
-        while step < schedule.steps and time.time() < deadline:
-            plan = schedule.plan(step)
-            with run.phase("update_actor", step):
-                begin, waited, memory = time.perf_counter(), feed.waited, PeakBytes(policy.device)
-                microbatches = (next(feed) for _ in plan.microbatches())
-                try:
-                    nll = accumulate(policy, microbatches, plan.loss_tokens)
-                except NonFiniteError as error:
-                    nll = math.nan
-                    finite.note(error)
-                    for _ in microbatches:
-                        pass  # the next step begins at its own
-                norm = gradient_norm(policy, config.optim.max_grad_norm)
-                if taken := finite.may_step(step, norm, {"loss": nll}):
-                    optimizer.step()
-                peak, seconds = memory.read(), time.perf_counter() - begin
-            step += 1
-            row = run.log(
-                step,
-                {
-                    "loss": nll,
-                    **({} if config.optim.release_gradients else {"grad_norm": norm}),
-                    "skipped_steps": float(not taken),
-                    "lr": optimizer.lr,
-                    "num_tokens": plan.tokens,
-                    "samples": schedule.samples_before(step),
-                    "dropped_samples": samples.dropped,
-                    "perf/throughput": plan.tokens / seconds,
-                    "perf/data_seconds": feed.waited - waited,
-                    "perf/images": plan.images,
-                    "perf/packing_efficiency": plan.packing_efficiency,
-                    **({} if peak is None else {"perf/peak_bytes_per_token": peak / plan.largest}),
-                    "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
-                },
-            )
-            if step == 1:
-                check_metric(config.checkpoint.metric, row)
-            if step % config.checkpoint.every == 0 or step == schedule.steps:
-                save_checkpoint(folder / "checkpoints", step, policy, optimizer, keep=config.checkpoint)
+    save = lambda: save_checkpoint(kept, step, policy, optimizer, None, config.checkpoint, strategy)  # noqa: E731
+    try:
+        with prefetched(schedule, policy, config, step, ranks.rank) as feed:
+            while step < schedule.steps and not ranks.any(time.time() >= deadline):
+                plan = schedule.plan(step)
+                with run.phase("update_actor", step):
+                    begin, waited, memory = time.perf_counter(), feed.waited, PeakBytes(policy.device)
+                    microbatches = (next(feed) for _ in plan.microbatches(ranks.rank))
+                    try:
+                        nll = accumulate(
+                            policy, microbatches, plan.loss_tokens, strategy, plan.rounds, pause=stopping.pause
+                        )
+                    except NonFiniteError as error:
+                        if ranks.world > 1:  # the others have a gradient of this step already
+                            raise RunError(f"step {step}: {error}") from error
+                        nll = math.nan
+                        finite.note(error)
+                        for _ in microbatches:
+                            pass  # the next step begins at its own
+                    norm, taken = finite.step(step, optimizer, strategy, config.optim.max_grad_norm, {"loss": nll})
+                    peak, seconds = memory.read(), time.perf_counter() - begin
+                step += 1
+                row = run.log(
+                    step,
+                    {
+                        "loss": nll,
+                        **({} if config.optim.release_gradients else {"grad_norm": norm}),
+                        "skipped_steps": float(not taken),
+                        "lr": optimizer.lr,
+                        "num_tokens": plan.tokens,
+                        "samples": schedule.samples_before(step),
+                        "dropped_samples": samples.dropped,
+                        "perf/throughput": plan.tokens / seconds,
+                        "perf/data_seconds": feed.waited - waited,
+                        "perf/images": plan.images,
+                        "perf/packing_efficiency": plan.packing_efficiency,
+                        **({} if peak is None else {"perf/peak_bytes_per_token": peak / plan.largest}),
+                        "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
+                    },
+                )
+                if step == 1:
+                    check_metric(config.checkpoint.metric, row)
+                if step % config.checkpoint.every == 0 or step == schedule.steps:
+                    save()
+    except Preempted:
+        policy.zero_grad(set_to_none=True)
+        if step and step not in map(step_of, checkpoints(kept)):
+            save()
+        run.close()
+        raise
     run.close()
     policy.eval()
-    save_final(folder / "policy", policy, config.save_dtype and getattr(torch, config.save_dtype))
+    save_final(folder / "policy", policy, config.save_dtype and getattr(torch, config.save_dtype), strategy)
     return folder / "policy"
 
 
@@ -239,23 +281,50 @@ def prefetched(
 # --- update -----------------------------------------------------------------------------------------------------------
 
 
-def accumulate(policy: Policy, microbatches: Iterable[Sequence[Conversation]], loss_tokens: int) -> float:
+def accumulate(
+    policy: Policy,
+    microbatches: Iterable[Sequence[Conversation]],
+    loss_tokens: int,
+    strategy: Strategy | None = None,
+    rounds: int = 0,
+    pause: Callable[[], None] = lambda: None,
+) -> float:
     """Gradients of the negative log-likelihood of the micro-batches' assistant tokens, and its sum, over `loss_tokens`.
 
-    `loss_tokens` are those of the whole step, on all ranks; without micro-batches it is 0 and no gradient.
+    `loss_tokens` are those of the whole step, on all ranks of `strategy`, which return the same sum; a rank with fewer
+    than `rounds` micro-batches passes idle rows. `pause` is called before every round, on all ranks.
     """
-    losses = []
-    for microbatch in microbatches:
-        sequences = [TrainingSequence(c.ids, c.loss_mask, c.images, c.grids) for c in microbatch]
-        packed = pack(sequences, policy.codec.image_pad_id, policy.codec.merge_size, policy.device)
-        features = policy.image_features(packed.images)
-        with policy.frame():
-            rows = packed.stretch
-            x, _ = through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), packed.layout)))
-            hidden = normed(policy, x[packed.rows])
-            del x
-            loss = -linear_logprob(hidden, policy.head_weight, packed.targets).logps.sum() / loss_tokens
-            del hidden
-            loss.backward()
-        losses.append(loss.detach())
-    return float(torch.stack(losses).sum()) if losses else 0.0
+    strategy, feed, losses = strategy or Strategy(), iter(microbatches), []
+    for _ in range(rounds) if rounds else iter(int, 1):
+        pause()
+        microbatch = next(feed, None)
+        if microbatch is None and not rounds:
+            break
+        if microbatch is not None:
+            losses.append(_one(policy, microbatch, loss_tokens, strategy))
+        elif strategy.in_step:
+            rows, layout = idle_prefix(policy.device)
+            x, _ = through_layers(policy, None, (rows, Stream(policy.rotary(rows.positions), layout)))
+            strategy.backward(policy.exit(partial(nothing, policy), x))
+    strategy.finish(policy)
+    own = float(torch.stack(losses).sum()) if losses else 0.0
+    return math.fsum(strategy.ranks.gather(own))
+
+
+def _one(policy: Policy, microbatch: Sequence[Conversation], loss_tokens: int, strategy: Strategy) -> Tensor:
+    sequences = [TrainingSequence(c.ids, c.loss_mask, c.images, c.grids) for c in microbatch]
+    packed = pack(sequences, policy.codec.image_pad_id, policy.codec.merge_size, policy.device)
+    features = policy.image_features(packed.images)
+    with policy.frame():
+        rows = packed.stretch
+        x, _ = through_layers(policy, features, (rows, Stream(policy.rotary(rows.positions), packed.layout)))
+        states = x[packed.rows]
+        del x
+        loss = policy.exit(partial(_nll, policy, packed.targets, loss_tokens / strategy.loss_scale), states)
+        del states
+        strategy.backward(loss)
+    return loss.detach() / strategy.loss_scale
+
+
+def _nll(policy: Policy, targets: Tensor, count: float, states: Tensor) -> Tensor:
+    return -linear_logprob(normed(policy, states), policy.head_weight, targets).logps.sum() / count

@@ -7,12 +7,17 @@ by one rank each. So any number of ranks reads what any other number wrote, unde
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.weights import Average
 from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.strategies import Strategy
@@ -20,17 +25,22 @@ from genevolve_fast.train.strategies import Strategy
 FOLDER = "state"  # in a checkpoint
 
 
-def save_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: Strategy) -> None:
-    """Write `folder`, all ranks together."""
+def save_sharded(
+    folder: Path, policy: Policy, optimizer: Optimizer, strategy: Strategy, average: Average | None = None
+) -> None:
+    """Write `folder`, all ranks together; `average/NAME` is the teacher's."""
     import torch.distributed.checkpoint as dcp
 
     tensors: dict[str, Tensor] = {}
     for i, (name, p) in enumerate(trained(policy).items()):
         weight, state = strategy.take(p, optimizer.parts)
+        mean = average and strategy.joined(p, average.part(name))
         if strategy.gathers_to_save and i % strategy.ranks.world != strategy.ranks.rank:
             continue  # another rank writes it
         tensors[f"weight/{name}"] = _kept(weight, strategy)
         tensors |= {f"state/{name}/{key}": _kept(x, strategy) for key, x in state.items()}
+        if average:
+            tensors[f"average/{name}"] = _kept(mean, strategy)
     dcp.save(tensors, checkpoint_id=folder, process_group=strategy.ranks.group)
 
 
@@ -50,6 +60,22 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: S
         strategy.put(p, weight, {k.rsplit("/", 1)[1]: x for k, x in read.items()}, optimizer.parts)
 
 
+def load_sharded_average(folder: Path, policy: Policy, average: Average, strategy: Strategy) -> None:
+    """Restore the teacher's average. Raises RunError where the checkpoint has none."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import FileSystemReader
+
+    held = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, p in trained(policy).items():
+        key = f"average/{name}"
+        if key not in held:
+            raise RunError(f"{folder} holds no {key}: the checkpoint was written without teacher: ema")
+        read = {key: strategy.like(p, held[key].size, held[key].properties.dtype)}
+        dcp.load(read, checkpoint_id=folder, no_dist=True)
+        with torch.no_grad():
+            strategy.cut(p, read[key], average.part(name))
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All trained weights of a sharded checkpoint, whole, by name."""
     import torch.distributed.checkpoint as dcp
@@ -59,6 +85,42 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     read = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in held.items() if k.startswith("weight/")}
     dcp.load(read, checkpoint_id=folder, no_dist=True)
     return {k.removeprefix("weight/"): x for k, x in read.items()}
+
+
+def whole_tensors(
+    folder: Path, optimizer: Mapping[str, Any], policy: Policy
+) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """(weight at full precision, its optimizer's tensors) by name, of a checkpoint that one process wrote.
+
+    folder: of its policy; optimizer: the saved state of one AdamW, whose parameters are matrices first, then vectors.
+    """
+    weights = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+    weights = {_named(n): t for n, t in weights.items()}
+    rank = lambda p: len(getattr(p, "ds_shape", p.shape))  # noqa: E731
+    own = trained(policy)
+    order = [*(n for n, p in own.items() if rank(p) >= 2), *(n for n, p in own.items() if rank(p) < 2)]
+    (part,) = optimizer["parts"]
+    while "optimizer" in part:  # what rounds or keeps fp32 copies wraps the optimizer
+        for name, copy in zip(order, part.get("copies", ()), strict=False):
+            weights[name] = weights[name] if copy is None else copy
+        part = part["optimizer"]
+    states = part["state"]
+    tensors = lambda i: {k: v for k, v in states.get(i, {}).items() if isinstance(v, Tensor)}  # noqa: E731
+    return {name: (weights[name], tensors(i)) for i, name in enumerate(order)}
+
+
+def load_whole_average(file: Path, policy: Policy, average: Average, strategy: Strategy) -> None:
+    """Restore an average that one process wrote."""
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, p in trained(policy).items():
+            strategy.cut(p, strategy.placed(p, saved[name]), average.part(name))
+
+
+def _named(saved: str) -> str:
+    """A weight's name in the model: peft leaves out the adapter's, and puts a prefix before all."""
+    name = saved.removeprefix("base_model.model.")
+    return re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
 
 
 def trained(policy: Policy) -> dict[str, nn.Parameter]:

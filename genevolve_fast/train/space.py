@@ -22,6 +22,9 @@ def checkpoint_bytes(policy: Policy, optimizer: Optimizer, beside: int = 0) -> i
 
     Before the first step, when there are no states yet, two of every trained parameter's size are assumed.
     """
+    if optimizer.shared:  # master weights and two moments in fp32, over all ranks
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+        return int(1.01 * (12 * count + beside)) + BESIDE
     trained = [p for p in policy.parameters() if p.requires_grad]
     written = trained if has_adapters(policy) else policy.parameters()
     states = sum(_tensor_bytes(optimizer.state_dict()["parts"])) or 2 * sum(p.nbytes for p in trained)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.train.ranks import Ranks
+from genevolve_fast.policy.weights import held_part
+from genevolve_fast.train.ranks import Ranks, RanksError
 
 _BUCKET = 16 << 20  # elements of gradients that are summed over ranks at once
 
@@ -94,6 +95,18 @@ class Strategy:
         held, state = _slot(p, parts)
         return held.detach(), {k: v for k, v in state.get(held, {}).items() if isinstance(v, Tensor)}
 
+    def joined(self, p: nn.Parameter, part: Tensor) -> Tensor:
+        """What a rank holds of something of a weight's shape, as a checkpoint writes it: whole, or as a DTensor."""
+        return part
+
+    def cut(self, p: nn.Parameter, whole: Tensor, part: Tensor) -> None:
+        """Fill `part` from what `joined` made of it."""
+        part.copy_(whole)
+
+    def placed(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """A whole tensor as `cut` takes it."""
+        return _placed(whole, p)
+
     def like(self, p: nn.Parameter, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Room to read a tensor of a weight into."""
         if hasattr(p, "placements") and tuple(size) == tuple(p.shape):
@@ -102,13 +115,13 @@ class Strategy:
 
     @torch.no_grad()
     def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
-        """Put back what `take` took."""
+        """Put back what `take` took, whole or as `like` of it."""
         held, states = _slot(p, parts)
-        held.copy_(weight)
+        held.copy_(_placed(weight, held))
         if held is not p:
             p.copy_(held)
         if state:
-            states[held] = {k: v.to(held.device) for k, v in state.items()}
+            states[held] = {k: _placed(v, held) if v.shape == held.shape else v.clone() for k, v in state.items()}
 
 
 class Fsdp2(Strategy):
@@ -118,19 +131,16 @@ class Fsdp2(Strategy):
     in_step = True
     sharded_weights = True
 
-    def __init__(self, ranks: Ranks, *, offload: bool = False, compute: torch.dtype | None = None) -> None:
+    def __init__(self, ranks: Ranks, *, offload: bool = False) -> None:
         super().__init__(ranks)
         self._offload = offload
-        self._compute = compute
 
     def shard(self, policy: Policy) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         where = "cuda" if dist.get_backend() == "nccl" else "cpu"
         mesh = dist.init_device_mesh(where, (self.ranks.world,))
-        narrow = MixedPrecisionPolicy()
-        if self._compute is not None:
-            narrow = MixedPrecisionPolicy(self._compute, torch.float32, cast_forward_inputs=False)
+        narrow = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         settings = dict(
             mesh=mesh, mp_policy=narrow, reshard_after_forward=True,
             offload_policy=CPUOffloadPolicy() if self._offload else OffloadPolicy(),
@@ -190,9 +200,6 @@ class Zero(Strategy):
     def prepare(self, policy: Policy, parts: list[torch.optim.Optimizer]) -> None:
         deepspeed = _deepspeed(policy.device)
         (base,) = parts
-        rates = [group["lr"] for group in base.param_groups]
-        for group in base.param_groups:
-            group["lr"] = 0.0  # DeepSpeed makes the state by a step
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(policy_root := _Root(policy), [type(v) for v in policy.visits[:1]])
         else:
@@ -200,10 +207,7 @@ class Zero(Strategy):
         self.engine, *_ = deepspeed.initialize(
             model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
         )
-        for group, rate in zip(base.param_groups, rates, strict=False):
-            group["lr"] = rate
         self._base = base
-        self._count(0)
 
     def _config(self, policy: Policy) -> dict[str, Any]:
         # stage 1 has no buffers outside a backward, and its gradients are summed after the last one
@@ -253,6 +257,7 @@ class Zero(Strategy):
     def take(self, p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link()
         state = {k: safe_get_full_optimizer_state(p, k) for k in self._state_keys()}
         steps = torch.tensor(float(self._steps()))
         return safe_get_full_fp32_param(p), state | {"step": steps}
@@ -262,21 +267,65 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
+        self._make_state()
+        self._link()
+        # stage 3 sets its own part: the whole ones do not pad where ranks do not divide a weight
+        kind, made = ("local", self._part) if self.stage == 3 else ("full", lambda _, x: x)
+        set_weight = getattr(utils, f"safe_set_{kind}_fp32_param")
+        set_state = getattr(utils, f"safe_set_{kind}_optimizer_state")
         where = self.engine.device
-        safe_set_full_fp32_param(p, weight.to(where))
+        set_weight(p, made(p, weight).to(where))
         for key in self._state_keys():
             if key in state:
-                safe_set_full_optimizer_state(p, state[key].to(where), key)
+                set_state(p, made(p, state[key]).to(where), key)
         if "step" in state:
             self._count(float(state["step"]))
-        if self.stage == 3:
-            part = p.ds_tensor
-            padded = torch.nn.functional.pad(weight.flatten(), (0, part.numel() * self.ranks.world - weight.numel()))
-            part.copy_(padded[part.numel() * self.ranks.rank :][: part.numel()].to(part.dtype))
-        else:
-            p.copy_(weight)
+        self.cut(p, weight, held_part(p))
+
+    def joined(self, p: nn.Parameter, part: Tensor) -> Tensor:
+        if self.stage < 3:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.ranks.world)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)[: p.ds_numel].view(p.ds_shape)
+
+    def placed(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        return whole
+
+    def cut(self, p: nn.Parameter, whole: Tensor, part: Tensor) -> None:
+        if self.stage < 3:
+            part.copy_(whole)
+            return
+        part.copy_(self._part(p, whole))
+
+    def _part(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part [n] of something of a weight's shape, zeros where the ranks have more room than it."""
+        count = p.ds_tensor.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, count * self.ranks.world - whole.numel()))
+        return padded[count * self.ranks.rank :][:count]
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        """The fp32 weights of this rank, flattened, one a group."""
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _make_state(self) -> None:
+        """Moments of zeros to restore into: DeepSpeed makes them in the first step."""
+        if self._base.state or "betas" not in self._base.defaults:
+            return
+        for flat in self._flats:
+            kind = int if type(self._base).__module__.startswith("deepspeed") else torch.tensor
+            moments = {k: torch.zeros_like(flat) for k in ("exp_avg", "exp_avg_sq")}
+            self._base.state[flat] = {"step": kind(0.0)} | moments
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each weight's moments: it looks once, after the first group's first step."""
+        if self.stage < 3 and self._base.state:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _state_keys(self) -> list[str]:
         held = next(iter(self._base.state.values()), {})
@@ -297,12 +346,19 @@ class Zero(Strategy):
 
 
 def open_strategy(
-    name: str, ranks: Ranks, *, offload_optimizer: bool = False, offload_params: bool = False,
-    compute: torch.dtype | None = None,
-) -> Strategy:  # fmt: skip
-    """The strategy that a configuration names."""
+    name: str, ranks: Ranks, *, offload_optimizer: bool = False, offload_params: bool = False
+) -> Strategy:
+    """The strategy of a name; offload_params of fsdp2 moves the optimizer's state too.
+
+    Raises RanksError where ranks are to share and no launcher made any.
+    """
+    if name != "ddp" and not dist.is_initialized():
+        raise RanksError(
+            f"distributed.strategy {name!r} shares weights or state between ranks: launch with "
+            "torchrun --nproc-per-node GPUS -m genevolve_fast.cli ..., also for one GPU with offload"
+        )
     if name == "fsdp2":
-        return Fsdp2(ranks, offload=offload_params, compute=compute)
+        return Fsdp2(ranks, offload=offload_params)
     if name.startswith("zero"):
         return Zero(ranks, int(name[-1]), offload_optimizer=offload_optimizer, offload_params=offload_params)
     return Strategy(ranks)
@@ -344,6 +400,15 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
         if bucket:
             yield bucket
+
+
+def _placed(x: Tensor, p: Tensor) -> Tensor:
+    """x where p is, and sharded as it is."""
+    if not hasattr(p, "placements") or hasattr(x, "placements"):
+        return x.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def _slot(p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[Tensor, Any]]:
