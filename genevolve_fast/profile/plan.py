@@ -1,4 +1,4 @@
-"""Predicts a run's peak memory from the model's config alone: what is held in each phase, what limits, what helps."""
+"""Predicts a run's peak memory on one of its GPUs from the model's config alone: what is held when, what helps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ import torch
 from genevolve_fast.ops.memory import formula_bytes
 from genevolve_fast.profile.flops import GPUS, gpu_named
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
+from genevolve_fast.profile.sharding import (
+    DEEPSPEED,
+    DIVIDED,
+    GATHERED_LAYERS,
+    MOMENT_8BIT,
+    NF4_BITS,
+    Strategy,
+    What,
+    refusal,
+)
 
 # What one layer's backward holds for each student row in attention: widths in the model's dtype, then bytes in fp32.
 VISIT_HIDDEN = 1  # the gradient, written in place; the layer input is counted where it waits
@@ -52,6 +62,7 @@ FRAGMENTATION = 1.04  # on what is allocated and freed within a step: assumed
 GIB = 2**30
 
 Teacher = Literal["live", "ema", "base", "off"]
+Precision = Literal["plain", "stochastic", "fp32_master"]  # how narrow weights take small updates
 
 
 class PlanError(ValueError):
@@ -73,7 +84,9 @@ class Settings:
     loss_share: float = 1.0  # of a rollout's own tokens
     image_tokens: int = 0  # of all pictures whose features are kept
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    precision: Precision = "plain"
+    quantize: Literal["none", "nf4"] = "none"  # of the decoder's linear maps, frozen under adapters
     lora: int = 0  # rank; 0 trains the weights themselves
     freeze_vision: bool = True
     freeze_head: bool = False
@@ -84,10 +97,17 @@ class Settings:
     workspace_mb: float | None = None
     tile_tokens: int = 8192
     gradient_checkpointing: bool = True
+    engine_bytes: int = 0  # of another engine beside the policy while it samples; it sleeps otherwise
     device: Literal["cuda", "cpu"] = "cuda"
+    nodes: int = 1
+    gpus_per_node: int = 1
+    strategy: Strategy = "none"
+    offload_optimizer: bool = False
+    offload_params: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "prompts_per_step", "num_generations", "max_tokens_per_microbatch", "max_batch"):
+        counts = ("tokens", "prompts_per_step", "num_generations", "max_tokens_per_microbatch", "max_batch")
+        for name in (*counts, "nodes", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("prefix", "patch", "image_tokens", "lora", "offload_gib"):
@@ -103,6 +123,25 @@ class Settings:
             raise PlanError("offload_gib needs gradient_checkpointing: without it a layer keeps everything")
         if self.device == "cpu" and self.offload_gib:
             raise PlanError("offload_gib moves layer inputs off a GPU: nothing to move on a CPU")
+        if self.quantize != "none" and not self.lora:
+            raise PlanError(f"quantize {self.quantize} freezes the weights: set a rank of LoRA adapters to train")
+        offload = self.offload_optimizer, self.offload_params
+        if why := refusal(self.world, self.strategy, *offload, self.optimizer, self.quantize):
+            raise PlanError(why)
+
+    @property
+    def world(self) -> int:
+        """GPUs that train."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def groups(self) -> int:
+        """Requests of the GPU that has the most of them: a group is never split."""
+        return -(-self.prompts_per_step // self.world)
+
+    def part(self, what: What, count: float) -> int:
+        """What one GPU has of `count` bytes."""
+        return math.ceil(count / self.world) if what in DIVIDED[self.strategy] else round(count)
 
     @property
     def itemsize(self) -> int:
@@ -129,7 +168,8 @@ class Settings:
 
     @property
     def open_rollouts(self) -> int:
-        return self.prompts_per_step * self.num_generations
+        """That one GPU samples at once."""
+        return self.groups * self.num_generations
 
 
 @dataclass(frozen=True)
@@ -139,6 +179,7 @@ class Term:
     name: str
     bytes: int
     formula: str
+    at_once: bool = False  # taken and given back whole: it leaves no gaps
 
 
 @dataclass(frozen=True)
@@ -148,7 +189,11 @@ class Plan:
     held: tuple[Term, ...]
     phases: dict[str, tuple[Term, ...]]
     overhead: int  # of the CUDA context
-    host_bytes: int  # pinned
+    host: tuple[Term, ...] = ()  # pinned memory of this GPU's process
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(t.bytes for t in self.host)
 
     def phase_bytes(self, phase: str) -> int:
         return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
@@ -156,7 +201,7 @@ class Plan:
     def phase_above(self, phase: str) -> int:
         """Without context, weights and optimizer state."""
         slack = FRAGMENTATION if self.overhead else 1.0
-        return round(slack * sum(t.bytes for t in self.phases[phase]))
+        return round(sum(t.bytes * (1.0 if t.at_once else slack) for t in self.phases[phase]))
 
     @property
     def peak_phase(self) -> str:
@@ -177,6 +222,7 @@ class Plan:
             "peak_phase": self.peak_phase,
             "limiting": asdict(self.limiting),
             "host_bytes": self.host_bytes,
+            "host": [asdict(t) for t in self.host],
             "overhead": self.overhead,
             "held": [asdict(t) for t in self.held],
             "phases": {
@@ -195,17 +241,22 @@ def plan(shape: ModelShape, settings: Settings) -> Plan:
     teacher = _forward(shape, s, s.teacher_rows, "teacher", TEACHER_HIDDEN)
     student = _forward(shape, s, s.student_rows, "student")
     widest = max(student, teacher, key=lambda t: t.bytes)
+    forward, backward = _gathered(shape, s), (*_gathered(shape, s), *_reduced(shape, s))
+    visited = _backward(shape, s, s.student_rows, "student")
     phases = {
-        "rollout": (*_rollout(shape, s), *features) if s.rollout else (),
-        "prefix": (*gradients, *prefix, _backward(shape, s, s.prefix, "prefix"), *features) if s.prefix else (),
-        "student": (*gradients, *prefix, *inputs, student, *features),
-        "teacher": (*gradients, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
-        "head": (*gradients, *prefix, *inputs, *_head(shape, s), *features),
-        "backward": (*gradients, *prefix, *inputs, _backward(shape, s, s.student_rows, "student"), *features),
+        "rollout": (*_rollout(shape, s), *features) if s.rollout or s.engine_bytes else (),
+        "prefix": (*gradients, *backward, *prefix, _backward(shape, s, s.prefix, "prefix"), *features)
+        if s.prefix
+        else (),
+        "student": (*gradients, *forward, *prefix, *inputs, student, *features),
+        "teacher": (*gradients, *forward, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
+        "head": (*gradients, *_gathered_head(shape, s), *prefix, *inputs, *_head(shape, s), *features),
+        "backward": (*gradients, *backward, *prefix, *inputs, visited, *features),
         "step": (*gradients, *_step(shape, s), *features),
     }
     overhead = CUDA_CONTEXT if s.device == "cuda" else 0
-    return Plan(_held(shape, s), {name: _present(terms) for name, terms in phases.items() if terms}, overhead, host)
+    kept = {name: _present(terms) for name, terms in phases.items() if terms}
+    return Plan(_held(shape, s), kept, overhead, _present((*host, *_moved(shape, s))))
 
 
 def trainable(shape: ModelShape, s: Settings) -> int:
@@ -220,28 +271,116 @@ def trainable(shape: ModelShape, s: Settings) -> int:
 
 
 def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    b, count, learns = s.itemsize, shape.total_parameters, trainable(shape, s)
-    adapters = shape.lora_parameters(s.lora) if s.lora else 0
+    learns, adapters = trainable(shape, s), shape.lora_parameters(s.lora) if s.lora else 0
     frozen = [use for use, wanted in (("reference", s.reference), ("base teacher", s.teacher == "base")) if wanted]
-    copied = learns * b if frozen and not s.lora else 0  # what is frozen anyway is shared
-    by_muon = (adapters or shape.linear_parameters) if s.optimizer == "muon" else 0
+    copied = learns * s.itemsize if frozen and not s.lora else 0  # what is frozen anyway is shared
+    here = not s.offload_params
     return _present(
         (
-            Term("weights", count * b, "parameters · b"),
-            Term("adapters", adapters * ADAPTER_BYTES, f"{ADAPTER_BYTES} · parameters"),
+            *(_weights(shape, s) if here else _weights(shape, s)[1:]),
+            Term("adapters", s.part("weights", adapters * ADAPTER_BYTES) * here, f"{ADAPTER_BYTES} · parameters"),
+            *(() if s.offload_optimizer or s.optimizer == "paged_adamw8bit" else _state(shape, s)),
+            Term(f"frozen copy ({' and '.join(frozen)})", s.part("weights", copied), "trainable parameters · b"),
             Term(
-                "optimizer state",
-                (2 * learns - by_muon) * trained_bytes(s),
-                f"{trained_bytes(s)} · (2 · trainable parameters − those of Muon)",
+                "EMA teacher",
+                s.part("weights", 4 * learns) if s.teacher == "ema" else 0,
+                "4 · trainable parameters",
             ),
-            Term(f"frozen copy ({' and '.join(frozen)})", copied, "trainable parameters · b"),
-            Term("EMA teacher", 4 * learns if s.teacher == "ema" else 0, "4 · trainable parameters"),
         )
     )
 
 
+def _weights(shape: ModelShape, s: Settings) -> tuple[Term, Term]:
+    """What the strategy may divide, and the frozen tower, which every GPU keeps whole."""
+    apart = shape.parameters["vision"] if s.freeze_vision and "weights" in DIVIDED[s.strategy] else 0
+    count, told = shape.total_parameters - apart, "parameters · b"
+    size = count * s.itemsize
+    if s.quantize == "nf4":
+        size -= shape.linear_parameters * (s.itemsize - NF4_BITS / 8)
+        told = f"linear maps · {NF4_BITS / 8:.4f} + other parameters · b"
+    return (
+        Term("weights", s.part("weights", size), _among(s, "weights", told)),
+        Term("frozen vision tower", apart * s.itemsize, "parameters · b, on every GPU"),
+    )
+
+
+def _state(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Moments, and the fp32 weights that narrow ones are rounded from."""
+    learns, wide = trainable(shape, s), has_master(s)
+    by_muon = (shape.lora_parameters(s.lora) or shape.linear_parameters) if s.optimizer == "muon" else 0
+    if s.optimizer in ("adamw8bit", "paged_adamw8bit"):
+        moments, told = 2 * MOMENT_8BIT * learns, f"{2 * MOMENT_8BIT:.3f} · trainable parameters"
+    else:
+        width = 4 if wide else trained_bytes(s)
+        moments, told = (2 * learns - by_muon) * width, f"{width} · (2 · trainable parameters − those of Muon)"
+    return (
+        Term("optimizer state", s.part("state", moments), _among(s, "state", told)),
+        Term("fp32 weights", s.part("state", 4 * learns * wide), _among(s, "state", "4 · trainable parameters")),
+    )
+
+
+def has_master(s: Settings) -> bool:
+    """Whether the optimizer steps fp32 copies of the weights; DeepSpeed always does."""
+    return s.strategy in DEEPSPEED or (s.precision == "fp32_master" and trained_bytes(s) < 4)
+
+
+def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """What lies in the host's memory instead of the GPU's."""
+    moved: tuple[Term, ...] = ()
+    if s.offload_params:
+        moved += _weights(shape, s)[:1]
+    if s.offload_optimizer or s.optimizer == "paged_adamw8bit":
+        moved += _state(shape, s)
+    if s.offload_optimizer:
+        size = 4 * trainable(shape, s)
+        moved += (Term("gradients", s.part("state", size), _among(s, "state", "4 · trainable parameters")),)
+    return moved
+
+
+def _among(s: Settings, what: What, formula: str) -> str:
+    return f"({formula}) / {s.world}" if s.world > 1 and what in DIVIDED[s.strategy] else formula
+
+
 def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    return (Term("gradients", trainable(shape, s) * trained_bytes(s), f"{trained_bytes(s)} · trainable parameters"),)
+    if s.offload_params and s.strategy == "fsdp2":
+        return ()
+    size = trainable(shape, s) * trained_bytes(s)
+    told = _among(s, "gradients", f"{trained_bytes(s)} · trainable parameters")
+    return (Term("gradients", s.part("gradients", size), told),)
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Of one decoder layer."""
+    counts = shape.parameters
+    return (counts["layers"] + counts["norms"] - shape.hidden) // shape.layers
+
+
+def _gathered(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Whole layers that exist for the length of their visit."""
+    if "weights" not in DIVIDED[s.strategy]:
+        return _dequantized(shape, s)
+    adapters = shape.lora_parameters(s.lora) // shape.layers * ADAPTER_BYTES if s.lora else 0
+    size = GATHERED_LAYERS * (layer_parameters(shape) * s.itemsize + adapters)
+    return (Term("gathered layers", size, f"{GATHERED_LAYERS} · parameters of a layer · b"),)
+
+
+def _dequantized(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    widest = max(a * b for a, b in shape.matrices) if s.quantize != "none" else 0
+    return (Term("a dequantised matrix", widest * s.itemsize, "in · out · b"),)
+
+
+def _gathered_head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    if "weights" not in DIVIDED[s.strategy]:
+        return ()
+    return (Term("gathered head", shape.vocabulary * shape.hidden * s.itemsize, "V · H · b"),)
+
+
+def _reduced(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Gradients of a layer on their way to the GPU that keeps them."""
+    if "gradients" not in DIVIDED[s.strategy]:
+        return ()
+    count = shape.lora_parameters(s.lora) // shape.layers if s.lora else layer_parameters(shape)
+    return (Term("a layer's gradients and their sum", 2 * count * trained_bytes(s), "2 · parameters of a layer · b"),)
 
 
 def trained_bytes(s: Settings) -> int:
@@ -270,11 +409,11 @@ def _prefix(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     )
 
 
-def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int]:
-    """(What stays on the device, host bytes)."""
+def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """(What stays on the device, what the host holds)."""
     if not s.gradient_checkpointing:
         graph, formula = _graph(shape, s)
-        return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), 0
+        return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), ()
     row = shape.hidden * s.itemsize
     of_prefix, away = offloaded_layers(shape, s)
     return (
@@ -282,7 +421,7 @@ def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int
         Term(
             "offload buffers", min(away, PREFETCHED_LAYERS) * s.student_rows * row, f"{PREFETCHED_LAYERS} · N · H · b"
         ),
-    ), (of_prefix * s.prefix + away * s.student_rows) * row
+    ), (Term("layer inputs", (of_prefix * s.prefix + away * s.student_rows) * row, "offloaded · tokens · H · b"),)
 
 
 def offloaded_layers(shape: ModelShape, s: Settings) -> tuple[int, int]:
@@ -359,6 +498,8 @@ def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
+    if not s.rollout:
+        return (Term("the engine beside the policy", s.engine_bytes, "its share of the GPU while it samples", True),)
     b, rows = s.itemsize, min(s.max_batch, s.open_rollouts)
     waiting, prompt = s.open_rollouts - rows, max(1, s.prefix)
     per_token = shape.layers * 2 * shape.kv * b
@@ -381,9 +522,12 @@ def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    widest = max(a * b for a, b in shape.matrices)
+    if s.optimizer == "paged_adamw8bit":
+        count = max(s.lora * max(max(pair) for pair in shape.matrices), shape.vocabulary * shape.hidden * (not s.lora))
+        return (Term("paged state in use", round(2 * MOMENT_8BIT * count), "2 · widest trained matrix"),)
     if s.optimizer != "muon":
         return ()
-    widest = max(a * b for a, b in shape.matrices)
     return (Term("Muon's matrices", MUON_COPIES * 2 * widest, f"{MUON_COPIES} · 2 · in · out"),)
 
 
@@ -502,10 +646,15 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         f"{gib(abs(limit - made.total))} {'below' if fits else 'above'} {gib(limit)}",
         f"limited by {t.name}: {gib(t.bytes)} = {t.formula}",
     ]
-    if made.host_bytes:
-        of_prefix, away = offloaded_layers(shape, s)
-        used = f"{gib(made.host_bytes)} of {s.offload_gib:g} GiB"
-        lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
+    for t in made.host:
+        if t.name == "layer inputs":
+            of_prefix, away = offloaded_layers(shape, s)
+            used = f"{gib(t.bytes)} of {s.offload_gib:g} GiB"
+            lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
+        else:
+            lines.append(f"host memory: {gib(t.bytes)} for {t.name} = {t.formula}")
+    if made.host_bytes and s.gpus_per_node > 1:
+        lines.append(f"host memory of a node: {gib(s.gpus_per_node * made.host_bytes)} for {s.gpus_per_node} GPUs")
     for name, saved, other in savings(shape, s)[:5]:
         lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
     longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""
@@ -514,6 +663,6 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         lines += [
             "",
             "training alone, with the rollouts sampled elsewhere:",
-            verdict(shape, replace(s, rollout=False), limit),
+            verdict(shape, replace(s, rollout=False, engine_bytes=0), limit),
         ]
     return "\n".join(lines)

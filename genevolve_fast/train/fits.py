@@ -50,6 +50,19 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
     return replace(settings, **known)
 
 
+def sharing_engine(config: EvolveConfig, shape: ModelShape, total: int) -> int:
+    """Bytes of a GPU with `total` that a vLLM beside the policy takes while it samples; 0 for another engine.
+
+    Its share, or what one rollout needs where the share is smaller: its weights and the longest rollout's keys.
+    """
+    if config.rollout.engine != "vllm":
+        return 0
+    v, longest = config.rollout.vllm, config.rollout.max_prompt_length + config.rollout.max_response_length
+    b = 2 if config.policy.dtype == "bfloat16" else 4
+    least = (shape.total_parameters + longest * shape.layers * 2 * shape.kv) * b // v.tensor_parallel_size
+    return max(int(v.gpu_memory_utilization * total), least)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`."""
     if device.type == "cuda":
@@ -72,7 +85,7 @@ def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) ->
         )
     if made.host_bytes and made.host_bytes > (host := available_memory(torch.device("cpu"))):
         raise RunError(
-            f"offload_gib {settings.offload_gib:g} would pin {gib(made.host_bytes)} of host memory, "
-            f"{gib(host)} are left: lower it"
+            f"{', '.join(t.name for t in made.host)} would take {gib(made.host_bytes)} of host memory, "
+            f"{gib(host)} are left: lower policy.offload_gib, or offload less"
         )
     return made

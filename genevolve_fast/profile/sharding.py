@@ -1,0 +1,43 @@
+"""What a strategy divides among the GPUs of a run, and what every GPU holds whole."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+What = Literal["weights", "gradients", "state"]
+
+DIVIDED: dict[Strategy, frozenset[What]] = {
+    "none": frozenset(),
+    "ddp": frozenset(),
+    "zero1": frozenset({"state"}),
+    "zero2": frozenset({"state", "gradients"}),
+    "zero3": frozenset({"state", "gradients", "weights"}),
+    "fsdp2": frozenset({"state", "gradients", "weights"}),
+}
+DEEPSPEED = ("zero1", "zero2", "zero3")
+GATHERED_LAYERS = 2  # in use and on its way
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; its block's absmax in 8 bits; fp32 for 256 of those
+MOMENT_8BIT = 1 + 4 / 256  # bytes: a code, and an fp32 absmax for each block of 256
+
+
+def refusal(
+    world: int, strategy: Strategy, offload_optimizer: bool, offload_params: bool, optimizer: str, quantize: str
+) -> str | None:
+    """Why this combination cannot work; None where it can."""
+    divided = DIVIDED[strategy]
+    if strategy == "none" and world > 1:
+        return f"strategy none trains on one GPU, not on {world}: choose ddp, zero1, zero2, zero3 or fsdp2"
+    if offload_optimizer and "state" not in divided:
+        return f"offload_optimizer belongs to zero1, zero2, zero3 and fsdp2: strategy {strategy} steps on the GPU"
+    if offload_params and "weights" not in divided:
+        return f"offload_params belongs to zero3 and fsdp2: strategy {strategy} keeps the weights on every GPU"
+    if strategy == "fsdp2" and offload_optimizer != offload_params:
+        return "fsdp2 offloads weights, gradients and optimizer state together: give both offload switches, or none"
+    if optimizer == "muon" and divided:
+        return f"muon orthogonalises whole matrices: strategy {strategy} gives each GPU a part of them"
+    if optimizer == "paged_adamw8bit" and offload_optimizer:
+        return "paged_adamw8bit moves its own state to the host: offload_optimizer would do it twice"
+    if quantize != "none" and "weights" in divided:
+        return f"quantize {quantize} packs a layer's weights into one block, which strategy {strategy} cannot divide"
+    return None
