@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from genevolve_fast.commands.opening import AddCommand, device, load, policy_path
+from genevolve_fast.commands.opening import AddCommand, device, load, policy_path, set_threads
 
 RATES = Path("benchmarks/results/rates.json")
 
@@ -85,6 +85,7 @@ def run_plan(args: argparse.Namespace) -> int:
     engines = Engines(args.rollout_gpus, args.one_step_off)
     if args.config:
         config = load(args, EvolveConfig)
+        set_threads(config.threads)
         shape = ModelShape.from_config(args.model or policy_path(config.policy))
         settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}), **named)
         engines = replace(engines, engine=config.rollout.engine)
@@ -113,9 +114,11 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def time_of_step(args: argparse.Namespace, shape, settings, engines):
     """The StepTime, or one line that says why there is none."""
-    from genevolve_fast.evaluate.scoreboard import device as this_device
+    import torch
+
+    from genevolve_fast.evaluate.scoreboard import processor
     from genevolve_fast.profile.flops import gpu_named
-    from genevolve_fast.profile.rates import Rates
+    from genevolve_fast.profile.rates import Rates, named_with_threads
     from genevolve_fast.profile.step_time import step_time
 
     if args.gpu and gpu_named(args.gpu) is None:
@@ -125,4 +128,7 @@ def time_of_step(args: argparse.Namespace, shape, settings, engines):
         if args.rates:
             raise FileNotFoundError(f"no {file}: write it with `python -m benchmarks.rates`")
         return f"no estimate: no {file} here; write it with `python -m benchmarks.rates` and pass --rates"
-    return step_time(shape, settings, Rates.read(file), args.gpu or this_device(), engines=engines)
+    name = args.gpu
+    if name is None:
+        name = torch.cuda.get_device_name() if settings.device == "cuda" else named_with_threads(processor())
+    return step_time(shape, settings, Rates.read(file), name, engines=engines)

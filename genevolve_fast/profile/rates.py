@@ -16,6 +16,10 @@ FILE = Path("benchmarks/results/rates.json")
 FAR = 16  # times more or less than what was measured: nothing is estimated from there
 
 
+HIDDEN = ("layer", "model", "head")  # conditions that a plan always matches
+PLAIN = (False, 0, "none", "plain")
+
+
 class RatesError(ValueError):
     """A file of rates cannot be read; the message says why."""
 
@@ -38,9 +42,9 @@ class Rate:
 
     def told(self) -> str:
         """What an estimate says of its source."""
-        at = ", ".join(f"{k} {_short(v)}" for k, v in self.at.items() if k not in ("layer", "model", "head"))
-        where = f"{self.device} at {self.commit}"
-        return f"{self.name} {_short(self.value)} {self.unit}" + (f" ({at})" if at else "") + f", {where}"
+        at = ", ".join(_condition(k, v) for k, v in self.at.items() if k not in HIDDEN and v not in PLAIN)
+        where = f"{self.device}, {self.commit}"
+        return f"{self.name} {_short(self.value)} {self.unit}" + (f" ({at})" if at else "") + f": {where}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,14 @@ def how(name: str) -> str:
     return f"run `{command}` there and pass --rates"
 
 
+def named_with_threads(processor: str) -> str:
+    """A processor by the threads that work here: other threads, other rates."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread{'s' * (threads > 1)}"
+
+
 def same_device(recorded: str, asked: str) -> bool:
     """Equal names, or two names of one GPU."""
     if recorded == asked:
@@ -136,6 +148,11 @@ def head_key(shape: ModelShape) -> list[int]:
 
 def model_key(shape: ModelShape) -> list[int]:
     return [shape.layers, *layer_key(shape), *head_key(shape)]
+
+
+def _condition(name: str, value: Any) -> str:
+    """adapters, dtype bfloat16, rows 8,192."""
+    return name if value is True else f"{name} {_short(value)}"
 
 
 def _plain(value: Any) -> Any:

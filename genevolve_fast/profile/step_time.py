@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from genevolve_fast.profile.flops import (
+    ATTENTION_BACKWARD,
     SHARED,
     GroupLengths,
     Layout,
@@ -200,38 +201,35 @@ class _Step:
         at = dict(model=model_key(self.shape), dtype=s.dtype, engine=kind, quantize=s.quantize, near={"open": open_})
         return [self.line("rollout", ROLLOUT, (every / samplers, "sampling", at))]
 
-    def layers(self, work: Work, rows: float, times: tuple[float, float], backward: bool = False) -> list[tuple]:
-        """Products with the layers' maps, and attention; `times` of their forward."""
-        s, shape = self.s, self.shape
-        way = "backward" if backward else "forward"
-        linear = 2.0 * shape.linear_parameters * work.tokens * times[0]
-        layer = dict(
-            layer=layer_key(shape), dtype=s.dtype, adapters=s.lora > 0, quantize=s.quantize, near={"rows": rows}
-        )
-        if backward:
-            layer["checkpointing"] = s.gradient_checkpointing
-        heads = [shape.heads, shape.kv_heads, shape.head_dim]
-        span = 2 * work.pairs / max(1, work.tokens)
-        attention = dict(heads=heads, dtype=s.dtype, near={"length": span})
+    def layers(self, work: Work, rows: float, backward: bool = False) -> list[tuple[float, str, dict[str, Any]]]:
+        """Products with the layers' maps and attention, of a forward or of the backward after it."""
+        s, shape, passes = self.s, self.shape, self.products
+        at = dict(layer=layer_key(shape), dtype=s.dtype, adapters=s.lora > 0, quantize=s.quantize, near={"rows": rows})
+        heads, span = [shape.heads, shape.kv_heads, shape.head_dim], 2 * work.pairs / max(1, work.tokens)
+        attending = dict(heads=heads, dtype=s.dtype, near={"length": span})
+        linear, pairs = 2.0 * shape.linear_parameters * work.tokens, attention_flops(shape, work)
+        if not backward:
+            return [(linear, "layer_forward", at), (pairs, "attention_forward", attending)]
+        at["checkpointing"] = s.gradient_checkpointing
         return [
-            (linear, f"layer_{way}", layer),
-            (attention_flops(shape, work) * times[1], f"attention_{way}", attention),
+            (linear * passes.linear_backward, "layer_backward", at),
+            (pairs * ATTENTION_BACKWARD, "attention_backward", attending),
+            (pairs * passes.recompute, "attention_forward", attending),
         ]
 
     def passes(self) -> list[Line | None]:
-        work, streams, once = self.work, self.streams, (1.0, 1.0)
+        work, streams = self.work, self.streams
         micro = streams.bundles * streams.microbatches
         out = [
-            self.line("prefix", ARITHMETIC, *self.layers(work.prefix, work.prefix.tokens / streams.bundles, once)),
-            self.line("student", ARITHMETIC, *self.layers(work.student, work.student.tokens / micro, once)),
-            self.line("teacher", ARITHMETIC, *self.layers(work.teacher, work.teacher.tokens / micro, once)),
+            self.line("prefix", ARITHMETIC, *self.layers(work.prefix, work.prefix.tokens / streams.bundles)),
+            self.line("student", ARITHMETIC, *self.layers(work.student, work.student.tokens / micro)),
+            self.line("teacher", ARITHMETIC, *self.layers(work.teacher, work.teacher.tokens / micro)),
         ]
         if self.s.reference:
             scored = work.prefix + work.student
-            parts = self.layers(scored, scored.tokens / streams.forwards, once)
+            parts = self.layers(scored, scored.tokens / streams.forwards)
             out.append(self.line("reference", ARITHMETIC, *parts, self.head(scored.rows, "score", 1.0)))
         both = work.prefix + work.student
-        times = self.products.linear_backward, self.products.attention_backward
         kind = "frozen" if self.frozen_head else "objective"
         out += [
             self.line(
@@ -240,7 +238,7 @@ class _Step:
                 self.head(both.rows, kind, self.products.head),
                 self.head(work.teacher.rows, "score", 1.0),
             ),
-            self.line("backward", ARITHMETIC, *self.layers(both, both.tokens / streams.forwards, times, True)),
+            self.line("backward", ARITHMETIC, *self.layers(both, both.tokens / streams.forwards, True)),
         ]
         return out
 
