@@ -181,12 +181,12 @@ def head(shape: ModelShape, model: Model, device: Device) -> Iterator[Found]:
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def optimizer(policy: Policy, model: Model, device: Device, name: str = "adamw") -> Iterator[Found]:
+def optimizer(policy: Policy, model: Model, device: Device) -> Iterator[Found]:
     """Parameters a second of clipping and stepping, as a run does it."""
     from genevolve_fast.train.config import OptimConfig
     from genevolve_fast.train.optim import build_optimizer, gradient_norm
 
-    made = build_optimizer(policy, OptimConfig(name=name), 1000)
+    made = build_optimizer(policy, OptimConfig(name="adamw"), 1000)
     learning = [p for p in policy.parameters() if p.requires_grad]
     gradients = [torch.randn_like(p) for p in learning]
 
@@ -200,7 +200,9 @@ def optimizer(policy: Policy, model: Model, device: Device, name: str = "adamw")
     count = sum(p.numel() for p in learning)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in learning}
     dtype = dtypes.pop() if len(dtypes) == 1 else dtype_name(model)
-    at = dict(optimizer=name, precision="plain", dtype=dtype, where="device", parameters=count)
+    at = dict(
+        optimizer="adamw", implementation="fused", bf16="nearest", dtype=dtype, where="device", parameters=count
+    )  # fmt: skip
     yield found("optimizer", count, seconds, "parameters/s", device.repeats, **at)
 
 
@@ -213,8 +215,10 @@ def host_optimizer(device: Device, count: int = 20_000_000) -> Iterator[Found]:
     made = DeepSpeedCPUAdam([weight], lr=1e-6)
     on_host = replace(device, where=torch.device("cpu"))
     seconds = on_host.medians(step=made.step)["step"]
-    for precision in ("plain", "fp32_master"):
-        at = dict(optimizer="adamw", precision=precision, dtype="float32", where="host", parameters=count)
+    for kind, rounding in (("fused", "nearest"), ("cpu", "master"), ("cpu", "nearest")):  # by ZeRO, by config
+        at = dict(
+            optimizer="adamw", implementation=kind, bf16=rounding, dtype="float32", where="host", parameters=count
+        )  # fmt: skip
         yield found("optimizer", count, seconds, "parameters/s", device.repeats, **at)
 
 

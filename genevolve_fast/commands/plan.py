@@ -38,11 +38,16 @@ def add(command: AddCommand) -> None:
     p.add_argument("--loss-share", type=float, help="share of a reply that the policy sampled")
     p.add_argument("--image-tokens", type=int, help="tokens of all pictures whose features are kept")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and activations")
-    p.add_argument("--optimizer", choices=["adamw", "muon", "adamw8bit", "paged_adamw8bit"])
+    p.add_argument("--optimizer", choices=["adamw", "muon"])
     p.add_argument(
-        "--precision",
-        choices=["plain", "stochastic", "fp32_master"],
-        help="bf16 weights rounded to nearest, stochastically, or from fp32 copies",
+        "--implementation",
+        choices=["fused", "8bit", "paged_8bit", "cpu"],
+        help="torch's AdamW, moments in 8 bits, those that leave a full GPU, or all of it on the host",
+    )
+    p.add_argument(
+        "--bf16",
+        choices=["nearest", "stochastic", "master"],
+        help="how bf16 weights are rounded after an update; master: from fp32 copies",
     )
     p.add_argument("--quantize", choices=["none", "nf4"], help="of the frozen weights under an adapter")
     p.add_argument("--lora", type=int, help="rank of the adapters; 0 trains the weights")

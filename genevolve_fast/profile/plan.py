@@ -14,10 +14,10 @@ from genevolve_fast.ops.memory import formula_bytes
 from genevolve_fast.profile.flops import GPUS, gpu_named
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
 from genevolve_fast.profile.sharding import (
+    DDP_BUCKET,
     DEEPSPEED,
     DIVIDED,
     GATHERED_LAYERS,
-    MOMENT_8BIT,
     NF4_BITS,
     Strategy,
     What,
@@ -57,12 +57,14 @@ TILE_FORWARD_HIDDEN = 3
 PREFETCHED_LAYERS = 2  # of the offloaded layer inputs: one in use, one on its way
 MUON_COPIES = 4  # of one matrix in bf16 while it is orthogonalised
 ADAPTER_BYTES = 4  # A and B are fp32, so that small updates are not lost
+STATE_BYTES = {"8bit": 1 + 4 / 256, "paged_8bit": 1 + 4 / 256}  # of a moment: a byte, and a scale for every 256
+MASTER_BYTES = 4  # of an fp32 weight that bf16 ones are rounded from
+MASTER_GRADIENTS = 1 << 30  # bytes of fp32 gradients that exist at once while those are stepped
 CUDA_CONTEXT = round(0.6 * 2**30)  # driver, kernels, cuBLAS: assumed
 FRAGMENTATION = 1.04  # on what is allocated and freed within a step: assumed
 GIB = 2**30
 
 Teacher = Literal["live", "ema", "base", "off"]
-Precision = Literal["plain", "stochastic", "fp32_master"]  # how narrow weights take small updates
 
 
 class PlanError(ValueError):
@@ -84,8 +86,9 @@ class Settings:
     loss_share: float = 1.0  # of a rollout's own tokens
     image_tokens: int = 0  # of all pictures whose features are kept
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    optimizer: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    precision: Precision = "plain"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    implementation: Literal["fused", "8bit", "paged_8bit", "cpu"] = "fused"
+    bf16: Literal["nearest", "stochastic", "master"] = "nearest"
     quantize: Literal["none", "nf4"] = "none"  # of the decoder's linear maps, frozen under adapters
     lora: int = 0  # rank; 0 trains the weights themselves
     freeze_vision: bool = True
@@ -126,7 +129,7 @@ class Settings:
         if self.quantize != "none" and not self.lora:
             raise PlanError(f"quantize {self.quantize} freezes the weights: set a rank of LoRA adapters to train")
         offload = self.offload_optimizer, self.offload_params
-        if why := refusal(self.world, self.strategy, *offload, self.optimizer, self.quantize):
+        if why := refusal(self.world, self.strategy, *offload, self.optimizer, self.implementation, self.quantize):
             raise PlanError(why)
 
     @property
@@ -279,7 +282,7 @@ def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
         (
             *(_weights(shape, s) if here else _weights(shape, s)[1:]),
             Term("adapters", s.part("weights", adapters * ADAPTER_BYTES) * here, f"{ADAPTER_BYTES} · parameters"),
-            *(() if s.offload_optimizer or s.optimizer == "paged_adamw8bit" else _state(shape, s)),
+            *_state(shape, s)[: 1 if s.implementation == "paged_8bit" else 0 if state_leaves(s) else 2],
             Term(f"frozen copy ({' and '.join(frozen)})", s.part("weights", copied), "trainable parameters · b"),
             Term(
                 "EMA teacher",
@@ -305,23 +308,28 @@ def _weights(shape: ModelShape, s: Settings) -> tuple[Term, Term]:
 
 
 def _state(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    """Moments, and the fp32 weights that narrow ones are rounded from."""
-    learns, wide = trainable(shape, s), has_master(s)
+    """fp32 copies of the weights, and the moments; Muon's only one is as wide as what is stepped."""
+    learns = trainable(shape, s)
     by_muon = (shape.lora_parameters(s.lora) or shape.linear_parameters) if s.optimizer == "muon" else 0
-    if s.optimizer in ("adamw8bit", "paged_adamw8bit"):
-        moments, told = 2 * MOMENT_8BIT * learns, f"{2 * MOMENT_8BIT:.3f} · trainable parameters"
-    else:
-        width = 4 if wide else trained_bytes(s)
-        moments, told = (2 * learns - by_muon) * width, f"{width} · (2 · trainable parameters − those of Muon)"
+    wide = MASTER_BYTES if has_master(s) else trained_bytes(s)
+    each = STATE_BYTES.get(s.implementation, wide)
+    moments = 2 * (learns - by_muon) * each + by_muon * wide
+    copies = MASTER_BYTES * learns * has_master(s)
+    told = f"{each:.4g} · (2 · trainable parameters − those of Muon)"
     return (
+        Term("fp32 weights", s.part("state", copies), _among(s, "state", "4 · trainable parameters")),
         Term("optimizer state", s.part("state", moments), _among(s, "state", told)),
-        Term("fp32 weights", s.part("state", 4 * learns * wide), _among(s, "state", "4 · trainable parameters")),
     )
 
 
 def has_master(s: Settings) -> bool:
-    """Whether the optimizer steps fp32 copies of the weights; DeepSpeed always does."""
-    return s.strategy in DEEPSPEED or (s.precision == "fp32_master" and trained_bytes(s) < 4)
+    """Whether fp32 copies of the weights are what the optimizer steps; ZeRO's always are, and those on the host."""
+    return s.strategy in DEEPSPEED or s.bf16 == "master" or (s.implementation == "cpu" and s.device == "cuda")
+
+
+def state_leaves(s: Settings) -> bool:
+    """Whether moments and fp32 weights lie in host memory, or go there where a GPU is full."""
+    return s.offload_optimizer or (s.device == "cuda" and s.implementation in ("paged_8bit", "cpu"))
 
 
 def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -329,8 +337,8 @@ def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     moved: tuple[Term, ...] = ()
     if s.offload_params:
         moved += _weights(shape, s)[:1]
-    if s.offload_optimizer or s.optimizer == "paged_adamw8bit":
-        moved += _state(shape, s)
+    if state_leaves(s):
+        moved += _state(shape, s)[1 if s.implementation == "paged_8bit" else 0 :]
     if s.offload_optimizer:
         size = 4 * trainable(shape, s)
         moved += (Term("gradients", s.part("state", size), _among(s, "state", "4 · trainable parameters")),)
@@ -359,9 +367,14 @@ def _gathered(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     """Whole layers that exist for the length of their visit."""
     if "weights" not in DIVIDED[s.strategy]:
         return _dequantized(shape, s)
-    adapters = shape.lora_parameters(s.lora) // shape.layers * ADAPTER_BYTES if s.lora else 0
-    size = GATHERED_LAYERS * (layer_parameters(shape) * s.itemsize + adapters)
+    size = GATHERED_LAYERS * layer_bytes(shape, s)
     return (Term("gathered layers", size, f"{GATHERED_LAYERS} · parameters of a layer · b"),)
+
+
+def layer_bytes(shape: ModelShape, s: Settings) -> int:
+    """Of one decoder layer as its visit computes with it, adapters included."""
+    adapters = shape.lora_parameters(s.lora) // shape.layers * ADAPTER_BYTES if s.lora else 0
+    return layer_parameters(shape) * s.itemsize + adapters
 
 
 def _dequantized(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -522,13 +535,20 @@ def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    widest = max(a * b for a, b in shape.matrices)
-    if s.optimizer == "paged_adamw8bit":
-        count = max(s.lora * max(max(pair) for pair in shape.matrices), shape.vocabulary * shape.hidden * (not s.lora))
-        return (Term("paged state in use", round(2 * MOMENT_8BIT * count), "2 · widest trained matrix"),)
-    if s.optimizer != "muon":
-        return ()
-    return (Term("Muon's matrices", MUON_COPIES * 2 * widest, f"{MUON_COPIES} · 2 · in · out"),)
+    """What the update holds besides: of DDP's sum, of fp32 copies, of Muon."""
+    widest, largest = max(a * b for a, b in shape.matrices), shape.vocabulary * shape.hidden
+    learns = trainable(shape, s)
+    weight = s.lora * max(max(pair) for pair in shape.matrices) if s.lora else largest
+    summed = min(learns * trained_bytes(s), DDP_BUCKET + weight * trained_bytes(s)) * (s.strategy == "ddp")
+    here = s.bf16 == "master" and not DIVIDED[s.strategy] and not state_leaves(s)
+    widened = min(MASTER_BYTES * learns, max(MASTER_GRADIENTS, MASTER_BYTES * largest))
+    paged = 2 * STATE_BYTES["paged_8bit"] * weight if s.implementation == "paged_8bit" else 0
+    return (
+        Term("gradients being summed", summed, "64 MiB and one weight's"),
+        Term("gradients in fp32", widened * here, "min(4 · trainable parameters, max(1 GiB, 4 · V · H))"),
+        Term("paged moments in use", round(paged), "2 · widest trained matrix"),
+        Term("Muon's matrices", MUON_COPIES * 2 * widest * (s.optimizer == "muon"), f"{MUON_COPIES} · 2 · in · out"),
+    )
 
 
 def _present(terms: Iterable[Term]) -> tuple[Term, ...]:

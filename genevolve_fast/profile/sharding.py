@@ -18,11 +18,17 @@ DIVIDED: dict[Strategy, frozenset[What]] = {
 DEEPSPEED = ("zero1", "zero2", "zero3")
 GATHERED_LAYERS = 2  # in use and on its way
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; its block's absmax in 8 bits; fp32 for 256 of those
-MOMENT_8BIT = 1 + 4 / 256  # bytes: a code, and an fp32 absmax for each block of 256
+DDP_BUCKET = 64 << 20  # bytes of gradients that are summed over ranks at once, and one weight's that crosses its end
 
 
 def refusal(
-    world: int, strategy: Strategy, offload_optimizer: bool, offload_params: bool, optimizer: str, quantize: str
+    world: int,
+    strategy: Strategy,
+    offload_optimizer: bool,
+    offload_params: bool,
+    optimizer: str,
+    implementation: str,
+    quantize: str,
 ) -> str | None:
     """Why this combination cannot work; None where it can."""
     divided = DIVIDED[strategy]
@@ -36,8 +42,10 @@ def refusal(
         return "fsdp2 offloads weights, gradients and optimizer state together: give both offload switches, or none"
     if optimizer == "muon" and divided:
         return f"muon orthogonalises whole matrices: strategy {strategy} gives each GPU a part of them"
-    if optimizer == "paged_adamw8bit" and offload_optimizer:
-        return "paged_adamw8bit moves its own state to the host: offload_optimizer would do it twice"
+    if implementation in ("paged_8bit", "cpu") and offload_optimizer:
+        return (
+            f"implementation {implementation} moves its state to the host itself: offload_optimizer would do it twice"
+        )
     if quantize != "none" and "weights" in divided:
         return f"quantize {quantize} packs a layer's weights into one block, which strategy {strategy} cannot divide"
     return None

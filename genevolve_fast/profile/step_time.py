@@ -21,6 +21,7 @@ from genevolve_fast.profile.plan import (
     PlanError,
     Settings,
     has_master,
+    layer_bytes,
     layer_parameters,
     plan,
     trainable,
@@ -30,6 +31,7 @@ from genevolve_fast.profile.rates import MeasuredRun, NoRate, Rate, Rates, head_
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.profile.sharding import DIVIDED
 
+LARGE = 512 << 20  # bytes of an exchange from which on its rate does not grow
 APART = Layout(share_prefix=True)  # a teacher with other weights computes the prefix itself
 ARITHMETIC, TRANSFER, ROLLOUT, BESIDE = "arithmetic", "transfer", "rollout", "beside"
 
@@ -252,8 +254,9 @@ class _Step:
         s = self.s
         count = s.part("state", trainable(self.shape, s))
         dtype = "float32" if has_master(s) or trained_bytes(s) == 4 else s.dtype
-        where = "host" if s.offload_optimizer else "device"
-        at = dict(optimizer=s.optimizer, precision=s.precision, dtype=dtype, where=where, near={"parameters": count})
+        where = "host" if s.offload_optimizer or s.implementation == "cpu" else "device"
+        at = dict(optimizer=s.optimizer, implementation=s.implementation, bf16=s.bf16, dtype=dtype, where=where)
+        at["near"] = {"parameters": count}
         return [self.line("optimizer", ARITHMETIC, (count, "optimizer", at))]
 
     # --- transfers ----------------------------------------------------------------------------------------------------
@@ -263,30 +266,41 @@ class _Step:
         s, shape = self.s, self.shape
         if s.world == 1:
             return []
-        divided, moved = DIVIDED[s.strategy], (s.world - 1) / s.world
-        learns = trainable(shape, s) * trained_bytes(s)
-        spans = dict(spans="nodes" if s.nodes > 1 else "node")
-        layer = layer_parameters(shape) * s.itemsize
-        at = spans | dict(near={"bytes": layer, "ranks": s.world})
-        whole = spans | dict(near={"bytes": learns, "ranks": s.world})
-        streams = self.streams
-        backwards = streams.forwards
-        forwards = streams.forwards * (1 + s.reference + (s.teacher in ("ema", "base")))
-        if "weights" in divided:
-            micro = streams.bundles * streams.microbatches
-            gathered = (forwards + backwards) * gathered_bytes(shape, s) + micro * shape.vocabulary * shape.hidden * 2
-            reduced = backwards * learns
+        moved, width = (s.world - 1) / s.world, trained_bytes(s)
+        learns = trainable(shape, s) * width
+        spans = "nodes" if s.nodes > 1 else "node"
+        layer = dict(spans=spans, near={"bytes": layer_bytes(shape, s), "ranks": s.world})
+        whole = dict(spans=spans, near={"bytes": min(learns, LARGE), "ranks": s.world})
+        name = "reducing gradients"
+        if "weights" in DIVIDED[s.strategy]:
+            gathered, reduced = self.units()
             return [
-                self.line("gathering weights", TRANSFER, (gathered * moved, "all_gather", at)),
-                self.line("reducing gradients", TRANSFER, (reduced * moved, "reduce_scatter", at)),
+                self.line("gathering weights", TRANSFER, (gathered * moved, "all_gather", layer)),
+                self.line(name, TRANSFER, (reduced * width * moved, "reduce_scatter", layer)),
             ]
-        if not divided:
-            return [self.line("reducing gradients", TRANSFER, (2 * learns * moved, "all_reduce", whole))]
-        times = backwards if "gradients" in divided else 1
+        if not DIVIDED[s.strategy]:
+            return [self.line(name, TRANSFER, (2 * learns * moved, "all_reduce", whole))]
+        times = self.streams.forwards if "gradients" in DIVIDED[s.strategy] else 1
         return [
-            self.line("reducing gradients", TRANSFER, (times * learns * moved, "reduce_scatter", whole)),
+            self.line(name, TRANSFER, (times * learns * moved, "reduce_scatter", whole)),
             self.line("sharing new weights", TRANSFER, (learns * moved, "all_gather", whole)),
         ]
+
+    def units(self) -> tuple[float, float]:
+        """(bytes gathered, gradients reduced) of a step: a unit's weights come for each of its visits.
+
+        Layers in forward and backward; embedding and head likewise where they are trained, else in the forward alone.
+        """
+        s, shape, streams = self.s, self.shape, self.streams
+        other = s.reference + (s.teacher in ("ema", "base"))  # passes of their own, forward only
+        micro = streams.bundles * streams.microbatches
+        layers, table = shape.layers * layer_bytes(shape, s), shape.vocabulary * shape.hidden
+        learns = 0 if s.lora else 1
+        gathered = layers * streams.forwards * (2 + other)
+        gathered += table * s.itemsize * (streams.forwards * (1 + learns + other) + micro * (2 + other))
+        own = shape.lora_parameters(s.lora) if s.lora else shape.layers * layer_parameters(shape)
+        reduced = streams.forwards * (own + learns * table) + micro * table * (not self.frozen_head)
+        return gathered, reduced
 
     def host(self, made: Plan) -> list[Line | None]:
         """Between GPU and host."""
@@ -298,15 +312,14 @@ class _Step:
             moved = share * tokens * self.shape.layers * self.shape.hidden * s.itemsize
             out.append(self.line("layer inputs to the host", TRANSFER, (moved, "device_to_host", {})))
             out.append(self.line("layer inputs from the host", TRANSFER, (moved, "host_to_device", {})))
-        if s.offload_optimizer:
+        if s.offload_optimizer or s.implementation == "cpu":
             count = s.part("state", trainable(self.shape, s))
             back = count * trained_bytes(s)
             out.append(self.line("gradients to the host", TRANSFER, (count * trained_bytes(s), "device_to_host", {})))
             out.append(self.line("weights from the host", TRANSFER, (back, "host_to_device", {})))
         if s.offload_params:
-            mine = s.part("weights", gathered_bytes(self.shape, s))
-            times = self.streams.forwards * 2
-            out.append(self.line("layers from the host", TRANSFER, (times * mine, "host_to_device", {})))
+            mine = s.part("weights", self.units()[0])
+            out.append(self.line("weights' parts from the host", TRANSFER, (mine, "host_to_device", {})))
         return out
 
     def checkpoint(self) -> Line | None:
@@ -318,12 +331,6 @@ class _Step:
 
 def _is_state(name: str) -> bool:
     return name in ("optimizer state", "fp32 weights")
-
-
-def gathered_bytes(shape: ModelShape, s: Settings) -> float:
-    """Of all layers, once: what a pass through the decoder gathers."""
-    adapters = shape.lora_parameters(s.lora) * trained_bytes(s) if s.lora else 0
-    return shape.layers * layer_parameters(shape) * s.itemsize + adapters
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
