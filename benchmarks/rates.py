@@ -172,7 +172,7 @@ def run_of(config: str, steps: int, sets: Sequence[str], ranks: int, threads: in
     known = made["lengths"] | ({"gpus_per_node": ranks} if ranks > 1 else {})
     settings = asdict(replace(settings_of(of, where), **known))
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in known.items()]
-    changed = [f"--set {one}" for one in sets]
+    changed = [f"--set {one}" for one in (*sets, *([f"threads={threads}"] if threads else []))]
     command = f"{COMMAND} --only run --config {config} --steps {steps}"
     plan = " ".join(["genevolve-fast plan --config", config, *changed, *flags])
     print(f"compare: {plan}", flush=True)

@@ -92,7 +92,7 @@ def run_plan(args: argparse.Namespace) -> int:
         config = load(args, EvolveConfig)
         set_threads(config.threads)
         shape = ModelShape.from_config(args.model or policy_path(config.policy))
-        settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}), **named)
+        settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}) | named)
         engines = replace(engines, engine=config.rollout.engine)
         if not args.rollout_gpus:
             settings = replace(settings, engine_bytes=sharing_engine(config, shape, limit))
