@@ -45,7 +45,11 @@ class Device:
         if self.where.type == "cuda":
             times = take_turns(runs, self.where, self.repeats)
             return {name: quantiles(ms)[1] / 1e3 for name, ms in times.items()}
-        now, times = clock(), {name: [] for name in runs}
+        return self.on_host(clock(), **runs)
+
+    def on_host(self, now: Callable[[], float] = time.perf_counter, **runs: Callable[[], object]) -> dict[str, float]:
+        """The same, by a clock of the host."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(self.repeats + 1):  # the first warms up
             for name, run in runs.items():
                 begin = now()
@@ -213,8 +217,7 @@ def host_optimizer(device: Device, count: int = 20_000_000) -> Iterator[Found]:
     weight = torch.nn.Parameter(torch.zeros(count))
     weight.grad = torch.ones(count)
     made = DeepSpeedCPUAdam([weight], lr=1e-6)
-    on_host = replace(device, where=torch.device("cpu"))
-    seconds = on_host.medians(step=made.step)["step"]
+    seconds = device.on_host(step=made.step)["step"]
     for kind, rounding in (("fused", "nearest"), ("cpu", "master"), ("cpu", "nearest")):  # by ZeRO, by config
         at = dict(
             optimizer="adamw", implementation=kind, bf16=rounding, dtype="float32", where="host", parameters=count
@@ -288,8 +291,7 @@ def writing(device: Device, folder: Path, count: int = COPIED) -> Iterator[Found
             with path.open("rb") as f:
                 os.fsync(f.fileno())
 
-    on_host = replace(device, where=torch.device("cpu"))
-    yield found("checkpoint_write", count, on_host.medians(write=write)["write"], "bytes/s", device.repeats)
+    yield found("checkpoint_write", count, device.on_host(write=write)["write"], "bytes/s", device.repeats)
 
 
 # --- all of a model ---------------------------------------------------------------------------------------------------

