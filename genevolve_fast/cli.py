@@ -45,6 +45,7 @@ _USER_ERRORS = {
     "data.rows": "DataError",
     "experience.memory": "OtherEmbedder",
     "policy.adapters": "AdapterError",
+    "policy.quantize": "QuantizeError",
     "profile.plan": "PlanError",
     "profile.rates": "RatesError",
     "profile.shapes": "ShapeError",
@@ -197,12 +198,14 @@ def run_sft(args: argparse.Namespace) -> int:
     from genevolve_fast.sandbox.bootstrap import new_start
     from genevolve_fast.sandbox.world import SandboxWorld, WorldConfig
     from genevolve_fast.train.config import SftConfig
+    from genevolve_fast.train.optim import check_optimizer
     from genevolve_fast.train.sft import sft
 
     if args.fields:
         return show_fields(SftConfig)
     config = load(args, SftConfig)
     set_threads(config.threads)
+    check_optimizer(config.optim, device())
     folder = args.runs / config.name
     if config.policy.path == "sandbox:new":
         policy, data, first = new_start(config, SandboxWorld(WorldConfig(seed=config.world.seed)), folder / "data")
@@ -218,12 +221,14 @@ def run_evolve(args: argparse.Namespace) -> int:
     from genevolve_fast.train.engines import check_engine
     from genevolve_fast.train.evolve import evolve
     from genevolve_fast.train.fits import check_fits
+    from genevolve_fast.train.optim import check_optimizer
 
     if args.fields:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     set_threads(config.threads)
     check_engine(config)
+    check_optimizer(config.optim, device())
     check_fits(config, ModelShape.from_config(policy_path(config.policy)), device())
     pool, world = open_pool(config)
     final = evolve(config, open_policy(config.policy), world, pool, args.runs / config.name, resume=args.resume)

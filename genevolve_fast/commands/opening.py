@@ -55,12 +55,18 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_policy(config):
-    """The policy that a configuration names, on the GPU where there is one."""
+    """The policy that a configuration names, on the GPU where there is one; 4-bit weights are made on the way there."""
     import torch
 
     from genevolve_fast.policy.model import Policy
+    from genevolve_fast.policy.quantize import load_bitsandbytes, quantize
 
-    return Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype)).to(device())
+    if config.quantize != "none":
+        load_bitsandbytes(f"policy.quantize {config.quantize}")  # told before gigabytes are read
+    policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
+    if config.quantize != "none":
+        quantize(policy, config.quantize, device())
+    return policy.to(device())
 
 
 def policy_path(config) -> str | Path:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genevolve_fast.policy.quantize import plain_state_dict
+
 if TYPE_CHECKING:
     from genevolve_fast.policy.model import Policy
 
@@ -201,17 +203,18 @@ class SavedAdapters:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the model without adapters, their products added; adapted weights are new tensors on the host.
 
-    W + scale·B·A is summed at the adapter's precision and rounded once. The model itself is not changed.
+    W + scale·B·A is summed at the adapter's precision and rounded once; a W of 4 bits is what the layer computes with.
+    The model itself is not changed.
     """
     adapted = _adapted(model)
     out = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in plain_state_dict(model).items():
         if ".lora_" in name:
             continue
         layer = adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             delta = layer.get_delta_weight(_NAME).detach()
-            tensor = (tensor.to(delta.dtype) + delta).to(tensor.dtype).cpu()
+            tensor = (tensor.to(delta.device, delta.dtype) + delta).to(tensor.dtype).cpu()
         out[name.replace(".base_layer.", ".")] = tensor
     return out
 

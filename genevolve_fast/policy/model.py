@@ -18,6 +18,7 @@ from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.positions import ImageMismatchError
+from genevolve_fast.policy.quantize import quantized_layers
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
@@ -135,8 +136,9 @@ class Policy(nn.Module):
         return cls(model, codec)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a transformers folder, an adapter merged; `dtype` rounds what is written, not what is in memory."""
-        weights = merged_state_dict(self.model) if has_adapters(self) else None
+        """Write a transformers folder, an adapter merged, 4-bit weights plain; `dtype` rounds what is written, not what
+        is in memory."""
+        weights = merged_state_dict(self.model) if has_adapters(self) or quantized_layers(self.model) else None
         if dtype is not None:
             weights = {k: v.to(dtype) for k, v in (weights or self.model.state_dict()).items()}
         self.model.save_pretrained(path, state_dict=weights)

@@ -198,6 +198,11 @@ class Plan:
     def host_bytes(self) -> int:
         return sum(t.bytes for t in self.host)
 
+    @property
+    def optimizer_host_bytes(self) -> int:
+        """Of weights and moments that an optimizer keeps in host memory, or may move there."""
+        return sum(t.bytes for t in self.host if t.name in ("optimizer state", "fp32 weights"))
+
     def phase_bytes(self, phase: str) -> int:
         return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
 
@@ -564,8 +569,10 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
     budget = math.ceil(shape.layers * (s.prefix + s.student_rows) * shape.hidden * s.itemsize / GIB)
     half, short = resized(s, s.tokens - s.reply // 2), shorter_prompt(s)
     tries: list[tuple[str, dict[str, Any]]] = [
-        ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64}),
+        ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64, "bf16": "nearest"}),
+        ("4-bit weights (policy.quantize nf4)", {"quantize": "nf4"} if may_quantize(s) else {}),
         (f"offload_gib {budget} of host memory", {"offload_gib": budget} if s.device == "cuda" else {}),
+        ("optim.implementation 8bit", {"implementation": "8bit"} if s.implementation == "fused" else {}),
         (f"max_tokens_per_microbatch {s.reply}", {"max_tokens_per_microbatch": s.reply}),
         ("no teacher (objective.sdl_coef 0)", {"teacher": "off"}),
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
@@ -586,6 +593,10 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         found.append((smaller, plan(BUILT_IN[smaller], s)))
     saved = [(name, now - other.total, other) for name, other in found]
     return sorted((row for row in saved if row[1] > 0), key=lambda row: -row[1])
+
+
+def may_quantize(s: Settings) -> bool:
+    return s.lora > 0 and s.quantize == "none" and "weights" not in DIVIDED[s.strategy]
 
 
 def shorter_prompt(s: Settings) -> Settings:

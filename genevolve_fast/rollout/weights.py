@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genevolve_fast.policy.adapters import has_adapters, merged_state_dict
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.quantize import dequantized, quantized_layers
 
 VOCABULARY_PADDING = 64  # rows that vLLM pads the vocabulary to a multiple of, before it splits it
 SHARD_BYTES = 2 << 30
@@ -56,13 +57,14 @@ class HeadShape:
 def full_weights(policy: Policy, *, merged: bool = True) -> dict[str, Tensor]:
     """Every parameter once under its checkpoint name; an adapter merged into copies on the host, or left out.
 
-    A tied head is the embedding and has no name of its own.
+    4-bit weights are plain matrices, copies too. A tied head is the embedding and has no name of its own.
     """
     own = {n.replace(".base_layer.", "."): p.detach() for n, p in policy.model.named_parameters() if ".lora_" not in n}
     if merged and has_adapters(policy):
         merged_weights = merged_state_dict(policy.model)
         return {name: merged_weights[name] for name in own}
-    return own
+    quantized = quantized_layers(policy.model).items()
+    return own | {f"{n.removesuffix('.base_layer')}.weight": dequantized(m).cpu() for n, m in quantized}
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES):

@@ -58,10 +58,17 @@ class PolicyConfig(_Section):
     tile_tokens: int = Field(TILE_ROWS, ge=1, description="Rows of a layer's MLP and projections in memory at once")
     offload_gib: float = Field(0.0, ge=0, description="Pinned host memory for layer inputs, in GiB")
     liger: bool = Field(False, description="RMSNorm and SwiGLU by liger-kernel, on a GPU")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="Keep the decoder's matrices under an adapter in 4 bits (QLoRA), by bitsandbytes"
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Train an adapter instead of the weights")
 
     @model_validator(mode="after")
     def _refuse(self) -> PolicyConfig:
+        if self.quantize != "none" and not self.lora.rank:
+            raise ValueError(
+                f"quantize {self.quantize!r} needs lora.rank > 0: 4-bit weights cannot train, an adapter on them can"
+            )
         if not self.gradient_checkpointing and (self.offload_gib or self.tile_tokens != TILE_ROWS):
             raise ValueError(
                 "offload_gib and tile_tokens need gradient_checkpointing: without it a layer keeps everything"
@@ -178,6 +185,16 @@ class ExperienceConfig(_Section):
 
 class OptimConfig(_Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="`muon`: layer matrices by Muon, the rest by AdamW")
+    implementation: Literal["fused", "8bit", "paged_8bit", "cpu"] = Field(
+        "fused",
+        description="AdamW of torch; of bitsandbytes, moments in 8 bits, `paged`: they leave a full GPU; `cpu`: fp32 "
+        "weights and moments in host memory, by DeepSpeed",
+    )
+    bf16: Literal["nearest", "stochastic", "master"] = Field(
+        "nearest",
+        description="bf16 weights after an update: rounded to nearest (small updates are lost), at random in "
+        "proportion, or from fp32 copies",
+    )
     lr: float = Field(1e-6, gt=0, description="Peak learning rate")
     weight_decay: float = Field(1e-6, ge=0, description="Decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments")
@@ -187,6 +204,16 @@ class OptimConfig(_Section):
     release_gradients: bool = Field(
         False, description="Update a layer as soon as its backward is done and drop its gradient; sft of single samples"
     )
+
+    @model_validator(mode="after")
+    def _refuse(self) -> OptimConfig:
+        if self.bf16 == "stochastic" and (self.name == "muon" or self.implementation in ("paged_8bit", "cpu")):
+            raise ValueError(
+                "bf16 'stochastic' is torchao's AdamW: it needs name adamw and implementation fused or 8bit"
+            )
+        if self.implementation == "cpu" and self.name == "muon":
+            raise ValueError("implementation 'cpu' is AdamW by DeepSpeed on the host: it needs name adamw")
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -264,6 +291,7 @@ class EvolveConfig(_Section):
             raise ValueError("pool_size is of data.path 'sandbox': data.limit says how many requests are taken")
         if self.ema_rate is not None and self.teacher != "ema":
             raise ValueError(f"ema_rate belongs to teacher 'ema': teacher {self.teacher!r} keeps no average")
+        _refuse_precision(self.policy, self.optim)
         if self.optim.release_gradients:
             raise ValueError(
                 "optim.release_gradients cannot work in evolve: a layer's gradient is complete only after the last "
@@ -293,6 +321,17 @@ class EvolveConfig(_Section):
             raise ValueError(
                 "rollout.server.sync 'nccl' sends whole weights: an adapter needs sync 'disk', or merge_lora"
             )
+        if self.policy.quantize != "none":
+            if r.engine == "vllm" and not r.vllm.merge_lora:
+                raise ValueError(
+                    "policy.quantize with rollout.engine 'vllm' needs rollout.vllm.merge_lora: its base is the "
+                    "folder's, not the 4-bit one under the adapter"
+                )
+            if r.engine == "server" and not r.server.merge_lora and not r.server.verify_every:
+                raise ValueError(
+                    "policy.quantize with an adapter sent alone needs rollout.server.verify_every > 0: nothing else "
+                    "tells a server with the 4-bit base's values from one with the folder's; or set merge_lora"
+                )
         if self.checkpoint.every > self.steps and self.minutes is None:
             raise ValueError(f"checkpoint.every {self.checkpoint.every} exceeds steps {self.steps}: nothing to resume")
         return self
@@ -332,6 +371,7 @@ class SftConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> SftConfig:
+        _refuse_precision(self.policy, self.optim)
         if self.optim.release_gradients:
             needs = {
                 "batch_size 1": self.batch_size == 1,  # several micro-batches would update on parts of the gradient
@@ -353,6 +393,16 @@ class SftConfig(_Section):
         if self.data.recitations and self.policy.path != "sandbox:new":
             raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
         return self
+
+
+def _refuse_precision(policy: PolicyConfig, optim: OptimConfig) -> None:
+    """Raises ValueError where optim.bf16 would do nothing, or the implementation cannot do without it."""
+    trained = "LoRA's factors are float32" if policy.lora.rank else "policy.dtype is float32"
+    wide = policy.lora.rank or policy.dtype == "float32"
+    if wide and optim.bf16 != "nearest":
+        raise ValueError(f"optim.bf16 {optim.bf16!r} would do nothing: {trained}")
+    if not wide and optim.implementation == "cpu" and optim.bf16 != "master":
+        raise ValueError("optim.implementation 'cpu' keeps fp32 weights in host memory: say so by optim.bf16 master")
 
 
 def _default(name: str) -> Any:

@@ -8,6 +8,7 @@ from torch import nn
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.offload import ActivationOffload
+from genevolve_fast.policy.quantize import quantize, quantized_layers
 from genevolve_fast.policy.weights import Average, WeightSource, base_weights
 from genevolve_fast.train.config import EvolveConfig, PolicyConfig
 from genevolve_fast.train.fits import available_memory
@@ -15,7 +16,7 @@ from genevolve_fast.train.run import RunError
 
 
 def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
-    """Freeze, adapt, checkpoint and offload `policy` as its section says; the adapter is drawn with `seed`.
+    """Freeze, quantize, adapt, checkpoint and offload `policy` as its section says; the adapter is drawn with `seed`.
 
     Raises RunError for what this device cannot do.
     """
@@ -34,6 +35,8 @@ def prepare(policy: Policy, config: PolicyConfig, seed: int) -> None:
         use_liger(policy)
     if config.offload_gib:
         policy.offload = pinned_buffer(config.offload_gib, policy.device)
+    if config.quantize != "none" and not quantized_layers(policy.model):
+        quantize(policy, config.quantize)
     if config.lora.rank:
         add_lora(policy, **config.lora.model_dump(), seed=seed)
 
