@@ -341,5 +341,9 @@ def test_vllm_beside_the_policy_takes_its_share(capsys):
     made = json.loads(capsys.readouterr().out)
     (term,) = (t for t in made["phases"]["rollout"]["terms"] if t["name"].startswith("the engine"))
     assert term["bytes"] == 2 * (EIGHT.total_parameters + 36_144 * 36 * 2 * 1024), "less would hold no rollout"
+    main([*config, "--gpu", "24GiB", "--set", "rollout.vllm.tensor_parallel_size=2"])
+    made = json.loads(capsys.readouterr().out)
+    (half,) = (t for t in made["phases"]["rollout"]["terms"] if t["name"].startswith("the engine"))
+    assert half["bytes"] == int(0.45 * (24 << 30)), "half of it is less than its share"
     main([*config, "--gpu", "h200", "--training-only"])
     assert "rollout" not in json.loads(capsys.readouterr().out)["phases"]

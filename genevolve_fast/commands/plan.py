@@ -82,7 +82,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from genevolve_fast.profile.shapes import ModelShape
     from genevolve_fast.profile.step_time import Engines, time_table
     from genevolve_fast.train.config import EvolveConfig
-    from genevolve_fast.train.fits import available_memory, settings_of, sharing_engine
+    from genevolve_fast.train.fits import available_memory, beside_engine, settings_of
 
     where = torch.device("cuda") if args.gpu else device()
     limit = memory_of(args.gpu) if args.gpu else available_memory(where)
@@ -95,7 +95,7 @@ def run_plan(args: argparse.Namespace) -> int:
         settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}) | named)
         engines = replace(engines, engine=config.rollout.engine)
         if not args.rollout_gpus:
-            settings = replace(settings, engine_bytes=sharing_engine(config, shape, limit))
+            settings = replace(settings, **beside_engine(config, limit))
     elif args.model and args.tokens:
         if args.set:
             raise PlanError("--set overrides a field of --config")

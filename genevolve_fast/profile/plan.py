@@ -100,7 +100,8 @@ class Settings:
     workspace_mb: float | None = None
     tile_tokens: int = 8192
     gradient_checkpointing: bool = True
-    engine_bytes: int = 0  # of another engine beside the policy while it samples; it sleeps otherwise
+    engine_bytes: int = 0  # of a vLLM beside the policy while it samples; it sleeps otherwise
+    engine_gpus: int = 1  # that share its weights and keys
     device: Literal["cuda", "cpu"] = "cuda"
     nodes: int = 1
     gpus_per_node: int = 1
@@ -517,7 +518,9 @@ def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
     if not s.rollout:
-        return (Term("the engine beside the policy", s.engine_bytes, "its share of the GPU while it samples", True),)
+        least = (shape.total_parameters + s.tokens * shape.layers * 2 * shape.kv) * s.itemsize // s.engine_gpus
+        told = "its share of the GPU, or weights and the longest rollout's keys where that is more"
+        return (Term("the engine beside the policy", max(s.engine_bytes, least), told, True),)
     b, rows = s.itemsize, min(s.max_batch, s.open_rollouts)
     waiting, prompt = s.open_rollouts - rows, max(1, s.prefix)
     per_token = shape.layers * 2 * shape.kv * b

@@ -53,17 +53,12 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
     return replace(settings, **known)
 
 
-def sharing_engine(config: EvolveConfig, shape: ModelShape, total: int) -> int:
-    """Bytes of a GPU with `total` that a vLLM beside the policy takes while it samples; 0 for another engine.
-
-    Its share, or what one rollout needs where the share is smaller: its weights and the longest rollout's keys.
-    """
+def beside_engine(config: EvolveConfig, total: int) -> dict[str, int]:
+    """Fields of Settings for a vLLM that samples on the policy's own GPU of `total` bytes; none for another engine."""
     if config.rollout.engine != "vllm":
-        return 0
-    v, longest = config.rollout.vllm, config.rollout.max_prompt_length + config.rollout.max_response_length
-    b = 2 if config.policy.dtype == "bfloat16" else 4
-    least = (shape.total_parameters + longest * shape.layers * 2 * shape.kv) * b // v.tensor_parallel_size
-    return max(int(v.gpu_memory_utilization * total), least)
+        return {}
+    v = config.rollout.vllm
+    return dict(engine_bytes=int(v.gpu_memory_utilization * total), engine_gpus=v.tensor_parallel_size)
 
 
 def available_memory(device: torch.device) -> int:
@@ -76,6 +71,8 @@ def available_memory(device: torch.device) -> int:
 def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) -> Plan:
     """The plan of a run that fits `device` and the host. Raises RunError naming the term that limits."""
     settings = settings_of(config, device)
+    if device.type == "cuda":
+        settings = replace(settings, **beside_engine(config, torch.cuda.mem_get_info(device)[1]))
     made, limit = plan(shape, settings), available_memory(device)
     if made.total > limit:
         t = made.limiting
