@@ -3,8 +3,9 @@
 Both train the same model with random weights on the same six rollouts of one request, in the same process and in turns:
 gradients of TRL's loss without a teacher, clipping, and the same fused AdamW. TRL runs with what its GRPOTrainer has:
 bf16, gradient checkpointing, its head in chunks, liger-kernel's layers, and the batch that gives it most tokens a
-second; it packs no GRPO batches, so shorter rollouts are padded. Before anything is timed the two gradients are
-compared. A case leaves a row for each contender; rows of the same code are kept.
+second. It packs no GRPO batches, so shorter rollouts are padded; it trains adapters over 4-bit weights in bf16, where
+this library keeps them in fp32. Before anything is timed the two gradients are compared. A case leaves a row for each
+contender; rows of the same code are kept.
 """
 
 from __future__ import annotations
@@ -75,9 +76,8 @@ def policy_of(bench: Bench, case: Case) -> tuple[Policy, Model]:
     model = replace(bench.model(case.model), lora=0 if case.kind == "full" else 4 if bench.toy else RANK)
     if case.kind != "qlora":
         return random_policy(model, bench.device), model
-    from genevolve_fast.policy.quantize import quantize
-
     from genevolve_fast.policy.adapters import add_lora
+    from genevolve_fast.policy.quantize import quantize
 
     policy = random_policy(model, bench.device, lora=0)
     quantize(policy)
@@ -149,7 +149,8 @@ def measure(bench: Bench, case: Case, apart: bool | None = None) -> dict[str, Ro
         return {"trl": dict(status="absent", reason=str(e))}
     ready_gradients(theirs)
     trl.run(short, len(short))
-    agrees = verdict(relative_distance(gradients(theirs), want), model.dtype)
+    narrowest = min((model.dtype, *(p.dtype for p in theirs.parameters() if p.requires_grad)), key=lambda d: d.itemsize)
+    agrees = verdict(relative_distance(gradients(theirs), want), narrowest)
     del want
     said = dict(liger=trl.liger, why_no_liger=trl.why_no_liger, apart=apart)
     runs = {f"trl [batch {n}]": stepped(theirs, lambda n=n: trl.run(rollouts, n)) for n in (*TRL_BATCHES, 1)}
@@ -184,7 +185,7 @@ def relative_distance(have: Sequence[torch.Tensor], want: Sequence[torch.Tensor]
 def figures(row: Row, rollouts: Sequence[TrainingRollout], case: Case, model: Model, bench: Bench) -> Row:
     """Tokens a second, and MFU by the work that the contender lays out, recomputation not counted."""
     real = sum(len(r.trajectory) for r in rollouts)
-    if "seconds" not in row:
+    if row["status"] != "timed":
         return dict(real_tokens=real)
     layout = SHARED
     if batch := row.get("batch"):
