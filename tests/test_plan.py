@@ -62,9 +62,14 @@ def test_parts_times_gpus_are_the_whole(strategy, settings):
 def test_more_is_divided_and_less_is_held(settings):
     order = [sum(t.bytes for t in plan(EIGHT, on(settings, s)).held) for s in ("zero1", "zero2", "zero3")]
     assert order[0] >= order[1] >= order[2]
-    gradients = [terms(plan(EIGHT, on(settings, s)))["gradients"] for s in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
-    assert gradients[0] == gradients[1] > gradients[2] == gradients[3] == gradients[4]
-    assert plan(EIGHT, on(FULL, "zero1")).total < plan(EIGHT, on(FULL, "ddp")).total
+    g = {s: terms(plan(EIGHT, on(settings, s)))["gradients"] for s in STRATEGIES}
+    assert (
+        g["zero1"] == pytest.approx(8 * g["zero2"]) and g["zero2"] == g["zero3"] == 4 * trainable(EIGHT, settings) / 8
+    )
+    assert g["ddp"] == pytest.approx(8 * g["fsdp2"]) and g["zero1"] == (1 if settings.lora else 2) * g["ddp"]
+    assert (
+        plan(EIGHT, on(FULL, "zero2")).total < plan(EIGHT, on(FULL, "zero1")).total < plan(EIGHT, on(FULL, "ddp")).total
+    )
     for strategy in ("zero1", "zero2", "zero3", "fsdp2"):
         totals = [plan(EIGHT, on(settings, strategy, gpus)).total for gpus in (1, 2, 8, 64)]
         assert totals == sorted(totals, reverse=True) and totals[0] > totals[-1], strategy
@@ -97,6 +102,18 @@ def test_offloading_moves_what_it_names_to_the_host():
     assert there.host_bytes == pytest.approx(16 * learns / 8, rel=1e-6) and not here.host_bytes
     both = plan(EIGHT, on(FULL, "zero3", offload_optimizer=True, offload_params=True))
     assert "weights" not in {t.name for t in both.held} and both.host_bytes > there.host_bytes
+    every = plan(EIGHT, on(FULL, "fsdp2", offload_params=True))
+    assert {t.name for t in every.held} == {"frozen vision tower", "frozen copy (reference)"}
+    assert {t.name for t in every.host} == {"weights", "gradients", "fp32 weights", "optimizer state"}
+    assert not [t for t in every.phases["step"] if t.name == "gradients"]
+
+
+def test_zero_adds_in_fp32_and_gathers_a_bucket():
+    for strategy in ("zero1", "zero2", "zero3"):
+        made = {t.name: t.bytes for t in plan(EIGHT, on(FULL, strategy)).phases["backward"]}
+        assert made["ZeRO's bucket of gradients"] == 2 * 500_000_000
+    small = {t.name: t.bytes for t in plan(EIGHT, on(LORA, "zero2")).phases["backward"]}
+    assert small["ZeRO's bucket of gradients"] == 4 * EIGHT.lora_parameters(64)
 
 
 def test_four_bit_weights_take_what_bitsandbytes_takes():
@@ -122,6 +139,7 @@ def test_moments_of_eight_bits_are_a_quarter():
         (dict(strategy="ddp", gpus_per_node=2, offload_optimizer=True), "offload_optimizer"),
         (dict(strategy="zero2", gpus_per_node=2, offload_params=True), "offload_params"),
         (dict(strategy="fsdp2", gpus_per_node=2, optimizer="muon"), "whole matrices"),
+        (dict(strategy="fsdp2", gpus_per_node=2, offload_optimizer=True), "offload_params is its switch"),
         (dict(strategy="zero3", gpus_per_node=2, implementation="cpu", offload_optimizer=True), "moves its state"),
         (dict(quantize="nf4"), "set a rank"),
         (dict(strategy="fsdp2", gpus_per_node=2, lora=8, quantize="nf4"), "cannot divide"),

@@ -19,6 +19,7 @@ from genevolve_fast.profile.sharding import (
     DIVIDED,
     GATHERED_LAYERS,
     NF4_BITS,
+    ZERO_BUCKET,
     Strategy,
     What,
     refusal,
@@ -335,7 +336,8 @@ def has_master(s: Settings) -> bool:
 
 def state_leaves(s: Settings) -> bool:
     """Whether moments and fp32 weights lie in host memory, or go there where a GPU is full."""
-    return s.offload_optimizer or (s.device == "cuda" and s.implementation in ("paged_8bit", "cpu"))
+    offloaded = s.offload_optimizer or (s.strategy == "fsdp2" and s.offload_params)
+    return offloaded or (s.device == "cuda" and s.implementation in ("paged_8bit", "cpu"))
 
 
 def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -345,9 +347,10 @@ def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
         moved += _weights(shape, s)[:1]
     if state_leaves(s):
         moved += _state(shape, s)[1 if s.implementation == "paged_8bit" else 0 :]
-    if s.offload_optimizer:
-        size = 4 * trainable(shape, s)
-        moved += (Term("gradients", s.part("state", size), _among(s, "state", "4 · trainable parameters")),)
+    if s.offload_optimizer or (s.strategy == "fsdp2" and s.offload_params):
+        width = gradient_bytes(s)
+        size = s.part("state", width * trainable(shape, s))
+        moved += (Term("gradients", size, _among(s, "state", f"{width} · trainable parameters")),)
     return moved
 
 
@@ -358,9 +361,14 @@ def _among(s: Settings, what: What, formula: str) -> str:
 def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     if s.offload_params and s.strategy == "fsdp2":
         return ()
-    size = trainable(shape, s) * trained_bytes(s)
-    told = _among(s, "gradients", f"{trained_bytes(s)} · trainable parameters")
-    return (Term("gradients", s.part("gradients", size), told),)
+    width = gradient_bytes(s)
+    told = _among(s, "gradients", f"{width} · trainable parameters")
+    return (Term("gradients", s.part("gradients", trainable(shape, s) * width), told),)
+
+
+def gradient_bytes(s: Settings) -> int:
+    """Of one parameter's gradient while micro-batches add to it; ZeRO adds in fp32."""
+    return 4 if s.strategy in DEEPSPEED else trained_bytes(s)
 
 
 def layer_parameters(shape: ModelShape) -> int:
@@ -395,7 +403,10 @@ def _gathered_head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _reduced(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    """Gradients of a layer on their way to the GPU that keeps them."""
+    """Gradients on their way to the GPU that keeps them: a layer's and their sum, or ZeRO's bucket."""
+    if s.strategy in DEEPSPEED:
+        size = min(ZERO_BUCKET, trainable(shape, s)) * trained_bytes(s)
+        return (Term("ZeRO's bucket of gradients", size, "min(5e8, trainable parameters) · b"),)
     if "gradients" not in DIVIDED[s.strategy]:
         return ()
     count = shape.lora_parameters(s.lora) // shape.layers if s.lora else layer_parameters(shape)

@@ -18,6 +18,7 @@ DIVIDED: dict[Strategy, frozenset[What]] = {
 DEEPSPEED = ("zero1", "zero2", "zero3")
 GATHERED_LAYERS = 2  # in use and on its way
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; its block's absmax in 8 bits; fp32 for 256 of those
+ZERO_BUCKET = 500_000_000  # gradients that ZeRO gathers before it reduces them: DeepSpeed's reduce_bucket_size
 DDP_BUCKET = 64 << 20  # bytes of gradients that are summed over ranks at once, and one weight's that crosses its end
 
 
@@ -38,11 +39,11 @@ def refusal(
         return f"offload_optimizer belongs to zero1, zero2, zero3 and fsdp2: strategy {strategy} steps on the GPU"
     if offload_params and "weights" not in divided:
         return f"offload_params belongs to zero3 and fsdp2: strategy {strategy} keeps the weights on every GPU"
-    if strategy == "fsdp2" and offload_optimizer != offload_params:
-        return "fsdp2 offloads weights, gradients and optimizer state together: give both offload switches, or none"
+    if strategy == "fsdp2" and offload_optimizer and not offload_params:
+        return "fsdp2 offloads weights, gradients and optimizer state together: offload_params is its switch"
     if optimizer == "muon" and divided:
         return f"muon orthogonalises whole matrices: strategy {strategy} gives each GPU a part of them"
-    if implementation in ("paged_8bit", "cpu") and offload_optimizer:
+    if implementation in ("paged_8bit", "cpu") and (offload_optimizer or (strategy == "fsdp2" and offload_params)):
         return (
             f"implementation {implementation} moves its state to the host itself: offload_optimizer would do it twice"
         )

@@ -24,6 +24,7 @@ from genevolve_fast.profile.plan import (
     layer_bytes,
     layer_parameters,
     plan,
+    state_leaves,
     trainable,
     trained_bytes,
 )
@@ -254,7 +255,7 @@ class _Step:
         s = self.s
         count = s.part("state", trainable(self.shape, s))
         dtype = "float32" if has_master(s) or trained_bytes(s) == 4 else s.dtype
-        where = "host" if s.offload_optimizer or s.implementation == "cpu" else "device"
+        where = "host" if state_leaves(s) and s.implementation != "paged_8bit" else "device"
         at = dict(optimizer=s.optimizer, implementation=s.implementation, bf16=s.bf16, dtype=dtype, where=where)
         at["near"] = {"parameters": count}
         return [self.line("optimizer", ARITHMETIC, (count, "optimizer", at))]
@@ -312,7 +313,7 @@ class _Step:
             moved = share * tokens * self.shape.layers * self.shape.hidden * s.itemsize
             out.append(self.line("layer inputs to the host", TRANSFER, (moved, "device_to_host", {})))
             out.append(self.line("layer inputs from the host", TRANSFER, (moved, "host_to_device", {})))
-        if s.offload_optimizer or s.implementation == "cpu":
+        if state_leaves(s) and s.implementation != "paged_8bit":
             count = s.part("state", trainable(self.shape, s))
             back = count * trained_bytes(s)
             out.append(self.line("gradients to the host", TRANSFER, (count * trained_bytes(s), "device_to_host", {})))
