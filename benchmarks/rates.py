@@ -68,7 +68,7 @@ def merge(
         mine["rates"] = [x for x in mine["rates"] if x not in same] + [r | stamp]
         print(f"{r['name']:18} {r['value']:10.4g} {r['unit']:12} {json.dumps(r['at'])}", flush=True)
     for r in runs:
-        mine["runs"] = [x for x in mine["runs"] if x["settings"] != r["settings"]] + [stamp | r]
+        mine["runs"] = [x for x in mine["runs"] if x["plan"] != r["plan"]] + [stamp | r]
     mine["versions"] = versions()
     data["devices"] = dict(sorted(data["devices"].items()))
     write_json(file, data)
