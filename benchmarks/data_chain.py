@@ -21,7 +21,7 @@ from pathlib import Path
 from genevolve_fast import trajectory
 from genevolve_fast.cli import main as command
 from genevolve_fast.data.config import DataConfig, open_requests
-from genevolve_fast.data.conversations import ImageFiles, load_conversations
+from genevolve_fast.data.conversations import open_conversations
 from genevolve_fast.data.steps import MANIFEST
 from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.files import file_hash
@@ -162,15 +162,15 @@ def sft_and_prove(chain: Chain) -> None:
     from genevolve_fast.train.config import PolicyConfig
 
     codec = open_policy(PolicyConfig(path=str(chain.folder / "runs" / "sft" / "policy"))).codec
-    samples, dropped = load_conversations(view, codec, ImageFiles(), 32768)
+    samples = open_conversations(view, codec, 32768, chain.folder / "proof" / "index.npz")
     metrics = (chain.folder / "runs" / "sft" / "metrics.jsonl").read_text().splitlines()
-    seen, there = sum(int(json.loads(line)["num_tokens"]) for line in metrics), sum(len(s.ids) for s in samples)
+    seen, there = sum(int(json.loads(line)["num_tokens"]) for line in metrics), int(samples.tokens.sum())
     broken = chain.folder / "proof" / "view-broken"
     shutil.copytree(view, broken)
     table_ = broken / "GenEvolve-Data-SFT" / "train.jsonl"
     table_.write_text(table_.read_text().replace('"assistant"', '"assistent"', 1))
     status, said = run(*sft_command(broken, chain.folder / "proof" / "runs"))
-    if seen == there and not dropped and status == 2 and "line 1: messages[2].role" in said:
+    if seen == there and not samples.dropped and status == 2 and "line 1: messages[2].role" in said:
         chain.proofs["SFT view"] = (
             f"sft: {len(samples)} conversations, {seen} tokens seen of {there}; a bad role is named"
         )

@@ -221,11 +221,13 @@ def run_evolve(args: argparse.Namespace) -> int:
     from genevolve_fast.train.engines import check_engine
     from genevolve_fast.train.evolve import evolve
     from genevolve_fast.train.fits import check_fits
+    from genevolve_fast.train.gpus import take_share
     from genevolve_fast.train.optim import check_optimizer
 
     if args.fields:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
+    take_share(config)
     set_threads(config.threads)
     check_engine(config)
     check_optimizer(config.optim, device())
@@ -241,9 +243,11 @@ def run_profile(args: argparse.Namespace) -> int:
     from genevolve_fast.profile.shapes import ModelShape
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.fits import check_fits
+    from genevolve_fast.train.gpus import take_share
     from genevolve_fast.train.profiled import profile_steps, write_profile
 
     config = load(args, EvolveConfig)
+    take_share(config)
     set_threads(config.threads)
     where, shape = device(), ModelShape.from_config(policy_path(config.policy))
     check_fits(config, shape, where)
@@ -268,11 +272,13 @@ def run_verify(args: argparse.Namespace) -> int:
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.engines import check_engine, open_engine
     from genevolve_fast.train.evolve import new_memory
+    from genevolve_fast.train.gpus import take_share
     from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
     from genevolve_fast.train.single import sample_step
     from genevolve_fast.train.verify import verify
 
     config = load(args, EvolveConfig)
+    take_share(config)
     set_threads(config.threads)
     check_engine(config)
     pool, world = open_pool(config)
@@ -305,10 +311,12 @@ def run_demo(args: argparse.Namespace) -> int:
     from genevolve_fast.files import write_text
     from genevolve_fast.train.config import EvolveConfig
     from genevolve_fast.train.evolve import evolve
+    from genevolve_fast.train.gpus import take_share
 
     if args.fields:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
+    take_share(config)
     set_threads(config.threads)
     folder = args.runs / config.name
     sandbox, world = open_world(config)

@@ -1,27 +1,39 @@
-"""One event loop for the whole process: HTTP clients keep their connections from one phase of a step to the next."""
+"""One event loop for each thread: HTTP clients keep their connections from one phase of a step to the next."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_loop: asyncio.AbstractEventLoop | None = None
+_of_thread = threading.local()
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.run, on a loop that stays. For the main thread; raises RuntimeError inside a running loop."""
-    global _loop
-    if _loop is None or _loop.is_closed():
-        _loop = asyncio.new_event_loop()
-    task = _loop.create_task(coroutine)
+    """As asyncio.run, on this thread's loop, which stays. Raises RuntimeError inside a running loop."""
+    loop = own()
+    task = loop.create_task(coroutine)
     try:
-        return _loop.run_until_complete(task)
+        return loop.run_until_complete(task)
     except BaseException:
-        _cancel(_loop)  # nothing may go on in the next phase that this one began
+        _cancel(loop)  # nothing may go on in the next phase that this one began
         raise
+
+
+def own() -> asyncio.AbstractEventLoop:
+    """This thread's loop, made where there is none yet."""
+    loop = getattr(_of_thread, "loop", None)
+    if loop is None or loop.is_closed():
+        loop = _of_thread.loop = asyncio.new_event_loop()
+    return loop
+
+
+def cancel(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what `run` runs on another thread's loop; `run` raises CancelledError there."""
+    loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
 
 
 def _cancel(loop: asyncio.AbstractEventLoop) -> None:

@@ -36,6 +36,10 @@ class Codec(Protocol):
         """Number of placeholder ids for a grid."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash of what ids and grids follow from: equal hashes, equal lengths."""
+        ...
+
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 
@@ -112,6 +116,10 @@ class TrainedEngine(Engine, Protocol):
 
         When it returns nothing computed with older weights is read again. Raises EngineError.
         """
+        ...
+
+    def shutdown(self) -> None:
+        """Give back everything; the last call."""
         ...
 
 

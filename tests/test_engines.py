@@ -16,13 +16,16 @@ import torch
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.profile.plan import Settings
 from genevolve_fast.protocols import EngineError, Sampling, TrainedEngine
+from genevolve_fast.rollout import serve
 from genevolve_fast.rollout.exchange import check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.transformers_engine import TransformersEngine
 from genevolve_fast.rollout.vllm_server import VllmServerEngine
+from genevolve_fast.train import engines
 from genevolve_fast.train.config import ConfigError, EvolveConfig, RolloutConfig, parse_config
-from genevolve_fast.train.engines import open_engine
+from genevolve_fast.train.engines import open_engine, server_commands
 from genevolve_fast.train.fits import settings_of
 from tests.loopback.engine import free_port
+from tests.vllm_stand_in import RECORDED
 
 SERVER = {"urls": ["http://127.0.0.1:9"], "sync_dir": "weights"}
 
@@ -35,7 +38,7 @@ def parsed(rollout: dict, **more) -> EvolveConfig:
     ("rollout", "more", "message"),
     [
         ({"server": SERVER}, {}, "server belongs to engine 'server'"),
-        ({"engine": "server"}, {}, "needs server.urls"),
+        ({"engine": "server"}, {}, "needs server.urls.*or rollout_gpus"),
         ({"engine": "server", "server": {"urls": ["127.0.0.1:8000"], "sync_dir": "w"}}, {}, "does not begin with"),
         ({"engine": "server", "server": {"urls": ["http://h:1"]}}, {}, "needs sync_dir"),
         ({"engine": "server", "server": SERVER | {"sync": "nccl"}}, {}, "sync_dir with sync 'nccl' would do nothing"),
@@ -81,6 +84,28 @@ def test_the_configured_engine_is_opened(policy, tmp_path, monkeypatch):
         assert "not-to-be-seen" not in repr(vars(config.rollout.server))
     finally:
         engine.shutdown()
+
+
+def test_servers_of_a_run_get_their_gpus_and_what_training_needs(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    for module in (engines, serve):
+        monkeypatch.setattr(module, "vllm_installed", lambda: True)
+    config = parsed(
+        {"engine": "server", "server": {"tensor_parallel_size": 2, "flags": ["--enforce-eager"]}},
+        rollout_gpus=[1, 2, 3, 4],
+        policy={"path": "org/model", "dtype": "bfloat16", "lora": {"rank": 24}},
+    )
+    made, urls = server_commands(config)
+    assert [c.environment["CUDA_VISIBLE_DEVICES"] for c in made] == ["1,2", "3,4"] and len(set(urls)) == 2
+    flags = [part for part in made[0].arguments if part.startswith("--")]
+    assert set(flags) <= set(RECORDED["flags"]) and len(flags) == len(set(flags))
+    said = " ".join(made[0].arguments)
+    for part in ("--tensor-parallel-size 2", "--dtype bfloat16", "--max-model-len 36144", "--max-lora-rank 32"):
+        assert part in said
+    assert {"--enable-lora", "--logprobs-mode", "--enforce-eager"} <= set(flags) and urls[0].rpartition(":")[2] in said
+    ours, _ = server_commands(parsed({"engine": "server", "server": {"cpu_servers": 3}}))
+    assert [c.environment["CUDA_VISIBLE_DEVICES"] for c in ours] == [""] * 3
+    assert all("genevolve_fast.rollout.server" in c.arguments and "--threads" in c.arguments for c in ours)
 
 
 def test_what_this_machine_lacks_is_named(policy, monkeypatch):
@@ -244,6 +269,32 @@ def test_a_call_that_the_server_cuts_off_before_its_first_token_is_asked_again(c
     engine.update_weights(1)
     assert eight(engine).ids == [7] * 8
     assert engine.incidents.take() == {"engine/server_error": 1}
+
+
+def test_a_server_that_comes_back_during_an_update_by_nccl_waits_for_the_next(policy, tmp_path):
+    """A broadcast sends what the policy has now, which other weights than the running rollouts' may be."""
+    here, there = Loading({}), Loading({})
+    engine = VllmServerEngine(
+        policy,
+        ["http://here", "http://there"],
+        incidents=Incidents(),
+        sync_dir=tmp_path,
+        patience_s=30.0,
+        overlaps=True,
+    )
+    answers = {"here": here, "there": there}
+    engine._http.client = httpx.AsyncClient(transport=httpx.MockTransport(lambda r: answers[r.url.host](r)))
+    engine._senders, engine._label = {}, "mine"
+    there.version = engine._servers[1].label = "mine"  # the other one has lost its own
+    try:
+        for session in map(str, range(8)):
+            engine.open(session)
+            sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8, stop_ids=(2,))
+            assert asyncio.run(engine.generate(session, [8, 9], [], sampling, 1)).ids == [7] * 8
+        assert not here.paths and engine.incidents.take()["engine/server_error"] >= 1
+    finally:
+        engine._senders = None
+        engine.shutdown()
 
 
 # --- what goes out and what may come back -----------------------------------------------------------------------------

@@ -124,8 +124,6 @@ def test_kept_image_features_have_a_limit(policy, monkeypatch):
 
 def test_kept_patches_have_a_limit(policy, monkeypatch):
     """4 096 pictures of a megapixel would take 100 GB of the host."""
-    from genevolve_fast.policy import codec as module
-
     codec = policy.codec
     monkeypatch.setattr(codec, "_patches", type(codec._patches)())
     monkeypatch.setattr(codec, "_patch_bytes", 0)
@@ -134,12 +132,27 @@ def test_kept_patches_have_a_limit(policy, monkeypatch):
     want = [codec.image_patches(pixels) for pixels in images]
     each = want[0][0].nbytes
     assert codec._patch_bytes == 5 * each
-    monkeypatch.setattr(module, "_CACHED_BYTES", 2 * each)
+    monkeypatch.setattr(codec, "cached_bytes", 2 * each)
     for pixels, (patches, grid) in zip(images[::-1], want[::-1], strict=True):
         again, seen = codec.image_patches(pixels)
         assert torch.equal(again, patches) and seen == grid
     codec.image_patches(np.zeros((64, 32, 3), np.uint8))
     assert codec._patch_bytes == sum(p.nbytes for p, _ in codec._patches.values()) <= 2 * each
+
+
+def test_a_grid_follows_from_the_size(tokenizer):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from genevolve_fast.policy.codec import TransformersCodec
+
+    edges = {"shortest_edge": 64 * 64, "longest_edge": 160 * 160}
+    codec = TransformersCodec(tokenizer, Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, size=edges))
+    grids = set()
+    for size in ((64, 64), (31, 77), (500, 40), (640, 480), (17, 1000), (158, 162)):
+        pixels = np.zeros((*size, 3), np.uint8)
+        grids.add(codec.image_grid(pixels))
+        assert codec.image_grid(pixels) == codec.image_patches(pixels)[1], size
+    assert len(grids) > 3
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

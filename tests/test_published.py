@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
-from genevolve_fast.data.conversations import ImageFiles, load_conversations
+from genevolve_fast.data.conversations import open_conversations
 from genevolve_fast.data.published import HubSet, inspect, open_set, read_requests
 from genevolve_fast.data.rows import BadRow, BadRows, DataError, read_rows, safe_file
+from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.sandbox.tiny_policy import start_path
 
 ROW = {
     "id": 0,
@@ -211,12 +213,13 @@ IMAGES = ["images/traj_00000/IMG_001.png"]
 
 def test_listed_pictures_that_no_placeholder_places_are_not_fed(tmp_path, policy):
     home = sft(tmp_path, [{"messages": TALK, "images": IMAGES}])
-    (sample,), dropped = load_conversations(tmp_path, policy.codec, ImageFiles(), 4096)
-    assert sample.images == () and sample.grids == () and dropped == 0
+    samples = open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz")
+    (sample,) = samples
+    assert sample.images == () and sample.grids == () and samples.dropped == 0
     assert policy.codec.image_pad_id not in sample.ids and sample.loss_mask.any()
     placed = [*TALK[:3], {"role": "user", "content": "<image>"}, TALK[4]]
     (home / "train.jsonl").write_text(json.dumps({"messages": placed, "images": IMAGES}))
-    (sample,), _ = load_conversations(home, policy.codec, ImageFiles(), 4096)
+    (sample,) = open_conversations(home, policy.codec, 4096, tmp_path / "index.npz")
     assert len(sample.images) == 1 and (sample.ids == policy.codec.image_pad_id).sum() == 9
 
 
@@ -234,9 +237,10 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path, policy):
     for reason, change in cases.items():
         (home / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
         with pytest.raises(BadRow, match=f"line 2: .*{reason}"):
-            load_conversations(tmp_path, policy.codec, ImageFiles(), 4096)
+            open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz")
         bad = BadRows(strict=False)
-        assert len(load_conversations(tmp_path, policy.codec, ImageFiles(), 4096, bad)[0]) == 1 and bad.count == 1
+        samples = open_conversations(tmp_path, policy.codec, 4096, tmp_path / "index.npz", bad=bad)
+        assert len(samples) == 1 and bad.count == 1
 
 
 def test_the_demonstrators_rows_cannot_be_left_out():
@@ -319,6 +323,16 @@ try:
     open_requests(DataConfig(path="loopback/absent"), "rl")
 except ValueError as error:
     print(error)
+
+from pathlib import Path
+from genevolve_fast.data.conversations import open_conversations
+from genevolve_fast.policy.codec import TransformersCodec
+from genevolve_fast.sandbox.tiny_policy import start_path
+
+print(sum(1 for _ in Path(sys.argv[2]).parent.rglob("*.png")))
+codec = TransformersCodec.from_pretrained(start_path())
+talks = open_conversations(Path(sys.argv[1]), codec, 10**6, Path(sys.argv[2]))
+print(len(talks), sum(len(t.ids) for t in talks), sum(len(t.images) for t in talks))
 """
 
 
@@ -335,16 +349,17 @@ def test_a_hub_id_is_streamed_and_its_pictures_come_when_they_are_asked_for(tmp_
     with LoopbackHub(view) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         settings |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", HUB, REPOSITORY], env=os.environ | settings, capture_output=True, text=True
-        )
+        arguments = [sys.executable, "-c", HUB, REPOSITORY, str(tmp_path / "hub.npz")]
+        done = subprocess.run(arguments, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     rows, talks = (sum(1 for _ in open_set(str(view), *of).rows()) for of in (("rl", "train"), ("sft", "eval")))
     assert lines[:2] == [f"{rows} (96, 96, 3) ['background', 'items']", str(talks)]
     assert "loopback/absent/GenEvolve-Data-RL/train cannot be read from the hub" in lines[2]
-    cached = [p for p in tmp_path.rglob("*.png")]
-    assert len(cached) == 1  # only the picture that was asked for
+    codec = TransformersCodec.from_pretrained(start_path())
+    local = open_conversations(view, codec, 10**6, tmp_path / "local.npz")
+    assert lines[3] == "1"  # only the picture that was asked for
+    assert lines[4] == f"{len(local)} {local.tokens.sum()} {local.images.sum()}"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from loopback.engine import LoopbackEngine
 from safetensors.torch import load_file
+from test_memory_discipline import one_loss
 from test_weights import SMALL, adapted, bits, logits, rollouts, same, text_policy, train_on, trainable  # noqa: F401
 
 from genevolve_fast.commands.opening import open_policy, open_world
@@ -108,7 +109,7 @@ def test_wide_weights_are_let_go_one_by_one(monkeypatch):
     assert devices == {torch.device("cpu")}
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("kind", ["Qwen3", pytest.param("Llama", marks=pytest.mark.slow)])
 def test_text_only_decoders(policy, kind):
     text = text_policy(kind, policy.codec)
     quantize(text)
@@ -148,7 +149,19 @@ def test_logits_are_those_of_the_dequantized_policy(dtype):
     assert torch.equal(base, logits(plain_of(policy))) and not torch.equal(base, logits(policy))
 
 
-@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_loss_through_the_visits_has_the_same_gradient(checkpointing):
+    gradients = []
+    for policy in pair():
+        policy.gradient_checkpointing = checkpointing
+        policy.tile_tokens = 16
+        one_loss(policy).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainable(policy).values()]))
+    assert gradients[1].norm() > 0 and (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_adapters_gradient_is_that_on_the_dequantized_policy(rollouts, checkpointing):  # noqa: F811
     """Prompt, replies in tiles, teacher in the same visits, reference: all through the 4-bit layers."""
     gradients, traces = [], []
@@ -169,7 +182,7 @@ def test_the_adapters_gradient_is_that_on_the_dequantized_policy(rollouts, check
         assert abs(traces[0][name].teacher_logps - theirs.teacher_logps).max() < 1e-5
 
 
-def test_reference_is_the_adapter_off_and_the_average_is_of_a_and_b(rollouts):  # noqa: F811
+def test_reference_is_the_adapter_off_and_the_average_is_of_a_and_b():
     policy, _ = pair()
     reference, average = base_weights(policy), Average(policy, 0.5)
     assert isinstance(reference, AdapterOff) and reference.nbytes == 0
@@ -182,6 +195,7 @@ def test_reference_is_the_adapter_off_and_the_average_is_of_a_and_b(rollouts):  
     assert not same(bits(policy), held) and not torch.equal(logits(policy), student)
 
 
+@pytest.mark.slow
 def test_the_embedded_engine_samples_from_them(pictures):
     policy, plain = pair()
     ids = [*policy.codec.encode("<|im_start|>user\nDraw a red square.<|im_end|>\n<|im_start|>assistant\n")]
@@ -247,7 +261,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_comes_back_to_the_bit(tmp_path
     assert same(bits(again), bits(policy)) and torch.equal(logits(again), logits(policy))
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_engines_are_given_the_values_computed_with(merged):
     policy, plain = pair()
     weights = full_weights(policy, merged=merged)

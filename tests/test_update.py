@@ -128,12 +128,12 @@ def test_a_step_keeps_no_rows_of_its_micro_batches(policy, rollouts, monkeypatch
         packed.extend(weakref.ref(x) for x in (micro.student.ids, micro.student.positions, micro.rows))
         real(step, micro, *rest)
 
-    def traces(step):
+    def results(step):
         gc.collect()
         assert len(packed) > 3 and all(x() is None for x in packed)
-        return {}
+        return {}, {}
 
     monkeypatch.setattr(update._Step, "reply", reply)
-    monkeypatch.setattr(update._Step, "traces", traces)
+    monkeypatch.setattr(update._Step, "results", results)
     batch = [TrainingRollout(t, a, (41, 50)) for t, a in zip(trajectories, (1.0, -0.5, 0.3, -1.2), strict=False)]
     accumulate_gradients(policy, batch, images, Objective(kl_coef=0.0), temperature=TEMPERATURE, max_tokens=700)

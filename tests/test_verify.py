@@ -47,12 +47,12 @@ def test_a_lost_first_token_is_seen(policy, pictures, monkeypatch):
     """What NeMo Automodel's prefix sharing did: the prediction of the first reply token had no gradient."""
     rollouts, images = mixed_batch(policy.codec, pictures)
 
-    def forgetful(policy, prefix, x, rows):
+    def forgetful(prefix, x, rows):
         lost = torch.where((rows < len(prefix.last))[:, None], torch.zeros(()), torch.ones(()))
-        h = real(policy, prefix, x, rows)
+        h = real(prefix, x, rows)
         return h * lost + (h * (1 - lost)).detach()
 
-    real = passes.head_input
-    monkeypatch.setattr("genevolve_fast.train.update.head_input", forgetful)
+    real = passes.predicting
+    monkeypatch.setattr("genevolve_fast.train.update.predicting", forgetful)
     seen = deviation(policy, rollouts, images)
     assert not seen.holds and "DEVIATES" in str(seen)

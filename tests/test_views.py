@@ -15,7 +15,7 @@ from loopback.canvas_service import LoopbackCanvas
 
 from genevolve_fast.cli import main
 from genevolve_fast.data.config import DataConfig, open_requests
-from genevolve_fast.data.conversations import ImageFiles, load_conversations
+from genevolve_fast.data.conversations import open_conversations
 from genevolve_fast.data.published import CONSTRUCTION, EVAL_TYPES
 from genevolve_fast.data.review import JudgedPicture, Review
 from genevolve_fast.data.rows import read_jsonl, read_picture
@@ -269,10 +269,10 @@ def test_judges_work_from_the_view_and_the_agent_never_sees_the_construction():
         assert CONSTRUCTION not in request.question and "checklist" not in request.question
 
 
-def test_sft_reads_the_view_and_feeds_its_pictures(policy):
-    samples, dropped = load_conversations(made("view"), policy.codec, ImageFiles(), 32768)
+def test_sft_reads_the_view_and_feeds_its_pictures(policy, tmp_path):
+    samples = open_conversations(made("view"), policy.codec, 32768, tmp_path / "index.npz")
     rows = list(read_jsonl(made("view") / "GenEvolve-Data-SFT" / "train.jsonl"))
-    assert len(samples) == len(rows) and not dropped
+    assert len(samples) == len(rows) and not samples.dropped
     assert [len(s.images) for s in samples] == [len(row["images"]) for row in rows] and any(s.images for s in samples)
 
 

@@ -289,6 +289,36 @@ def test_a_session_keeps_its_server_and_moves_when_that_one_dies(own, connected)
         assert engine.incidents.take()["engine/connect"] >= 1
 
 
+def test_while_the_policy_trains_a_server_that_comes_back_is_given_the_weights_before_the_update(own, connected):
+    with LoopbackEngine() as victim:
+        engine = connected(own, victim, overlaps=True)
+        engine.update_weights(0)
+        first, wanted = ask(engine, own), expected(own)
+        train(own)  # the optimizer's step, while turns are still sampled with the weights before it
+        victim.restart()
+        again = ask(engine, own)
+        assert same(first, wanted) and same(again, wanted) and not same(again, expected(own))
+        assert engine.incidents.take()["engine/stale_weights"] == 1 and engine.mismatches == 0
+        victim.restart()
+        engine.overlaps = False  # what is on the disk is not what the policy has
+        with pytest.raises(EngineError, match="differ from the policy's"):
+            ask(engine, own)
+
+
+def test_weights_do_not_change_under_a_turn(server, own, connected):
+    engine = connected(own, server)
+    engine.update_weights(0)
+    long = Sampling(temperature=1.0, top_p=1.0, max_tokens=400, stop_ids=())
+    asking = threading.Thread(target=ask, args=(engine, own), kwargs={"sampling": long})
+    asking.start()
+    while not engine._asking:
+        time.sleep(0.001)
+    with pytest.raises(RuntimeError, match="update_weights while 1 turns are being sampled"):
+        engine.update_weights(1)
+    asking.join()
+    engine.update_weights(1)
+
+
 def test_an_image_processor_that_differs_is_named(own, connected, tmp_path, pictures):
     own.save_pretrained(tmp_path / "other")
     file = tmp_path / "other" / "preprocessor_config.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -100,6 +101,33 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class PlannedBundle:
+    """A bundle that is made when it is called for; how many micro-batches it will have, and whether any is taught."""
+
+    make: Callable[[], Bundle]
+    microbatches: int
+    taught: bool
+
+    def __call__(self) -> Bundle:
+        return self.make()
+
+
+def idle_prefix(device: torch.device | str) -> tuple[Packed, Layout]:
+    """One row to pass the layers with ranks that have prompts."""
+    return _idle(device), Layout((0, 1))
+
+
+def idle_reply(prefix: Layout, device: torch.device | str) -> tuple[Packed, Layout]:
+    """One row that reads the first prompt, to pass the layers with ranks that have replies."""
+    return _idle(device), Layout((0, 1), ((0, prefix.cu_seqlens[1]),))
+
+
+def _idle(device) -> Packed:
+    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=device)  # noqa: E731
+    return Packed(zeros(1), zeros(3, 1), zeros(0), zeros(0))
+
+
+@dataclass(frozen=True)
 class PushedTokens:
     """Rows that pass the layers once in the forward."""
 
@@ -168,7 +196,7 @@ def bundles(
     *,
     max_tokens: int,
     sdl_scope: str = "all",
-) -> list[Callable[[], Bundle]]:
+) -> list[PlannedBundle]:
     """The rollouts in bundles of groups, each made when it is called for.
 
     Rollouts with equal prompts (ids and pixels) form a group. Groups that fit into max_tokens together with all their
@@ -181,10 +209,18 @@ def bundles(
         groups.setdefault(reply.prompt, []).append(reply)
     members = list(groups.values())
     weights = [g[0].start + sum(reply.rows for reply in g) for g in members]
-    return [
-        lambda chosen=chosen: _bundle([members[i] for i in chosen], codec, device, max_tokens)
-        for chosen in plan_microbatches(weights, max_tokens)
-    ]
+    planned = []
+    for chosen in plan_microbatches(weights, max_tokens):
+        inside = [members[i] for i in chosen]
+        replies = [reply for group in inside for reply in group]
+        planned.append(
+            PlannedBundle(
+                partial(_bundle, inside, codec, device, max_tokens),
+                len(plan_microbatches([reply.rows for reply in replies], max_tokens)),
+                any(reply.eligible.any() for reply in replies),
+            )
+        )
+    return planned
 
 
 def _bundle(groups: Sequence[Sequence[_Reply]], codec, device, max_tokens: int) -> Bundle:

@@ -17,7 +17,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from genevolve_fast.agent.protocol import Answer, parse_reply
-from genevolve_fast.data.rows import BadRow, BadRows, DataError, read_picture, read_rows, relative_problem, safe_file
+from genevolve_fast.data.rows import (
+    BadRow,
+    BadRows,
+    DataError,
+    InlinePicture,
+    read_picture,
+    read_rows,
+    relative_problem,
+    safe_file,
+)
 from genevolve_fast.trajectory import Request
 
 Which = Literal["sft", "rl", "bench"]
@@ -85,6 +94,7 @@ class HubSet:
     def __init__(self, repository: str, which: Which, split: str) -> None:
         self.repository, self.which, self.split = repository, which, split
         self.where = f"{repository}/{LAYOUTS[which].folder}/{split}"
+        self._files: dict[str, Path] = {}  # the hub is asked once for each
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         try:
@@ -108,11 +118,14 @@ class HubSet:
     def file(self, name: Any) -> Path:
         if problem := relative_problem(name):
             raise DataError(problem)
+        if name in self._files:
+            return self._files[name]
         from huggingface_hub import hf_hub_download
 
         inside = f"{LAYOUTS[self.which].folder}/{name}"
         try:
-            return Path(hf_hub_download(self.repository, inside, repo_type="dataset"))
+            self._files[name] = Path(hf_hub_download(self.repository, inside, repo_type="dataset"))
+            return self._files[name]
         except Exception as error:  # the hub's own errors, and those of its transport
             told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise DataError(f"cannot get {inside} of {self.repository}: {told}") from None
@@ -158,8 +171,9 @@ def find_tables(folder: Path, split: str) -> list[Path]:
             return [place / f"{split}.jsonl"]
         if (place / f"{split}.parquet").is_file():
             return [place / f"{split}.parquet"]
-        if shards := sorted(place.glob(f"{split}-*.parquet")):
-            return shards
+        for ending in ("jsonl", "parquet"):
+            if shards := sorted(place.glob(f"{split}-*.{ending}")):
+                return shards
     return []
 
 
@@ -263,8 +277,13 @@ class TruthFiles:
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def check_conversation(row: Mapping[str, Any], where: str, line: int) -> tuple[list[dict[str, str]], list[str]]:
-    """(messages, relative picture paths) of an SFT row. Raises BadRow naming the first field that is wrong."""
+def check_conversation(
+    row: Mapping[str, Any], where: str, line: int
+) -> tuple[list[dict[str, str]], list[str | InlinePicture]]:
+    """(messages, relative paths of pictures, or pictures that lie in the row) of an SFT row.
+
+    Raises BadRow naming the first field that is wrong.
+    """
 
     def bad(name: str, reason: str) -> BadRow:
         return BadRow(where, line, name, reason)
@@ -283,10 +302,12 @@ def check_conversation(row: Mapping[str, Any], where: str, line: int) -> tuple[l
     images = [] if images is None else images
     if not isinstance(images, (list, tuple)):
         raise bad("images", f"must be a list of paths, not {_shown(images)}")
-    names = [image.get("path") if isinstance(image, Mapping) else image for image in images]  # an Image feature's form
-    for i, name in enumerate(names):
-        if problem := relative_problem(name):
-            raise bad(f"images[{i}]", problem)
+    names = []
+    for i, image in enumerate(images):
+        try:
+            names.append(_picture_of(image))
+        except DataError as error:
+            raise bad(f"images[{i}]", str(error)) from None
     placed = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages if m["role"] != "assistant")
     if placed > len(names):
         raise bad("images", f"{placed} image placeholders but too few images: {len(names)}")
@@ -297,12 +318,26 @@ def check_conversation(row: Mapping[str, Any], where: str, line: int) -> tuple[l
     return [{"role": m["role"], "content": m["content"]} for m in messages], names
 
 
-def check_references(messages: list[dict[str, str]], names: list[str], where: str, line: int) -> None:
+def _picture_of(image: Any) -> str | InlinePicture:
+    """A relative path, or the picture of a data URL or of an Image feature's {bytes, path}. Raises DataError."""
+    if isinstance(image, Mapping):
+        path, data = image.get("path"), image.get("bytes")
+        if isinstance(data, bytes):
+            return InlinePicture(path if isinstance(path, str) else "", data)
+        image = path
+    if isinstance(image, str) and image.startswith("data:image/"):
+        return InlinePicture.from_url(image)
+    if problem := relative_problem(image):
+        raise DataError(problem)
+    return image
+
+
+def check_references(messages: list[dict[str, str]], names: list[str | InlinePicture], where: str, line: int) -> None:
     """Raise BadRow where the answer names an image id that no listed picture carries."""
     answer = parse_reply(messages[-1]["content"])
     if not isinstance(answer, Answer):
         raise BadRow(where, line, "messages", "does not end in an answer")
-    carried = {PurePosixPath(name).stem for name in names}
+    carried = {PurePosixPath(n.name if isinstance(n, InlinePicture) else n).stem for n in names}
     if names and not any(stem.startswith("IMG_") for stem in carried):
         return  # pictures under other names: nothing to compare
     if lost := [img_id for img_id, _ in answer.reference_images if img_id not in carried]:
@@ -346,8 +381,17 @@ def inspect(
     pictures: dict[str, str] = {}  # name -> problem
     ids: dict[str, int] = {}
 
-    def check_pictures(names: list[str], line: int, name: str) -> None:
+    def check_pictures(names: list[str | InlinePicture], line: int, name: str) -> None:
         for picture in names:
+            if isinstance(picture, InlinePicture):
+                progress()
+                try:
+                    if decode:
+                        picture.pixels()
+                except DataError as error:
+                    raise BadRow(source.where, line, name, str(error)) from None
+                found.pictures += 1
+                continue
             if picture not in pictures:
                 pictures[picture] = _picture_problem(source, picture, decode)
                 progress()
@@ -375,7 +419,7 @@ def inspect(
                 found.note(name, getattr(request, name))
         except BadRow as error:
             found.bad.add(error)
-    found.pictures = sum(not problem for problem in pictures.values())
+    found.pictures += sum(not problem for problem in pictures.values())
     return found
 
 

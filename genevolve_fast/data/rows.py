@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,19 +60,25 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         return
     try:
         with path.open("rb") as f:
-            if f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            if begins_list(f.read(4096)):
                 f.seek(0)
-                yield from _list_rows(path, f.read())
+                yield from list_rows(path, f.read())
                 return
             f.seek(0)
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield number, _row(path, number, line)
+                    yield number, parse_row(path, number, line)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _list_rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+def begins_list(data: bytes) -> bool:
+    """Whether these first bytes of a file are those of a JSON list, not of JSONL."""
+    return data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def list_rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """(number from 1, row) of a JSON list. Raises DataError."""
     try:
         rows = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -79,7 +87,8 @@ def _list_rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any] | 
         yield number, row if isinstance(row, dict) else _no_object(path, number, row)
 
 
-def _row(path: Path, number: int, line: bytes) -> dict[str, Any] | BadRow:
+def parse_row(path: Path, number: int, line: bytes) -> dict[str, Any] | BadRow:
+    """The row on one line of a JSONL file."""
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -153,8 +162,35 @@ def read_picture(path: Path) -> np.ndarray:
         size = path.stat().st_size
         if size > MAX_PICTURE_BYTES:
             raise DataError(f"cannot read image {path}: {size} bytes, the limit is {MAX_PICTURE_BYTES}")
-        return decode_image(path.read_bytes(), MAX_PIXELS, MAX_SIDE).pixels
+        return _decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class InlinePicture:
+    """A picture that lies in its row, encoded, and the name it goes by there (empty: none)."""
+
+    name: str
+    data: bytes
+
+    @classmethod
+    def from_url(cls, url: str) -> InlinePicture:
+        """Of a data URL. Raises DataError: not base64."""
+        try:
+            return cls("", base64.b64decode(url.partition(",")[2], validate=True))
+        except ValueError:
+            raise DataError(f"{url[:40]!r} is a data URL whose picture is not base64") from None
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [height, width, 3]. Raises DataError: too large, broken, no picture."""
+        if len(self.data) > MAX_PICTURE_BYTES:
+            raise DataError(f"cannot read the row's image: {len(self.data)} bytes, the limit is {MAX_PICTURE_BYTES}")
+        return _decoded(self.data, self.name or "in the row")
+
+
+def _decoded(data: bytes, what: str) -> np.ndarray:
+    try:
+        return decode_image(data, MAX_PIXELS, MAX_SIDE).pixels
     except FetchError as error:
-        raise DataError(f"cannot read image {path}: {error}") from None
+        raise DataError(f"cannot read image {what}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,22 @@ class _Entrance(torch.autograd.Function):
         return None, None
 
 
+class Unit(nn.Module):
+    """Modules whose weights are gathered together: `forward` runs a function while they are whole.
+
+    What shards weights (FSDP2, ZeRO-3) hooks a module's forward; functions of several modules need one to call.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+        for i, weight in enumerate(dict.fromkeys(p for m in modules for p in m.parameters())):
+            self.register_parameter(f"weight_{i}", weight)  # ZeRO-3 gathers what a module itself owns
+
+    def forward(self, function: Callable, *inputs):
+        return function(*inputs)
+
+
 def no_policy(path: str | Path) -> FileNotFoundError:
     """What to tell a user whose policy is nowhere."""
     return FileNotFoundError(f"no policy {str(path)!r}: no folder with a config.json, not cached, not on the hub")
@@ -106,7 +122,17 @@ class Policy(nn.Module):
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
         # a plain list: the layers are registered in `model` already
         self.__dict__["visits"] = [Visit(layer, i, rotate) for i, layer in enumerate(self.decoder.layers)]
+        head = (self.decoder.norm, self.model.lm_head)
+        tied = self.head_weight is self.decoder.embed_tokens.weight
+        # a weight belongs to one unit only
+        self.__dict__["entrance"] = Unit(self.decoder.embed_tokens, *(head if tied else ()))
+        self.__dict__["exit"] = self.entrance if tied else Unit(*head)
         self.gradient_checkpointing = False
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What the training pass calls one after another; between two calls a unit's weights need not be whole."""
+        return [self.entrance, *self.visits, *([] if self.exit is self.entrance else [self.exit])]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
@@ -280,14 +306,14 @@ class Policy(nn.Module):
             if features is not None and index < len(features.deepstack):
                 flat = x.reshape(-1, x.shape[-1])
                 x = flat.index_add(0, image_rows, features.deepstack[index].to(x.dtype)).view(x.shape)
-        return self.decoder.norm(x)
+        return self.decoder.norm.forward(x)
 
     def _axes(self, positions: Tensor) -> Tensor:
         """positions [3, batch, n] as the rotary embedding takes them: one axis where the model has no other."""
         return positions if self.has_vision else positions[0]
 
     def _embed(self, ids: Tensor, image_rows: Tensor | None, image_embeds: Tensor | None) -> Tensor:
-        x = self.decoder.embed_tokens(ids)
+        x = self.decoder.embed_tokens.forward(ids)  # no hooks: see Unit
         if image_embeds is None:
             return x
         return x.reshape(-1, x.shape[-1]).index_copy(0, image_rows, image_embeds.to(x.dtype)).view(x.shape)
@@ -297,8 +323,17 @@ class Policy(nn.Module):
         cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
         return cos[0], sin[0]
 
-    def embed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """[n, H] what enters the first layer; it takes gradients, which end here where nothing before it does."""
+    def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
+        """[n, H] what enters the first layer of the student's and the teacher's rows; the teacher's has no graph."""
+        return self.entrance(self._embed_both, *both, features)
+
+    def _embed_both(self, student: Packed | None, teacher: Packed | None, features: ImageFeatures | None):
+        x = None if student is None else self._embed_packed(student, features)
+        with torch.no_grad():
+            return x, None if teacher is None else self._embed_packed(teacher, features)
+
+    def _embed_packed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
+        """It takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
         x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
         if x.requires_grad or not torch.is_grad_enabled():

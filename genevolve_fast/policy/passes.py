@@ -23,6 +23,7 @@ class Prefix:
         self, policy: Policy, rows: Packed, layout: Layout, last_rows: Tensor, features: ImageFeatures | None
     ) -> None:
         self.cache = PrefixCache()
+        self.layout = layout
         stream = Stream(policy.rotary(rows.positions), layout, fills=self.cache)
         x, _ = through_layers(policy, features, (rows, stream))
         self._graph = x[last_rows]
@@ -31,10 +32,10 @@ class Prefix:
             self.last.requires_grad_().register_hook(Tensor.clone)  # a view would keep all rows' gradient alive
             self.cache.collect_gradients()
 
-    def backward(self) -> None:
+    def backward(self, backward: Callable[[Tensor], None] = Tensor.backward) -> None:
         """Hand what the replies gathered to the prompts' own layers, embeddings and images."""
-        grad = self.last.grad
-        torch.autograd.backward(self._graph, torch.zeros_like(self.last) if grad is None else grad)
+        grad = torch.zeros_like(self.last) if self.last.grad is None else self.last.grad
+        backward((self._graph * grad).sum())  # a scalar with that gradient: engines take losses
         del self.cache, self._graph
 
 
@@ -48,11 +49,7 @@ def through_layers(
 
     The final norm is not applied: only the rows that reach the head need it.
     """
-    x = policy.embed(student[0], features) if student else None
-    teacher_x = None
-    if teacher:
-        with torch.no_grad():
-            teacher_x = policy.embed(teacher[0], features)
+    x, teacher_x = policy.embed(student and student[0], teacher and teacher[0], features=features)
     parking = policy.offload.layer if policy.offload and torch.is_grad_enabled() else nullcontext
     for index, visit in enumerate(policy.visits):
         with parking():
@@ -78,14 +75,17 @@ def reading(
     return rows, Stream(policy.rotary(rows.positions), layout, reads=prefix.cache, phase=phase)
 
 
-def head_input(policy: Policy, prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:
-    """Normed hidden states [len(rows), H]: `rows` index the prefix's last rows, then those of x."""
+def predicting(prefix: Prefix, x: Tensor | None, rows: Tensor) -> Tensor:
+    """Last layer's outputs [len(rows), H] that the head reads: `rows` index the prefix's last rows, then those of x."""
     states = prefix.last if x is None else torch.cat([prefix.last, x])
-    return normed(policy, states[rows])
+    return states[rows]
 
 
 def normed(policy: Policy, x: Tensor) -> Tensor:
-    """The final norm of x [n, H]; it widens one tile of rows at a time, and saves only x where layers do."""
+    """The final norm of x [n, H]; it widens one tile of rows at a time, and saves only x where layers do.
+
+    Called inside `policy.exit`, where its weights are whole.
+    """
     if policy.gradient_checkpointing or not torch.is_grad_enabled():
         return in_tiles(policy.decoder.norm, x, policy.tile_tokens)
-    return policy.decoder.norm(x)
+    return policy.decoder.norm.forward(x)

@@ -99,7 +99,6 @@ class Visit(nn.Module):
         self.rotate = rotate
         self.checkpoint = True
         self.tile_rows = TILE_ROWS
-        self.done: Callable[[], None] | None = None  # called when the backward has passed the layer
 
     def forward(
         self, x: Tensor | None, stream: Stream | None, teacher_x: Tensor | None = None, teacher: Stream | None = None
@@ -112,13 +111,18 @@ class Visit(nn.Module):
             elif self.checkpoint and self.draws:
                 y = checkpoint(self.differentiable, x, stream, use_reentrant=False)  # it restores the random state
             elif self.checkpoint:
-                y = _Checkpointed.apply(x, self, stream)
+                y = _Checkpointed.apply(x, self, stream, *self.trained)
             else:
                 y = self.differentiable(x, stream)
         if teacher_x is not None:
             with teacher.phase(), torch.no_grad():
                 teacher_x = self.bare(teacher_x, teacher)
         return y, teacher_x
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The layer's weights that take gradients, as they are now: gathered inside a visit."""
+        return [p for p in self.layer.parameters() if p.requires_grad]
 
     @property
     def draws(self) -> bool:
@@ -179,9 +183,10 @@ class Visit(nn.Module):
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
-    def gradient(self, x: Tensor, stream: Stream, g: Tensor) -> Tensor:
-        """Gradient of x [n, H] from that of the output, g [n, H], which is overwritten; weights gather theirs."""
+    def gradient(self, x: Tensor, stream: Stream, g: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of x [n, H] and of the `trained` weights, from that of the output, g [n, H]: it is overwritten."""
         layer, tiles = self.index, tiles_of(len(x), self.tile_rows)
+        weights = _WeightGradients(self.trained, len(tiles))
         projections = _Tiled(lambda t, x_t: self.project(x_t, *(r[t] for r in stream.rotary)), x, tiles)
         q, k, v = projections.outputs
         out, lse = attention_forward(q, k, v, stream.layout, *stream.prefix(layer), scale=self.scale)
@@ -192,12 +197,10 @@ class Visit(nn.Module):
             part = mid.detach()[t].requires_grad_()
             with torch.enable_grad():
                 y = self.mlp(part)
-            torch.autograd.backward(y, g[t])
+            g[t] = weights.backward((y,), (g[t],), part)
             del y
-            g[t] = part.grad
-        torch.autograd.backward(mid, g)
+        d_out = weights.backward((mid,), (g,), attended).view_as(out)
         del mid
-        d_out, attended.grad = attended.grad.view_as(out), None
         d_q, d_k, d_v = attention_backward(
             d_out, q, k, v, out.detach(), lse, stream.layout, *stream.prefix(layer), stream.prefix_grads(layer),
             scale=self.scale,
@@ -207,18 +210,20 @@ class Visit(nn.Module):
             from_replies = stream.fills.grads[layer]
             d_k, d_v = ((a + b).to(d_k.dtype) for a, b in zip((d_k, d_v), from_replies, strict=True))
             stream.fills.release(layer)
-        for t, d_x in projections.backward((d_q, d_k, d_v)):
+        for t, d_x in projections.backward((d_q, d_k, d_v), weights):
             g[t] += d_x
-        if self.done is not None:
-            self.done()
-        return g
+        return g, weights.results()
 
 
 class _Checkpointed(torch.autograd.Function):
-    """A visit's student rows: saves their input, and nothing else."""
+    """A visit's student rows: saves their input, and nothing else.
+
+    The weights are inputs so that each gets one gradient a backward, whatever the number of tiles: engines that reduce
+    gradients as they come take a second one for an error.
+    """
 
     @staticmethod
-    def forward(ctx, x, visit, stream):
+    def forward(ctx, x, visit, stream, *weights):
         ctx.save_for_backward(x)
         ctx.visit, ctx.stream = visit, stream
         return visit.bare(x, stream)
@@ -228,7 +233,37 @@ class _Checkpointed(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         g = g.contiguous()  # an expanded gradient, as sum() hands out, cannot be written to
-        return ctx.visit.gradient(x.detach(), ctx.stream, g), None, None
+        d_x, d_weights = ctx.visit.gradient(x.detach(), ctx.stream, g)
+        return d_x, None, None, *d_weights
+
+
+class _WeightGradients:
+    """Gradients of some weights, summed over tiles: in fp32 where there are several and the weights are narrower."""
+
+    def __init__(self, weights: Sequence[Tensor], tiles: int) -> None:
+        self.weights = weights
+        self.tiles = tiles
+        self._sums: list[Tensor | None] = [None] * len(weights)
+
+    def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Gradient of x; what the weights get is added to theirs."""
+        d_x, *own = torch.autograd.grad(outputs, (x, *self.weights), grads, allow_unused=True)
+        for i, d in enumerate(own):
+            if d is None:
+                continue
+            if self._sums[i] is None:
+                wide = d.dtype if self.tiles == 1 else torch.promote_types(d.dtype, torch.float32)
+                self._sums[i] = d.to(wide)
+            else:
+                self._sums[i] += d
+            own[i] = None
+        return d_x
+
+    def results(self) -> list[Tensor | None]:
+        """One gradient a weight, in its dtype."""
+        for i, (d, w) in enumerate(zip(self._sums, self.weights, strict=True)):
+            self._sums[i] = None if d is None else d.to(w.dtype)
+        return self._sums
 
 
 class _Tiled:
@@ -248,15 +283,15 @@ class _Tiled:
         with torch.enable_grad():
             return leaf, self.function(t, leaf)
 
-    def backward(self, grads: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """(tile, gradient of its rows) one after another; weights gather theirs."""
+    def backward(self, grads: Sequence[Tensor], weights: _WeightGradients) -> Iterator[tuple[slice, Tensor]]:
+        """(tile, gradient of its rows) one after another; the weights gather theirs."""
         self.outputs = ()
         for t in self.tiles:
             leaf, outputs = self._graph or self._run(t)
             self._graph = None
-            torch.autograd.backward(outputs, [g[t] for g in grads])
+            d_x = weights.backward(outputs, [g[t] for g in grads], leaf)
             del outputs
-            yield t, leaf.grad
+            yield t, d_x
 
 
 def tiles_of(rows: int, most: int) -> list[slice]:
@@ -281,28 +316,31 @@ def _joined(tiles: list[slice], function: Callable[[slice], Sequence[Tensor]]) -
 
 
 class _Rowwise(torch.autograd.Function):
-    """A module of single rows, as a norm is, in tiles: saves its input, runs again in the backward."""
+    """A module of single rows, as a norm is, in tiles: saves its input, runs again in the backward.
+
+    `forward` is called instead of the module: DeepSpeed's hooks would gather its weights once a tile.
+    """
 
     @staticmethod
-    def forward(ctx, x, module, tile_rows):
+    def forward(ctx, x, module, tile_rows, *weights):
         ctx.save_for_backward(x)
         ctx.module, ctx.tile_rows = module, tile_rows
-        return _joined(tiles_of(len(x), tile_rows), lambda t: (module(x[t]),))[0]
+        return _joined(tiles_of(len(x), tile_rows), lambda t: (module.forward(x[t]),))[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        out = torch.empty_like(x)
-        for t in tiles_of(len(x), ctx.tile_rows):
+        out, tiles = torch.empty_like(x), tiles_of(len(x), ctx.tile_rows)
+        weights = _WeightGradients([p for p in ctx.module.parameters() if p.requires_grad], len(tiles))
+        for t in tiles:
             part = x[t].detach().requires_grad_()
             with torch.enable_grad():
-                y = ctx.module(part)
-            torch.autograd.backward(y, g[t])
-            out[t] = part.grad
-        return out, None, None
+                y = ctx.module.forward(part)
+            out[t] = weights.backward((y,), (g[t],), part)
+        return out, None, None, *weights.results()
 
 
 def in_tiles(module: nn.Module, x: Tensor, tile_rows: int) -> Tensor:
     """module(x) of rows [n, H] that do not see each other, with at most tile_rows of them widened at once."""
-    return _Rowwise.apply(x, module, tile_rows)
+    return _Rowwise.apply(x, module, tile_rows, *(p for p in module.parameters() if p.requires_grad))

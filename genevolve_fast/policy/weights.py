@@ -64,29 +64,17 @@ class FrozenCopy:
         return f"a frozen copy, {human_bytes(self.nbytes)}"
 
 
-class Average:
-    """Exponential average of the trainable parameters, at least fp32: average = (1 - rate)·average + rate·student.
+class Snapshot:
+    """The trainable parameters as they are now, where the policy itself scores with them: sharded where it is."""
 
-    With LoRA, A and B are averaged one by one: each update is off the average of the products by the second-order term
-    -rate·(1 - rate)·(B - B_avg)·(A - A_avg); the exact one has the rank of all steps together, or is dense.
-    """
-
-    def __init__(self, policy: Policy, rate: float) -> None:
-        if not 0 < rate < 1:
-            raise ValueError(f"rate must lie between 0 and 1, got {rate}")
+    def __init__(self, policy: Policy, at_least: torch.dtype | None = None) -> None:
         self._policy = policy
-        self._rate = rate
-        self._students = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+        self._students = {n: held_part(p) for n, p in policy.model.named_parameters() if p.requires_grad}
         if not self._students:
-            raise ValueError("the policy has no trainable parameter to average")
-        self._average = {n: p.detach().to(_wide(p.dtype), copy=True) for n, p in self._students.items()}
+            raise ValueError("the policy has no trainable parameter to keep")
+        kind = lambda p: p.dtype if at_least is None else torch.promote_types(p.dtype, at_least)  # noqa: E731
+        self._average = {n: p.detach().to(kind(p), copy=True) for n, p in self._students.items()}
         self.nbytes = sum(map(_nbytes, self._average.values()))
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the student's weights: once after every optimizer step."""
-        for name, average in self._average.items():
-            average.mul_(1 - self._rate).add_(self._students[name], alpha=self._rate)
 
     @contextmanager
     def weights(self) -> Iterator[Policy]:
@@ -118,6 +106,37 @@ class Average:
                     _exchange(self._students[name].data, self._average[name])
             self._forget_derived()
 
+    def describe(self) -> str:
+        return f"a snapshot of this rank's part, {human_bytes(self.nbytes)}"
+
+    def _forget_derived(self) -> None:
+        """Drop what was computed from the weights that just left: image features, FSDP2's gathered copies."""
+        if any(".visual." in name for name in self._students):
+            self._policy.forget_images()
+        for module in self._policy.units:
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+class Average(Snapshot):
+    """Exponential average of the trainable parameters, at least fp32: average = (1 - rate)·average + rate·student.
+
+    With LoRA, A and B are averaged one by one: each update is off the average of the products by the second-order term
+    -rate·(1 - rate)·(B - B_avg)·(A - A_avg); the exact one has the rank of all steps together, or is dense.
+    """
+
+    def __init__(self, policy: Policy, rate: float) -> None:
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must lie between 0 and 1, got {rate}")
+        super().__init__(policy, torch.float32)
+        self._rate = rate
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the student's weights: once after every optimizer step."""
+        for name, average in self._average.items():
+            average.mul_(1 - self._rate).add_(self._students[name], alpha=self._rate)
+
     def save(self, path: str | Path) -> None:
         """Write the average to one safetensors file."""
         from safetensors.torch import save_file
@@ -140,13 +159,10 @@ class Average:
         copied = sum(_nbytes(p) for n, p in self._students.items() if p.dtype != self._average[n].dtype)
         return f"{line}, +{human_bytes(copied)} while it scores" if copied else line
 
-    def _forget_derived(self) -> None:
-        """Drop what was computed from the weights that just left: image features, FSDP2's gathered copies."""
-        if any(".visual." in name for name in self._students):
-            self._policy.forget_images()
-        for module in self._policy.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+
+def held_part(p: Tensor) -> Tensor:
+    """Where a rank holds its part of a weight: of ZeRO-3's parameters only that stays between visits."""
+    return getattr(p, "ds_tensor", p)
 
 
 def base_weights(policy: Policy) -> AdapterOff | FrozenCopy:
@@ -177,10 +193,6 @@ def _exchange(a: Tensor, b: Tensor) -> None:
     held = a.clone()
     a.copy_(b)
     b.copy_(held)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _nbytes(x: Tensor) -> int:

@@ -240,6 +240,20 @@ def sharing_ratio(
     return before / after
 
 
+# --- what a rank gets -------------------------------------------------------------------------------------------------
+
+
+def sequence_cost(shape: ModelShape, tokens: int, loss_tokens: int, passes: Passes | None = None) -> float:
+    """FLOPs of one sequence trained alone: linear maps, attention among its own tokens, the head on its loss rows."""
+    work = causal(tokens) + Work(rows=loss_tokens)
+    return step_flops(shape, Pushed(student=work), passes).total
+
+
+def group_cost(shape: ModelShape, group: GroupLengths, layout: Layout = SHARED, passes: Passes | None = None) -> float:
+    """FLOPs of one group: prefix, student, teacher, head."""
+    return step_flops(shape, pushed([group], layout), passes).total
+
+
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,7 @@ class TransformersEngine:
         self._stale = False
         self._lock = threading.Lock()  # around what both threads touch: sessions, waiting calls, the flags
         self._executor = executor or ThreadPoolExecutor(1, "engine")
+        self._own_executor = executor is None
 
     def open(self, session_id: str, adapter: str | None = None) -> None:
         with self._lock:
@@ -103,6 +104,11 @@ class TransformersEngine:
         self._stale = True
         if not self.policy.vision_frozen:
             self.policy.forget_images()
+
+    def shutdown(self) -> None:
+        """End the engine's own thread."""
+        if self._own_executor:
+            self._executor.shutdown(wait=False)
 
     async def exclusively(self, work: Callable[[], T]) -> T:
         """The result of `work`, called by the executor between two forwards."""

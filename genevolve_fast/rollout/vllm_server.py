@@ -22,8 +22,16 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import EngineError, Generation, Sampling
 from genevolve_fast.rollout.exchange import MASK_TOP_K, SEEDS, DataUrls, check_prompt, checked_generation, collapsed
 from genevolve_fast.rollout.loop_thread import LoopThread
+from genevolve_fast.rollout.server_processes import ServerProcesses
 from genevolve_fast.rollout.vllm_wire import Failure, Http, Server, message, one_choice
-from genevolve_fast.rollout.weights import HeadShape, differing, full_weights, write_folder, write_whole
+from genevolve_fast.rollout.weights import (
+    HeadShape,
+    differing,
+    folder_weights,
+    full_weights,
+    write_folder,
+    write_whole,
+)
 
 _AVOID_S = 2.0  # a server that failed is the last choice for this long
 _RESET_TRIES = 20
@@ -42,6 +50,10 @@ class VllmServerEngine:
     them and needs vLLM and a GPU here. A policy with an adapter sends the adapter alone, unless `merge_lora`. Every
     `verify_every`-th update is followed by a comparison of all parameters' digests (0: none); `dtype` is that of the
     servers' weights, by default the policy's.
+
+    `processes` are the servers where the run starts them: with the first update, until `shutdown`. `overlaps`: the
+    policy trains while turns are sampled, so a server that comes back is given the weights of the last update from
+    their files, and with "nccl", which keeps none, it is left out until the next update.
     """
 
     def __init__(
@@ -58,12 +70,15 @@ class VllmServerEngine:
         timeout_s: float = 600.0,
         verify_every: int = 1,
         api_key: str | None = None,
+        processes: ServerProcesses | None = None,
+        overlaps: bool = False,
     ) -> None:
         if not urls:
             raise ValueError("urls is empty: name at least one server")
         if sync == "disk" and sync_dir is None:
             raise ValueError("sync 'disk' needs sync_dir: a folder that trainer and servers see under the same path")
         self.policy, self.incidents = policy, incidents
+        self.processes, self.overlaps = processes, overlaps
         self.adapter_only = has_adapters(policy) and not merge_lora
         self.sync_dir = sync_dir and Path(sync_dir).absolute()
         self.dtype = dtype or policy.head_weight.dtype
@@ -79,6 +94,7 @@ class VllmServerEngine:
         self._label: str | None = None
         self._updates = 0
         self._sessions: set[str] = set()
+        self._asking = 0  # turns that are being sampled
         self._urls = DataUrls()
         self._loop = LoopThread("vllm-client")
         atexit.register(self.shutdown)
@@ -99,7 +115,12 @@ class VllmServerEngine:
         """Nothing to do: servers keep the memory of their own GPUs."""
 
     def shutdown(self) -> None:
-        """Close the connections and remove the weights' folder; the servers keep running with what they have."""
+        """Close the connections, remove the weights' folder, end the servers that were started here.
+
+        Others keep running with what they have.
+        """
+        if self.processes:
+            self.processes.stop()
         atexit.unregister(self.shutdown)
         if self._loop.closed:
             return
@@ -123,11 +144,19 @@ class VllmServerEngine:
                 self._failed(server, failure)
                 raise
 
-        made = await self._loop.call(self._patiently(attempt, "generate"))
+        self._asking += 1
+        try:
+            made = await self._loop.call(self._patiently(attempt, "generate"))
+        finally:
+            self._asking -= 1
         self.sampled_tokens += len(made.ids)
         return made
 
     def update_weights(self, version: int) -> None:
+        if self._asking:
+            raise RuntimeError(f"update_weights while {self._asking} turns are being sampled")
+        if self.processes:
+            self.processes.start()
         self._updates += 1
         previous, self._label = self._label, f"{self._run_id}-{version}.{self._updates}"
         if self._senders is None:
@@ -164,7 +193,7 @@ class VllmServerEngine:
     async def _attempt(self, server: Server, session_id: str, body, ids, images, sampling: Sampling) -> Generation:
         label = self._label
         if label is not None and server.label != label:
-            await self._bring_up(server)
+            await self._bring_up(server, sampling=True)
         if not server.checked:
             await self._check_mode(server)
         updates = server.updates
@@ -274,12 +303,22 @@ class VllmServerEngine:
 
         await self._patiently(some, "update_weights")
 
-    async def _bring_up(self, server: Server, previous: str | None = None, verify: bool = True) -> None:
-        """Load, verify, forget what was cached, say the new version, resume. Single-flight for each server."""
+    async def _bring_up(
+        self, server: Server, previous: str | None = None, verify: bool = True, sampling: bool = False
+    ) -> None:
+        """Load, verify, forget what was cached, say the new version, resume. Single-flight for each server.
+
+        `sampling`: between turns and not in `update_weights`, when the policy may have other weights already.
+        """
         async with server.lock:
             label = self._label
             if label is None or server.label == label:
                 return
+            moved = sampling and self.overlaps
+            if moved and self._senders is not None:
+                raise Failure(  # of a kind that sends the session to another server
+                    f"{server.url} is left out until the next update: nccl keeps no old weights", "server_error"
+                )
             verify = verify and bool(self.verify_every)
             await self._http.command(server, "/pause?mode=wait")
             try:
@@ -287,7 +326,7 @@ class VllmServerEngine:
                 await self._http.command(server, "/update_weight_version", {"new_version": unchecked})
                 await self._load(server, label)
                 if verify:
-                    await self._verify(server)
+                    await self._verify(server, from_files=moved)
                 await self._forget(server)
                 status, answer = await self._http.get(server, "/weight_info")
                 if self._http.accepted(server, status, answer).get("weight_version") != unchecked:
@@ -335,11 +374,17 @@ class VllmServerEngine:
         except Exception as error:
             raise Failure(f"{server.url}: {type(error).__name__}: {error}", "server_error") from error
 
-    async def _verify(self, server: Server) -> None:
-        """Raises EngineError where the server's parameters are not the policy's, byte for byte."""
+    async def _verify(self, server: Server, from_files: bool) -> None:
+        """Raises EngineError where the server's parameters are not the policy's, byte for byte.
+
+        `from_files`: those of the last update, which the policy has left behind. A base under an adapter never changes.
+        """
         status, answer = await self._http.post(server, "/weight_checker", {"action": "checksum"})
         reported = self._http.accepted(server, status, answer)["checksums"]
-        weights = full_weights(self.policy, merged=not self.adapter_only)
+        if from_files and not self.adapter_only:
+            weights = await asyncio.to_thread(folder_weights, self._folder(self._label))
+        else:
+            weights = full_weights(self.policy, merged=not self.adapter_only)
         heads = HeadShape.of(self.policy.model.config)
         wrong = await asyncio.to_thread(differing, reported, weights, heads, self.dtype)
         self.verified += len(reported)
@@ -378,6 +423,8 @@ class VllmServerEngine:
                 stop=tenacity.stop_after_delay(self.patience_s),
             ):
                 with trial:
+                    if self.processes:
+                        self.processes.check()
                     return await attempt()
         except tenacity.RetryError as error:
             last = error.last_attempt.exception()

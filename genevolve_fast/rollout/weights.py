@@ -101,6 +101,13 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype
     write_whole(folder, write)
 
 
+def folder_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that `write_folder` wrote, mapped into memory and not read yet."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `folder`, then rename it: no reader sees half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)

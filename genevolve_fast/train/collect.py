@@ -40,9 +40,13 @@ def sample_rollouts(
     settings: SessionSettings,
     seed: int,
     step: int = 0,
+    policy_step: int | None = None,
     on_done: Callable[[], None] | None = None,
 ) -> Rollouts:
-    """Run `num_generations` sessions of every request concurrently; seeds depend on (seed, step, request, k)."""
+    """Run `num_generations` sessions of every request concurrently; seeds depend on (seed, step, request, k).
+
+    `policy_step`: updates that the engine's weights have seen; none: `step`.
+    """
     plan = [
         (request, f"{step:06d}/{i:04d}-{request.id}", k)
         for i, request in enumerate(requests)
@@ -63,7 +67,7 @@ def sample_rollouts(
             rollout_id=rollout_id,
             group_id=group,
             seed=stable_seed(seed, step, request.id, k),
-            policy_step=step,
+            policy_step=step if policy_step is None else policy_step,
         )
         if on_done:
             on_done()

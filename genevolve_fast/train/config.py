@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from genevolve_fast.agent.tools import ToolsConfig
 from genevolve_fast.data.config import DataConfig
@@ -91,11 +91,26 @@ class WorldConfig(_Section):
 
 
 class ServerConfig(_Section):
-    urls: list[str] = Field(default_factory=list, description="Addresses of vLLM servers, http://host:port")
+    urls: list[str] = Field(
+        default_factory=list,
+        description="Addresses of servers that run already, http://host:port; none: the run starts its own",
+    )
+    cpu_servers: int = Field(0, ge=0, description="Servers that the run starts on this machine's CPU")
+    tensor_parallel_size: int = Field(1, ge=1, description="Of rollout_gpus, how many share one started server")
+    backend: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="What the run starts on rollout_gpus: vLLM where it is installed, else our own"
+    )
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, lt=1, description="Share of a GPU that a started vLLM takes; none: 0.85"
+    )
+    flags: list[str] = Field(default_factory=list, description="Passed to started servers as they are")
+    start_timeout_s: float = Field(900.0, gt=0, description="Seconds until every started server must answer")
     sync: Literal["disk", "nccl"] = Field(
         "disk", description="New weights by safetensors in sync_dir, or broadcast between GPUs by vLLM's own transfer"
     )
-    sync_dir: str | None = Field(None, description="Folder that trainer and servers see under the same path")
+    sync_dir: str | None = Field(
+        None, description="Folder that trainer and servers see under the same path; none: in the run"
+    )
     merge_lora: bool = Field(False, description="Send the adapter merged into whole weights instead of alone")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the servers' weights; none: policy.dtype"
@@ -116,6 +131,17 @@ class ServerConfig(_Section):
             raise ValueError("sync 'disk' needs sync_dir: a folder that trainer and servers see under the same path")
         if self.sync == "nccl" and self.sync_dir:
             raise ValueError("sync_dir with sync 'nccl' would do nothing: weights are broadcast")
+        if self.urls and self.cpu_servers:
+            raise ValueError("urls and cpu_servers: servers run already, or the run starts them")
+        if self.cpu_servers and self.sync == "nccl":
+            raise ValueError("sync 'nccl' broadcasts between GPUs, and cpu_servers have none: use 'disk'")
+        started = ("tensor_parallel_size", "backend", "gpu_memory_utilization", "flags", "start_timeout_s")
+        changed = [name for name in started if getattr(self, name) != _plain(type(self), name)]
+        if self.urls and changed:
+            raise ValueError(f"{', '.join(changed)} with urls would do nothing: these servers run already")
+        on_gpus = [name for name in changed if name in started[:3]]
+        if self.cpu_servers and on_gpus:
+            raise ValueError(f"{', '.join(on_gpus)} with cpu_servers would do nothing: each is our own, on the CPU")
         return self
 
 
@@ -138,6 +164,9 @@ class RolloutConfig(_Section):
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="For engine server")
     vllm: VllmConfig = Field(default_factory=VllmConfig, description="For engine vllm")
+    staleness: Literal[0, 1] = Field(
+        0, description="Updates that a rollout's weights may lag; 1: servers sample the next step while this one trains"
+    )
     prompts_per_step: int = Field(8, ge=1, description="Requests sampled in one step")
     num_generations: int = Field(6, ge=1, description="Rollouts of each request: the group of GRPO")
     temperature: float = Field(0.7, ge=0, description="Sampling temperature; the trainer's log-probs use it too")
@@ -163,8 +192,9 @@ class RolloutConfig(_Section):
         for name, engine in read_by.items():
             if engine != self.engine and getattr(self, name) != _plain(type(self), name):
                 raise ValueError(f"{name} belongs to engine {engine!r}: engine {self.engine!r} does not read it")
-        if self.engine == "server" and not self.server.urls:
-            raise ValueError("engine 'server' needs server.urls: the servers that sample")
+        if self.staleness and self.engine != "server":
+            why = "one set of weights trains and samples" if self.engine == "transformers" else "vLLM sleeps meanwhile"
+            raise ValueError(f"staleness 1 cannot work with engine {self.engine!r}: {why}; it needs engine 'server'")
         longest = self.max_prompt_length + self.max_response_length
         if self.vllm.max_model_len and self.vllm.max_model_len < longest:
             raise ValueError(
@@ -247,6 +277,12 @@ class EvolveConfig(_Section):
     head_workspace_mb: float | None = Field(None, gt=0, description="Logits in memory at once, MiB; none: four blocks")
     max_failed_share: float = Field(0.5, ge=0, le=1, description="Refuse to train on a step with more failed rollouts")
     threads: int | None = Field(None, ge=1, description="CPU threads; none: torch's default")
+    trainer_gpus: list[NonNegativeInt] = Field(
+        default_factory=list, description="Visible GPUs that train, by index; none: those that rollout_gpus leaves"
+    )
+    rollout_gpus: list[NonNegativeInt] = Field(
+        default_factory=list, description="Visible GPUs on which the run starts its servers; none: it starts none there"
+    )
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     world: WorldConfig = Field(default_factory=WorldConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -332,9 +368,55 @@ class EvolveConfig(_Section):
                     "policy.quantize with an adapter sent alone needs rollout.server.verify_every > 0: nothing else "
                     "tells a server with the 4-bit base's values from one with the folder's; or set merge_lora"
                 )
+        self._refuse_gpus()
+        self._refuse_staleness()
         if self.checkpoint.every > self.steps and self.minutes is None:
             raise ValueError(f"checkpoint.every {self.checkpoint.every} exceeds steps {self.steps}: nothing to resume")
         return self
+
+    def _refuse_gpus(self) -> None:
+        r, s = self.rollout, self.rollout.server
+        if r.engine != "server":
+            if named := [n for n in ("trainer_gpus", "rollout_gpus") if getattr(self, n)]:
+                raise ValueError(
+                    f"{', '.join(named)} with rollout.engine {r.engine!r}: it samples where the policy trains; set "
+                    "rollout.engine=server, or choose the trainer's GPU by CUDA_VISIBLE_DEVICES"
+                )
+            return
+        for name in ("trainer_gpus", "rollout_gpus"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names a GPU twice")
+        if shared := sorted(set(self.trainer_gpus) & set(self.rollout_gpus)):
+            raise ValueError(
+                f"trainer_gpus and rollout_gpus share GPU {shared[0]}: a server keeps its memory all the time"
+            )
+        if self.rollout_gpus and (s.urls or s.cpu_servers):
+            other = "urls" if s.urls else "cpu_servers"
+            raise ValueError(f"rollout_gpus with rollout.server.{other}: choose one of them")
+        if not (s.urls or s.cpu_servers or self.rollout_gpus):
+            raise ValueError(
+                "engine 'server' needs server.urls, the servers that sample, or rollout_gpus for servers of the run; "
+                "without GPUs rollout.server.cpu_servers"
+            )
+        if len(self.rollout_gpus) % s.tensor_parallel_size:
+            raise ValueError(
+                f"rollout_gpus names {len(self.rollout_gpus)} GPUs, and rollout.server.tensor_parallel_size "
+                f"{s.tensor_parallel_size} of them share a server"
+            )
+
+    def _refuse_staleness(self) -> None:
+        if not self.rollout.staleness:
+            return
+        if self.objective.rollout_is == "none":
+            raise ValueError(
+                "rollout.staleness 1 trains on rollouts of weights one update old: without objective.rollout_is token "
+                "the gradient would be that of the old policy's samples"
+            )
+        if self.rollout.top_p < 1 and not self.rollout.replay_sampling_mask:
+            raise ValueError(
+                "rollout.staleness 1 with rollout.top_p below 1 needs rollout.replay_sampling_mask: the correction "
+                "divides by log-probs over the ids that top-p kept, and the trainer's must be over the same"
+            )
 
 
 class SftDataConfig(_Section):
@@ -344,6 +426,8 @@ class SftDataConfig(_Section):
     recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
     strict: bool = Field(True, description="Refuse the first bad row; false: leave bad rows out and count them")
+    workers: int | None = Field(None, ge=1, description="Threads that tokenize ahead; none: one a core, at most 8")
+    image_cache_mb: int = Field(2048, ge=0, description="Host memory, in MiB, for decoded pictures and their patches")
 
     @model_validator(mode="after")
     def _refuse(self) -> SftDataConfig:

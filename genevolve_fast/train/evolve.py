@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from genevolve_fast.train.config import EvolveConfig, RolloutConfig
 from genevolve_fast.train.engines import open_engine
 from genevolve_fast.train.metrics import rollout_metrics
 from genevolve_fast.train.optim import build_optimizer, gradient_norm
+from genevolve_fast.train.pipelined import Phase, open_sampler
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
@@ -39,11 +41,17 @@ def evolve(
     config: EvolveConfig, policy: Policy, world: World, pool: Sequence[Request], folder: Path, *, resume: bool = False
 ) -> Path:
     """Evolve `policy` on the requests of `pool`; returns the folder of the evolved policy (`folder/policy`)."""
+    with ExitStack() as ends:  # of the engine and what samples ahead, also where a step raises
+        return _evolve(config, policy, world, pool, folder, resume, ends)
+
+
+def _evolve(config, policy, world, pool, folder: Path, resume: bool, ends: ExitStack) -> Path:
     refuse_dropout(policy)
     prepare(policy.eval(), config.policy, config.seed)
     reference, teacher = other_weights(config, policy)
     average = teacher if isinstance(teacher, Average) else None
-    engine = open_engine(config, policy, world.incidents)
+    engine = open_engine(config, policy, world.incidents, folder=folder)
+    ends.callback(engine.shutdown)
     engine.sleep()  # a run resumed in its update trains before anything is sampled
     optimizer = build_optimizer(policy, config.optim, config.steps)
     memory = new_memory(config, world)
@@ -54,13 +62,20 @@ def evolve(
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
         if average:
             average.load(saved[-1] / TEACHER)
-    engine.update_weights(step)
+
+    def judged(step: int, version: int, phase: Phase) -> Rollouts:
+        requests = {r.id: r for r in requests_of_step(pool, config, step)}
+        return collect(run, config, policy, world, engine, requests, step, version, phase)
+
+    sampler = open_sampler(config.rollout.staleness, run, engine, judged, config.steps)
+    ends.callback(sampler.close)
+    sampler.sync(step)
     run.begin(step)
     started = time.time()
 
     while step < config.steps and (config.minutes is None or time.time() - started < 60 * config.minutes):
         requests = {r.id: r for r in requests_of_step(pool, config, step)}
-        rollouts = collect(run, config, policy, world, engine, requests, step)
+        rollouts = sampler.next(step)
         with run.phase("experience", step):
             groups = group_by_request(rollouts.trajectories)
             experiences, compared = learn_from(groups, requests, world, memory, config, step)
@@ -89,9 +104,10 @@ def evolve(
             metrics["perf/train_seconds"] = time.perf_counter() - begin
         keep_for_report(folder, step, rollouts, traces, experiences)
         step += 1
+        sampler.wait(step)
         with run.phase("sync", step):
-            engine.update_weights(step)
-        metrics |= rollout_metrics(rollouts.trajectories, groups)
+            sampler.sync(step)
+        metrics |= sampler.metrics() | rollout_metrics(rollouts.trajectories, groups)
         metrics |= {f"failures/{what}": float(count) for what, count in world.incidents.take().items()}
         metrics |= {
             "experience/compared": compared,
@@ -167,8 +183,12 @@ def sample(
     engine: TrainedEngine,
     requests: Mapping[str, Request],
     step: int,
+    version: int | None = None,
 ) -> Rollouts:
-    """The rollouts of a step, not judged yet; the engine has its memory for no longer than that."""
+    """The rollouts of a step, not judged yet; the engine has its memory for no longer than that.
+
+    `version`: updates that its weights have seen; none: `step`.
+    """
     engine.wake()
     try:
         return sample_rollouts(
@@ -180,6 +200,7 @@ def sample(
             settings=session_settings(config.rollout, world),
             seed=config.seed,
             step=step,
+            policy_step=version,
         )
     finally:
         engine.sleep()
@@ -193,17 +214,23 @@ def collect(
     engine: TrainedEngine,
     requests: Mapping[str, Request],
     step: int,
+    version: int | None = None,
+    phase: Phase | None = None,
 ) -> Rollouts:
-    """Judged rollouts of the step; finished ones that a crash left untrained are read back instead of sampled."""
+    """Judged rollouts of the step; finished ones that a crash left untrained are read back instead of sampled.
+
+    `version` as for `sample`; `phase` is entered around sampling and judging, the run's where there is none.
+    """
+    phase = phase or run.phase
     path = run.folder / "rollouts" / f"step_{step:06d}.safetensors"
     if path.exists():
         rollouts = Rollouts(*trajectories.load(path), {})
     else:
-        with run.phase("rollout", step):
-            rollouts = sample(config, policy, world, engine, requests, step)
+        with phase("rollout", step):
+            rollouts = sample(config, policy, world, engine, requests, step, version)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     if any(t.outcome is None for t in rollouts.trajectories):
-        with run.phase("judge", step):
+        with phase("judge", step):
             rollouts = judge_rollouts(rollouts, requests, world)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     failed = [t.outcome for t in rollouts.trajectories if isinstance(t.outcome, Failed)]

@@ -15,6 +15,7 @@ from genevolve_fast.policy.quantize import QuantizeError, load_bitsandbytes
 from genevolve_fast.train.collect import stable_seed
 from genevolve_fast.train.config import OptimConfig
 from genevolve_fast.train.run import RunError
+from genevolve_fast.train.strategies import Strategy
 
 GRADIENTS_AT_ONCE = 1 << 30  # bytes of fp32 gradients that MasterWeights holds beside the parameters' own
 _PAGED_ELEMENTS = 10**5  # bitsandbytes pages the moments of parameters that are at least this large
@@ -25,17 +26,17 @@ Groups = list[dict[str, Any]]
 class Optimizer:
     """One or more optimizers that step, and are scheduled, saved and restored, together."""
 
-    def __init__(self, parts: Sequence[Part], factor: Callable[[int], float]) -> None:
+    def __init__(self, parts: Sequence[Part], factor: Callable[[int], float], strategy: Strategy) -> None:
         self._parts = parts
+        self._strategy = strategy
         self._factor = factor
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(_stepping(part), factor) for part in parts]
 
     def step(self) -> None:
         """Update the weights, advance the schedule and drop the gradients."""
-        for part, schedule in zip(self._parts, self._schedules, strict=True):
-            part.step()
+        self._strategy.step(self._parts)
+        for schedule in self._schedules:
             schedule.step()
-            part.zero_grad(set_to_none=True)
 
     @property
     def lr(self) -> float:
@@ -217,12 +218,15 @@ def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> Groups:
     ]
 
 
-def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Optimizer:
+def build_optimizer(
+    policy: Policy, config: OptimConfig, total_steps: int, strategy: Strategy | None = None
+) -> Optimizer:
     """AdamW (no decay on vectors), or Muon for the layers' matrices with AdamW for the rest; warm-up, then schedule.
 
-    With release_gradients every layer has an AdamW of its own, which its visit's backward steps. Raises RunError for
-    what this device or installation cannot do.
+    With release_gradients every weight of a layer has an AdamW of its own, which steps when its gradient is there.
+    With `strategy` it is of this rank's part. Raises RunError for what this device or installation cannot do.
     """
+    strategy = strategy or Strategy()
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     if not named:
         raise RunError("nothing to train: all parameters are frozen")
@@ -235,12 +239,15 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
         mine = [p for p in params if p.requires_grad and id(p) not in taken]
         taken.update(map(id, mine))
         groups = decayed(mine, config.weight_decay)
-        parts.append(_kept_precise(groups, partial(adamw, config=config), config, len(parts)))
+        if strategy.keeps_precise:
+            parts.append(adamw([g for g in groups if g["params"]], config))
+        else:
+            parts.append(_kept_precise(groups, partial(adamw, config=config), config, len(parts)))
 
     if config.release_gradients:
-        for visit in policy.visits:
-            add(visit.layer.parameters())
-            visit.done = partial(_step_and_release, parts[-1])
+        for weight in (p for visit in policy.visits for p in visit.trained):
+            add([weight])
+            weight.register_post_accumulate_grad_hook(partial(_step_and_release, parts[-1]))
     add(p for _, p in named)
     if matrices:
         muon = partial(torch.optim.Muon, lr=config.lr, adjust_lr_fn="match_rms_adamw")  # arXiv 2502.16982
@@ -255,7 +262,8 @@ def build_optimizer(policy: Policy, config: OptimConfig, total_steps: int) -> Op
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
-    return Optimizer(parts, factor)
+    strategy.prepare(policy, parts)
+    return Optimizer(parts, factor, strategy)
 
 
 def _kept_precise(groups: Groups, build: Callable[[Groups], torch.optim.Optimizer], config: OptimConfig, name: int):
@@ -269,7 +277,7 @@ def _kept_precise(groups: Groups, build: Callable[[Groups], torch.optim.Optimize
     return build(groups)
 
 
-def _step_and_release(part: Part) -> None:
+def _step_and_release(part: Part, _: Tensor) -> None:
     part.step()
     part.zero_grad(set_to_none=True)
 

@@ -34,6 +34,18 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def refuse_another_run(folder: Path, config: BaseModel, resume: bool) -> None:
+    """Raise RunError where `folder` holds a run that is not to be continued, or not with this configuration."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    if not resume:
+        raise RunError(f"{folder} already holds a run: continue it with --resume or --set another name=")
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if changed := _differences(before, _plain(config)):
+        raise RunError(f"{folder} was started with another configuration ({', '.join(changed)})")
+
+
 class Run:
     """`runs/NAME`: config.yaml, metrics.jsonl, phases.jsonl, tensorboard/, rollouts/, checkpoints/."""
 
@@ -51,18 +63,11 @@ class Run:
         self._board = None
 
     def _settle(self, config: BaseModel, resume: bool) -> None:
+        refuse_another_run(self.folder, config, resume)
         path = self.folder / "config.yaml"
-        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-        if path.exists():
-            if not resume:
-                raise RunError(f"{self.folder} already holds a run: continue it with --resume or --set another name=")
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if changed := _differences(before, _plain(config)):
-                raise RunError(f"{self.folder} was started with another configuration ({', '.join(changed)})")
-        elif resume:
+        if resume and not path.exists():
             print(f"{self.folder} holds no run yet: starting it", flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def begin(self, step: int) -> None:
         """Start at `step`: metrics of later steps, written before a crash, are forgotten and will be written again."""
@@ -91,8 +96,7 @@ class Run:
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
         """Time a phase of a step; its beginning stands in phases.jsonl so that a crash can be located."""
-        with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
+        self.mark(name, step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._bar.set_postfix_str(name, refresh=True)
@@ -102,6 +106,11 @@ class Run:
         finally:
             self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + time.perf_counter() - begin
             self._phase_memory[name] = peak_memory_gb(self.device)
+
+    def mark(self, name: str, step: int) -> None:
+        """Write a phase's beginning into phases.jsonl; any thread may."""
+        with (self.folder / "phases.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "phase": name, "time": time.time()}) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write one step's metrics (phase times and memory added) to metrics.jsonl, TensorBoard and the bar."""
@@ -122,7 +131,8 @@ class Run:
             self._board.add_scalar(name, value, step)
         self._bar.update(step - self._bar.n)
         shown = {"reward": "reward", "loss": "loss", "tok/s": "perf/throughput", "GB": "perf/max_memory_allocated_gb"}
-        self._bar.set_postfix({k: f"{row[v]:.3g}" for k, v in shown.items() if v in row})
+        told = {"samples": f"{row['samples']:.0f}"} if "samples" in row else {}
+        self._bar.set_postfix(told | {k: f"{row[v]:.3g}" for k, v in shown.items() if v in row})
         return row
 
     def close(self) -> None:

@@ -1,0 +1,102 @@
+"""The processes of a run: who this one is, and what all of them exchange on the host."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process of `world`. Exchanges go through gloo, so that they never wait for a GPU's queue."""
+
+    def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        self.rank = rank
+        self.world = world
+        self._group = group
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, judges the whole and talks."""
+        return self.rank == 0
+
+    def gather(self, mine: T) -> list[T]:
+        """Everybody's object, by rank."""
+        if self.world == 1:
+            return [mine]
+        everybodys: list[Any] = [None] * self.world
+        dist.all_gather_object(everybodys, mine, group=self._group)
+        return everybodys
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes. An exception there is raised everywhere."""
+        if self.world == 1:
+            return make()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = make()
+            except Exception as error:
+                told[1] = error
+        dist.broadcast_object_list(told, 0, group=self._group)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all ranks, which bring equally many."""
+        if self.world == 1:
+            return list(numbers)
+        x = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group)
+        return x.tolist()
+
+    def any(self, here: bool) -> bool:
+        return bool(self.most([int(here)])[0])
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+
+def launched() -> bool:
+    """Whether torchrun, deepspeed or srun with their variables started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device() -> torch.device:
+    """The GPU of this process's place on its node, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join(timeout_s: float = 1800.0) -> Ranks:
+    """The ranks that the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; alone without them.
+
+    timeout_s: how long a rank waits for the others in an exchange. Raises ValueError where a variable is missing.
+    """
+    if not launched():
+        return Ranks()
+    if missing := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is set without {', '.join(missing)}: launch with torchrun or deepspeed")
+    where, patience = local_device(), datetime.timedelta(seconds=timeout_s)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=patience)
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
+
+
+def leave(ranks: Ranks) -> None:
+    """Orderly end: everybody has left the last exchange before the first one closes its connections."""
+    if ranks.world > 1:
+        ranks.wait()
+        dist.destroy_process_group()
