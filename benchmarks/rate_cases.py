@@ -6,11 +6,12 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -185,12 +186,14 @@ def head(shape: ModelShape, model: Model, device: Device) -> Iterator[Found]:
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def optimizer(policy: Policy, model: Model, device: Device) -> Iterator[Found]:
+def optimizer(
+    policy: Policy, model: Model, device: Device, implementation: str = "fused", bf16: str = "nearest"
+) -> Iterator[Found]:
     """Parameters a second of clipping and stepping, as a run does it."""
     from genevolve_fast.train.config import OptimConfig
     from genevolve_fast.train.optim import build_optimizer, gradient_norm
 
-    made = build_optimizer(policy, OptimConfig(name="adamw"), 1000)
+    made = build_optimizer(policy, OptimConfig(implementation=implementation, bf16=bf16), 1000)
     learning = [p for p in policy.parameters() if p.requires_grad]
     gradients = [torch.randn_like(p) for p in learning]
 
@@ -202,65 +205,94 @@ def optimizer(policy: Policy, model: Model, device: Device) -> Iterator[Found]:
 
     seconds = device.medians(step=step)["step"]
     count = sum(p.numel() for p in learning)
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in learning}
-    dtype = dtypes.pop() if len(dtypes) == 1 else dtype_name(model)
+    wide = bf16 == "master" or implementation == "cpu" or all(p.dtype == torch.float32 for p in learning)
     at = dict(
-        optimizer="adamw", implementation="fused", bf16="nearest", dtype=dtype, where="device", parameters=count
+        optimizer="adamw", implementation=implementation, bf16=bf16, dtype="float32" if wide else dtype_name(model),
+        where="host" if implementation == "cpu" else "device", parameters=count,
     )  # fmt: skip
     yield found("optimizer", count, seconds, "parameters/s", device.repeats, **at)
 
 
-def host_optimizer(device: Device, count: int = 20_000_000) -> Iterator[Found]:
-    """Parameters a second of DeepSpeed's CPU Adam on fp32 copies; it compiles itself the first time."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+def kinds_of_steps(model: Model, device: Device, implementations: Sequence[str]) -> list[tuple[str, str]]:
+    """(implementation, bf16) that a run may have `model` stepped with, of those that work here."""
+    from genevolve_fast.train.config import OptimConfig
+    from genevolve_fast.train.optim import check_optimizer
+    from genevolve_fast.train.run import RunError
 
-    weight = torch.nn.Parameter(torch.zeros(count))
-    weight.grad = torch.ones(count)
-    made = DeepSpeedCPUAdam([weight], lr=1e-6)
-    seconds = device.on_host(step=made.step)["step"]
-    for kind, rounding in (("fused", "nearest"), ("cpu", "master"), ("cpu", "nearest")):  # by ZeRO, by config
-        at = dict(
-            optimizer="adamw", implementation=kind, bf16=rounding, dtype="float32", where="host", parameters=count
-        )  # fmt: skip
-        yield found("optimizer", count, seconds, "parameters/s", device.repeats, **at)
+    roundings = (
+        ("nearest", "stochastic", "master") if model.dtype == torch.bfloat16 and not model.lora else ("nearest",)
+    )
+    found = []
+    for kind in itertools.product(implementations, roundings):
+        try:
+            check_optimizer(OptimConfig(implementation=kind[0], bf16=kind[1]), device.where)
+        except (RunError, ValueError) as error:
+            print(f"optimizer {' '.join(kind)} is left out: {error}", flush=True)
+        else:
+            found.append(kind)
+    return found
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sampling(policy: Policy, model: Model, device: Device, prompts: int, generations: int, new: int) -> Iterator[Found]:
-    """Sampled tokens a second of the embedded engine with so many rollouts open: the sandbox's agent, tools too."""
+def sampling(
+    policy: Policy, model: Model, device: Device, prompts: int, generations: int, new: int, urls: Sequence[str] = ()
+) -> Iterator[Found]:
+    """Sampled tokens a second with so many rollouts open: the sandbox's agent, tools too.
+
+    By the embedded engine, or by the servers at `urls`, which are given the policy's weights first: then of one server.
+    """
     from genevolve_fast.agent.session import SessionSettings
-    from genevolve_fast.rollout.transformers_engine import TransformersEngine
     from genevolve_fast.sandbox.world import SandboxWorld, open_world
     from genevolve_fast.train.collect import sample_rollouts
 
     sandbox = SandboxWorld()
     world = open_world(sandbox)
-    engine = TransformersEngine(policy, max_batch=prompts * generations)
     limits = SessionSettings(
         max_tool_calls=4, max_model_calls=6, max_tokens_per_turn=new, max_response_tokens=6 * new,
         max_prompt_tokens=4096, temperature=0.9, top_p=1.0,
     )  # fmt: skip
-    seconds, tokens = 0.0, 0
-    now = time.perf_counter if device.where.type == "cuda" else clock()
-    for turn in range(device.repeats + 1):
-        before, begin = engine.sampled_tokens, now()
-        sample_rollouts(
-            sandbox.requests("train", prompts, seed=turn), generations, world=world, engine=engine, codec=policy.codec,
-            settings=limits, seed=turn,
-        )  # fmt: skip
-        if device.where.type == "cuda":
-            torch.cuda.synchronize()
-        if turn:  # the first warms up
-            seconds += now() - begin
-            tokens += engine.sampled_tokens - before
-        engine.update_weights(turn)
+    seconds, tokens, lengths = 0.0, 0, []
+    now = time.perf_counter if urls or device.where.type == "cuda" else clock()
+    with sampling_engine(policy, prompts * generations, urls) as engine:
+        for turn in range(device.repeats + 1):
+            engine.update_weights(turn)
+            before, begin = engine.sampled_tokens, now()
+            made = sample_rollouts(
+                sandbox.requests("train", prompts, seed=turn), generations, world=world, engine=engine,
+                codec=policy.codec, settings=limits, seed=turn,
+            )  # fmt: skip
+            if device.where.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first warms up
+                seconds += now() - begin
+                tokens += engine.sampled_tokens - before
+                lengths += [len(t) for t in made.trajectories]
+    servers = len(urls) or 1
     at = dict(
-        model=model_key(shape_of(policy)), dtype=dtype_name(model), engine="transformers", quantize="none",
-        open=prompts * generations,
+        model=model_key(shape_of(policy)), dtype=dtype_name(model), engine="server" if urls else "transformers",
+        quantize="none", open=prompts * generations / servers, context=round(mean(lengths)),
     )  # fmt: skip
-    yield found("sampling", tokens, seconds, "tokens/s", device.repeats, **at)
+    yield found("sampling", tokens / servers, seconds, "tokens/s", device.repeats, **at)
+
+
+@contextmanager
+def sampling_engine(policy: Policy, most: int, urls: Sequence[str]) -> Iterator[Any]:
+    if not urls:
+        from genevolve_fast.rollout.transformers_engine import TransformersEngine
+
+        yield TransformersEngine(policy, max_batch=most)
+        return
+    from genevolve_fast.incidents import Incidents
+    from genevolve_fast.rollout.vllm_server import VllmServerEngine
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = VllmServerEngine(policy, urls, incidents=Incidents(), sync_dir=Path(folder))
+        try:
+            yield engine
+        finally:
+            engine.shutdown()
 
 
 # --- copies and files -------------------------------------------------------------------------------------------------
@@ -297,6 +329,15 @@ def writing(device: Device, folder: Path, count: int = COPIED) -> Iterator[Found
 # --- all of a model ---------------------------------------------------------------------------------------------------
 
 
-def policy_of(model: Model, device: Device) -> Policy:
-    """Random weights; two layers of a model that is not small."""
-    return random_policy(model, device.where, layers=None if model.shape.total_parameters < SMALL else 2)
+def policy_of(model: Model, device: Device, quantize: str = "none") -> Policy:
+    """Random weights, under an adapter 4-bit ones on request; two layers of a model that is not small."""
+    layers = None if model.shape.total_parameters < SMALL else 2
+    if quantize == "none":
+        return random_policy(model, device.where, layers=layers)
+    from genevolve_fast.policy import quantize as quantized
+    from genevolve_fast.policy.adapters import add_lora
+
+    policy = random_policy(model, device.where, lora=0, layers=layers)
+    quantized.quantize(policy, quantize)
+    add_lora(policy, rank=model.lora)
+    return policy.to(device.where)

@@ -6,8 +6,8 @@ another device's stay. Models have random weights; where one is large two of its
   layers      FLOP/s of a layer visit, forward and backward, full weights and adapters, checkpointed or not
   attention   FLOP/s of causal attention, forward and backward
   head        FLOP/s of the loss with gradients, trained and frozen head, and of scoring
-  optimizer   parameters a second
-  sampling    sampled tokens a second of the embedded engine, in the sandbox
+  optimizer   parameters a second of each implementation and rounding that runs here
+  sampling    sampled tokens a second in the sandbox, of the embedded engine, or of servers (--servers)
   copies      bytes a second between host and GPU
   writing     bytes a second of a checkpoint's file
   collectives bytes a second between ranks on this machine; between machines: benchmarks/collectives.py
@@ -17,6 +17,7 @@ another device's stay. Models have random weights; where one is large two of its
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,6 +42,7 @@ COMMAND = "python -m benchmarks.rates"
 OF_MODEL = ("layers", "attention", "head", "optimizer", "sampling")
 OF_DEVICE = ("copies", "writing", "collectives", "run")
 SANDBOX = "sandbox:start"
+IMPLEMENTATIONS = ("fused", "8bit", "paged_8bit", "cpu")
 ROWS = {"cpu": (256, 1024, 4096), "cuda": (2048, 8192, 32_768)}
 LENGTHS = {"cpu": (64, 256, 1024), "cuda": (2048, 8192, 32_768)}
 # One thread's own seconds, as the rates are: what evolve times does not grow with the neighbours' load.
@@ -80,7 +82,14 @@ def shape_named(name: str) -> ModelShape:
     return ModelShape.from_config(start_path() if name == SANDBOX else name)
 
 
-def of_model(name: str, device: cases.Device, sections: Sequence[str], dtype: torch.dtype) -> Iterator[cases.Found]:
+def of_model(
+    name: str,
+    device: cases.Device,
+    sections: Sequence[str],
+    dtype: torch.dtype,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    urls: Sequence[str] = (),
+) -> Iterator[cases.Found]:
     """Every rate of a model, one after another."""
     shape = shape_named(name)
     whole = Model(shape, dtype, 0)
@@ -92,20 +101,23 @@ def of_model(name: str, device: cases.Device, sections: Sequence[str], dtype: to
     for model in (whole, adapted):
         if not {"layers", "optimizer"} & set(sections):
             break
-        policy = cases.policy_of(model, device)
         if "layers" in sections:
-            yield from cases.layers(policy, model, device)
-        if "optimizer" in sections:
-            yield from cases.optimizer(policy, model, device)
-        del policy
+            yield from cases.layers(cases.policy_of(model, device), model, device)
+        for kind in cases.kinds_of_steps(model, device, implementations) if "optimizer" in sections else ():
+            yield from cases.optimizer(cases.policy_of(model, device), model, device, *kind)
+    if "layers" in sections and importlib.util.find_spec("bitsandbytes"):
+        yield from cases.layers(cases.policy_of(adapted, device, "nf4"), adapted, device, "nf4")
     if "sampling" in sections:
-        policy, new = sampler(name, whole, device)
+        policy, new = sampler(name, whole, device, served=bool(urls))
         for prompts in (8, 2):
-            yield from cases.sampling(policy, whole, device, prompts, 6, new)
+            yield from cases.sampling(policy, whole, device, prompts, 6, new, urls)
 
 
-def sampler(name: str, model: Model, device: cases.Device):
-    """(policy, tokens of a turn): the sandbox's own speaks its protocol, random weights never end a turn."""
+def sampler(name: str, model: Model, device: cases.Device, served: bool):
+    """(policy, tokens of a turn): the sandbox's own speaks its protocol, random weights never end a turn.
+
+    Of servers: the policy in the folder that they serve.
+    """
     from transformers import AutoTokenizer
 
     from benchmarks.models import random_policy
@@ -115,6 +127,8 @@ def sampler(name: str, model: Model, device: cases.Device):
 
     if name == SANDBOX:
         return Policy.from_pretrained(start_path(), model.dtype).to(device.where), 160
+    if served:
+        return Policy.from_pretrained(name, model.dtype), 512
     codec = TransformersCodec(AutoTokenizer.from_pretrained(start_path()), None)
     return random_policy(model, device.where, codec=codec), 512
 
@@ -204,7 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS[kind], help="of sequences that attend")
     p.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     p.add_argument("--ranks", type=int, default=torch.cuda.device_count() if kind == "cuda" else 2)
-    p.add_argument("--host-optimizer", action="store_true", help="DeepSpeed's CPU Adam too: it compiles for a minute")
+    p.add_argument(
+        "--servers", nargs="+", default=[], metavar="URL",
+        help="sampling by `genevolve-fast serve --training`, one a GPU of this machine, of the --model they serve",
+    )  # fmt: skip
+    p.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS,
+        default=IMPLEMENTATIONS if kind == "cuda" else ["fused"], help="of the optimizer; cpu compiles for a minute",
+    )  # fmt: skip
     p.add_argument("--config", default="demo", help="of run (default: %(default)s)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of run, repeatable")
     p.add_argument("--steps", type=int, default=3, help="of run (default: %(default)s)")
@@ -219,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = torch.device(kind)
     device = cases.Device(where, args.repeats, tuple(args.rows), tuple(args.lengths))
     sections = args.only or [s for s in (*OF_MODEL, *OF_DEVICE) if kind == "cuda" or s != "copies"]
+    if args.servers and (args.only != ["sampling"] or len(args.model) > 1):
+        p.error("--servers goes with --only sampling and the one --model that they serve")
     if "copies" in sections and kind == "cpu":
         p.error("copies go between a host and its GPU, and there is none")
     name = device_called(where)
@@ -229,13 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             merge(args.file, name, [rate], command=COMMAND, at=args.commit)
 
     for model in args.model if set(sections) & set(OF_MODEL) else ():
-        keep(of_model(model, device, sections, getattr(torch, args.dtype)))
+        keep(of_model(model, device, sections, getattr(torch, args.dtype), args.implementations, args.servers))
     if "copies" in sections:
         keep(cases.copies(device))
     if "writing" in sections:
         keep(cases.writing(device, args.folder))
-    if args.host_optimizer:
-        keep(cases.host_optimizer(device))
     if "collectives" in sections and args.ranks > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
         more = ["--commit", args.commit] if args.commit else []

@@ -177,7 +177,7 @@ def made_up(spans: str = "node", nodes: int = 1) -> Rates:
         *(Rate(H100, n, 5e10, "bytes/s", dict(bytes=256 << 20)) for n in ("host_to_device", "device_to_host")),
         Rate(H100, "checkpoint_write", 2e9, "bytes/s"),
     ]  # fmt: skip
-    sampling = dict(model=model_key(EIGHT), dtype="bfloat16", engine="vllm", quantize="none", open=48)
+    sampling = dict(model=model_key(EIGHT), dtype="bfloat16", engine="server", quantize="none", open=48, context=20_144)
     return Rates((*found, Rate(H100, "sampling", 5000.0, "tokens/s", sampling)))
 
 
@@ -257,7 +257,7 @@ def test_without_a_rate_there_is_no_estimate_of_the_line_nor_of_the_step():
     assert {line.name for line in made.missing} == {"gathering weights", "reducing gradients"}
     assert made.training is None and made.step is None
     told = time_table(made, on(FULL, "zero3", 16, 2))
-    assert "no rate all_gather (spans nodes" in told and "no estimate of the step" in told and "--collectives" in told
+    assert "no rate all_gather (spans nodes" in told and "no estimate of the step" in told and "torchrun" in told
     every = step_time(EIGHT, FULL, Rates(), "h100")
     assert all(line.seconds is None for line in every.lines) and len(every.missing) == len(every.lines) - 1
     assert "estimated" not in time_table(every, FULL)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback.web import free_port
 
 from benchmarks import rate_cases, rates
 from benchmarks.models import MODELS, Model
@@ -67,6 +68,37 @@ def test_two_ranks_measure_what_goes_between_them(tmp_path):
     assert [r.name for r in found] == ["all_gather", "reduce_scatter", "all_reduce"]
     for r in found:
         assert r.at == dict(spans="node", ranks=2, nodes=1, backend="gloo", bytes=1 << 20) and 1e4 < r.value < 1e12
+
+
+def test_servers_are_measured_as_a_run_asks_them(tmp_path):
+    file, port = tmp_path / "rates.json", free_port()
+    serve = [sys.executable, "-m", "genevolve_fast.cli", "serve", "--model", "sandbox:start", "--backend"]
+    serve += ["transformers", "--training", "--port", str(port)]
+    server = subprocess.Popen(serve, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        answers(url, server)
+        only = ["--only", "sampling", "--servers", url, "--repeats", "1", "--file", str(file)]
+        assert rates.main(only) == 0
+    finally:
+        server.terminate()
+        server.wait(30)
+    found = Rates.read(file).rates
+    assert [r.at["open"] for r in found] == [48, 12] and {r.at["engine"] for r in found} == {"server"}
+    assert all(100 < r.at["context"] < 1000 and r.value > 1 for r in found)
+
+
+def answers(url: str, server: subprocess.Popen) -> None:
+    import httpx
+
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        try:
+            httpx.get(f"{url}/health", timeout=5).raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
 
 
 def test_collectives_need_somebody_to_talk_to(capsys, monkeypatch):

@@ -19,7 +19,8 @@ DIFFERENT = {  # file -> fields that are not configs/genevolve_8b.yaml's, beside
     },
     "qlora_2x24gb": {
         "max_tokens_per_microbatch", "head_workspace_mb", "policy.offload_gib", "policy.quantize", "policy.lora.rank",
-        "rollout.engine", "rollout.server.urls", "rollout.server.sync_dir", "rollout.server.merge_lora", "optim.lr",
+        "rollout.engine", "rollout.server.gpu_memory_utilization", "rollout.server.merge_lora", "rollout_gpus",
+        "optim.lr",
     },
     "lora_40gb": {"policy.offload_gib", "policy.lora.rank", "rollout.vllm.gpu_memory_utilization", "optim.lr"},
     "lora_48gb": {"policy.offload_gib", "policy.lora.rank", "rollout.vllm.gpu_memory_utilization", "optim.lr"},

@@ -69,7 +69,11 @@ def add(command: AddCommand) -> None:
         several.add_argument(f"--offload-{what}", action=argparse.BooleanOptionalAction, help=f"{kept} on the host")
     time = p.add_argument_group("time of a step")
     time.add_argument("--rates", type=Path, help=f"what `python -m benchmarks.rates` measured (default: {RATES})")
-    time.add_argument("--rollout-gpus", type=int, default=0, help="GPUs that only sample, besides those that train")
+    time.add_argument(
+        "--rollout-gpus",
+        type=int,
+        help="GPUs that only sample, besides those that train (default: the configuration's rollout_gpus or servers)",
+    )
     time.add_argument("--one-step-off", action="store_true", help="they sample while the step before is trained on")
 
 
@@ -87,14 +91,14 @@ def run_plan(args: argparse.Namespace) -> int:
     where = torch.device("cuda") if args.gpu else device()
     limit = memory_of(args.gpu) if args.gpu else available_memory(where)
     named = {f.name: value for f in fields(Settings) if (value := getattr(args, f.name, None)) is not None}
-    engines = Engines(args.rollout_gpus, args.one_step_off)
+    engines = Engines(args.rollout_gpus or 0, args.one_step_off and not args.config)
     if args.config:
         config = load(args, EvolveConfig)
         set_threads(config.threads)
         shape = ModelShape.from_config(args.model or policy_path(config.policy))
         settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}) | named)
-        engines = replace(engines, engine=config.rollout.engine)
-        if not args.rollout_gpus:
+        engines = engines_of(config, args)
+        if not engines.gpus:
             settings = replace(settings, **beside_engine(config, limit))
     elif args.model and args.tokens:
         if args.set:
@@ -102,7 +106,9 @@ def run_plan(args: argparse.Namespace) -> int:
         shape, settings = ModelShape.from_config(args.model), Settings(device=where.type, **named)
     else:
         raise PlanError("give --config, or --model and --tokens")
-    if args.training_only or args.rollout_gpus:
+    if args.training_only:
+        engines = Engines()
+    if args.training_only or engines.gpus:
         settings = replace(settings, rollout=False, engine_bytes=0)
     made = plan(shape, settings)
     times = time_of_step(args, shape, settings, engines)
@@ -115,6 +121,15 @@ def run_plan(args: argparse.Namespace) -> int:
         print(f"{of_one}{table(made)}\n\n{verdict(shape, settings, limit)}")
         print(f"\ntime of a step\n{times if isinstance(times, str) else time_table(times, settings)}")
     return 0 if made.total <= limit else 1
+
+
+def engines_of(config, args: argparse.Namespace):
+    """Who samples for a configuration: a server of its own counts as one GPU unless the flag says how many."""
+    from genevolve_fast.profile.step_time import Engines
+
+    r = config.rollout
+    gpus = args.rollout_gpus or len(config.rollout_gpus) or len(r.server.urls)
+    return Engines(gpus, args.one_step_off or r.staleness == 1, r.engine)
 
 
 def time_of_step(args: argparse.Namespace, shape, settings, engines):

@@ -106,19 +106,23 @@ class Rates:
         best = min(fitting, key=distance, default=None)
         if best is None or distance(best) > math.log(FAR):
             wanted = ", ".join(f"{k} {_short(v)}" for k, v in {**at, **near}.items())
-            raise NoRate(f"no rate {name}" + (f" ({wanted})" if wanted else "") + f" for {device}: {how(name)}")
+            raise NoRate(
+                f"no rate {name}"
+                + (f" ({wanted})" if wanted else "")
+                + f" for {device}: {how(name, at)} and pass --rates"
+            )
         return best
 
 
-def how(name: str) -> str:
-    """What to run for a rate that is missing."""
-    command = {
-        "all_gather": "python -m benchmarks.rates --collectives",
-        "reduce_scatter": "python -m benchmarks.rates --collectives",
-        "all_reduce": "python -m benchmarks.rates --collectives",
-        "sampling": "python -m benchmarks.rates --sampling",
-    }.get(name, "python -m benchmarks.rates")
-    return f"run `{command}` there and pass --rates"
+def how(name: str, at: Mapping[str, Any]) -> str:
+    """The commands that measure a rate."""
+    if name in ("all_gather", "reduce_scatter", "all_reduce"):
+        if at.get("spans") == "nodes":
+            return "`torchrun --nnodes 2 --nproc-per-node N -m benchmarks.collectives`"
+        return "`python -m benchmarks.rates --only collectives`"
+    if name == "sampling" and at.get("engine") == "server":
+        return "`genevolve-fast serve --training` and `python -m benchmarks.rates --only sampling --servers URL`"
+    return "`python -m benchmarks.rates`"
 
 
 def named_with_threads(processor: str) -> str:

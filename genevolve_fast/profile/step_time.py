@@ -197,11 +197,13 @@ class _Step:
         s = self.s
         if not (s.rollout or s.engine_bytes or engines.gpus):
             return []
-        samplers = engines.gpus or 1
+        samplers, kind = engines.gpus or 1, "transformers" if engines.engine == "transformers" else "server"
         every = sum(sum(g.rows) for g in self.groups) * (s.prompts_per_step / len(self.groups) if engines.gpus else 1)
         open_ = s.prompts_per_step * s.num_generations / engines.gpus if engines.gpus else s.open_rollouts
-        kind = engines.engine
-        at = dict(model=model_key(self.shape), dtype=s.dtype, engine=kind, quantize=s.quantize, near={"open": open_})
+        context = sum(g.prefix * len(g.replies) + sum(g.replies) for g in self.groups)
+        near = {"open": open_, "context": context / sum(len(g.replies) for g in self.groups)}
+        packed = s.quantize if kind == "transformers" else "none"  # servers have wide weights
+        at = dict(model=model_key(self.shape), dtype=s.dtype, engine=kind, quantize=packed, near=near)
         return [self.line("rollout", ROLLOUT, (every / samplers, "sampling", at))]
 
     def layers(self, work: Work, rows: float, backward: bool = False) -> list[tuple[float, str, dict[str, Any]]]:
@@ -252,12 +254,18 @@ class _Step:
         return flops, f"head_{kind}", at
 
     def update(self) -> list[Line | None]:
+        """Clipping and stepping; what ZeRO steps on the host is DeepSpeed's CPU Adam, as implementation cpu is."""
         s = self.s
-        count = s.part("state", trainable(self.shape, s))
-        dtype = "float32" if has_master(s) or trained_bytes(s) == 4 else s.dtype
-        where = "host" if state_leaves(s) and s.implementation != "paged_8bit" else "device"
-        at = dict(optimizer=s.optimizer, implementation=s.implementation, bf16=s.bf16, dtype=dtype, where=where)
-        at["near"] = {"parameters": count}
+        count, on_host = s.part("state", trainable(self.shape, s)), state_leaves(s) and s.implementation != "paged_8bit"
+        wide = has_master(s) or trained_bytes(s) == 4
+        at = dict(
+            optimizer=s.optimizer,
+            implementation="cpu" if on_host else s.implementation,
+            bf16="master" if has_master(s) and trained_bytes(s) < 4 else s.bf16,
+            dtype="float32" if wide else s.dtype,
+            where="host" if on_host else "device",
+            near={"parameters": count},
+        )
         return [self.line("optimizer", ARITHMETIC, (count, "optimizer", at))]
 
     # --- transfers ----------------------------------------------------------------------------------------------------
