@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from benchmarks.recipes import RECIPES
 from genevolve_fast.commands.opening import config_path
+from genevolve_fast.profile.rates import FILE, Rates
 from genevolve_fast.train.config import EvolveConfig, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +73,33 @@ def test_the_page_has_what_the_planner_prints():
     page = (ROOT / "docs/memory.md").read_text()
     for recipe in RECIPES:
         assert recipe.verdict() in page + "\n", recipe.file
+
+
+def test_the_page_has_the_plan_of_the_demo_by_the_recorded_rates(monkeypatch, capsys):
+    """Asked for on the machine that measured them; the numbers follow from the file alone."""
+    import shlex
+
+    import torch
+
+    from genevolve_fast.cli import main
+    from genevolve_fast.evaluate import scoreboard
+
+    (device,) = Rates.read(FILE).devices
+    monkeypatch.setattr(scoreboard, "processor", lambda: device.removesuffix(", 1 thread"))
+    page, threads = (ROOT / "docs/memory.md").read_text(), torch.get_num_threads()
+    (command, block) = re.search(
+        r"\$ (genevolve-fast plan --config demo .*)\n…\n(time of a step\n(?:.*\n)+?)…\n", page
+    ).groups()
+    try:
+        main(shlex.split(command)[1:])
+    finally:
+        torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert block in told and "measured on" in block and "training: estimated" in block
+
+
+def test_what_was_recorded_was_measured_by_code_that_git_knows():
+    rates = Rates.read(FILE)
+    assert rates.runs and not [
+        r for r in (*rates.rates, *rates.runs) if r.commit in ("", "unknown") or "dirty" in r.commit
+    ]

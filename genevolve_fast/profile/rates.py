@@ -97,8 +97,9 @@ class Rates:
         Near is the smallest quotient. Raises NoRate where none is there, or the nearest is FAR times off.
         """
         mine = [r for r in self.rates if r.name == name and same_device(r.device, device)]
-        fitting = [r for r in mine if all(_plain(r.at.get(k)) == _plain(v) for k, v in at.items())]
         near = near or {}
+        fitting = [r for r in mine if all(_plain(r.at.get(k)) == _plain(v) for k, v in at.items())]
+        fitting = [r for r in fitting if near.keys() <= r.at.keys()]
 
         def distance(r: Rate) -> float:
             return max((abs(math.log(r.at[k] / v)) for k, v in near.items() if v > 0), default=0.0)
