@@ -14,7 +14,7 @@ from benchmarks.step_cases import group_lengths
 from genevolve_fast.batch.groups import bundles
 from genevolve_fast.cli import main
 from genevolve_fast.policy.codec import NO_TOKEN
-from genevolve_fast.profile.plan import PlanError, Settings, layer_parameters, plan, trainable, trained_bytes
+from genevolve_fast.profile.plan import PlanError, Settings, layer_parameters, plan, trainable, trained_bytes, verdict
 from genevolve_fast.profile.rates import NoRate, Rate, Rates, RatesError, head_key, layer_key, model_key, same_device
 from genevolve_fast.profile.shapes import BUILT_IN
 from genevolve_fast.profile.sharding import DIVIDED, NF4_BITS
@@ -108,6 +108,24 @@ def test_offloading_moves_what_it_names_to_the_host():
     assert not [t for t in every.phases["step"] if t.name == "gradients"]
 
 
+def test_what_samples_reads_the_weights_whole():
+    """The embedded engine, and a vLLM that is given them while it holds its own."""
+    text = 2 * (EIGHT.total_parameters - EIGHT.parameters["vision"])
+    for strategy, size in (("ddp", 0), ("zero2", 0), ("zero3", text), ("fsdp2", text)):
+        s = on(FULL, strategy)
+        embedded = plan(EIGHT, replace(s, rollout=True)).phases["rollout"]
+        assert sum(t.bytes for t in embedded if t.name == "gathered weights") == size
+        beside = plan(EIGHT, replace(s, engine_bytes=36 << 30))
+        found = {t.name: t.bytes for t in beside.phases["sync"]}
+        assert found.get("gathered weights", 0) == size and found["the engine's weights"] == 2 * EIGHT.total_parameters
+        assert {t.name for t in beside.phases["rollout"]} == {"the engine beside the policy"}
+    assert "sync" not in plan(EIGHT, on(FULL, "fsdp2")).phases
+
+
+def test_one_process_of_ddp_is_a_run_alone():
+    assert plan(EIGHT, on(LORA, "ddp", 1)) == plan(EIGHT, LORA)
+
+
 def test_zero_adds_in_fp32_and_gathers_a_bucket():
     for strategy in ("zero1", "zero2", "zero3"):
         made = {t.name: t.bytes for t in plan(EIGHT, on(FULL, strategy)).phases["backward"]}
@@ -140,7 +158,10 @@ def test_moments_of_eight_bits_are_a_quarter():
         (dict(strategy="zero2", gpus_per_node=2, offload_params=True), "offload_params"),
         (dict(strategy="fsdp2", gpus_per_node=2, optimizer="muon"), "whole matrices"),
         (dict(strategy="fsdp2", gpus_per_node=2, offload_optimizer=True), "offload_params is its switch"),
-        (dict(strategy="zero3", gpus_per_node=2, implementation="cpu", offload_optimizer=True), "moves its state"),
+        (dict(strategy="zero3", gpus_per_node=2, implementation="cpu"), "give it with strategy zero3"),
+        (dict(strategy="zero2", gpus_per_node=2, implementation="8bit"), "moments of whole weights"),
+        (dict(strategy="fsdp2", gpus_per_node=2, bf16="stochastic"), "bf16 master"),
+        (dict(strategy="zero1", gpus_per_node=2, freeze_vision=False), "vision tower"),
         (dict(quantize="nf4"), "set a rank"),
         (dict(strategy="fsdp2", gpus_per_node=2, lora=8, quantize="nf4"), "cannot divide"),
         (dict(gpus_per_node=0), "gpus_per_node"),
@@ -231,7 +252,9 @@ def test_what_moves_between_gpus():
     found = seconds(step_time(EIGHT, s, made_up(), "h100"))
     gathered = 7 * 2 * (layers + tables) + 6 * 2 * tables
     assert found["gathering weights"] == pytest.approx(gathered * 7 / 8 / 2e11)
-    assert found["reducing gradients"] == pytest.approx((7 * (layers + tables) + 6 * tables) * 7 / 8 / 2e11)
+    assert found["reducing gradients"] == pytest.approx(2 * (7 * (layers + tables) + 6 * tables) * 7 / 8 / 2e11)
+    zero = seconds(step_time(EIGHT, replace(s, strategy="zero3"), made_up(), "h100"))
+    assert 2 * zero["reducing gradients"] == pytest.approx(found["reducing gradients"]), "FSDP2 sums in fp32"
     lora = replace(s, lora=64, bf16="nearest")
     learns = trainable(EIGHT, lora) * trained_bytes(lora)
     found = seconds(step_time(EIGHT, lora, made_up(), "h100"))
@@ -365,3 +388,11 @@ def test_vllm_beside_the_policy_takes_its_share(capsys):
     assert half["bytes"] == int(0.45 * (24 << 30)), "half of it is less than its share"
     main([*config, "--gpu", "h200", "--training-only"])
     assert "rollout" not in json.loads(capsys.readouterr().out)["phases"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
+def test_what_would_help_can_be_planned(strategy, settings):
+    """No switch that the verdict offers is one that is refused."""
+    told = verdict(EIGHT, on(settings, strategy), 10 << 30)
+    assert told.startswith("does not fit") and "saves" in told

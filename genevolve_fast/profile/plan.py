@@ -131,7 +131,8 @@ class Settings:
         if self.quantize != "none" and not self.lora:
             raise PlanError(f"quantize {self.quantize} freezes the weights: set a rank of LoRA adapters to train")
         offload = self.offload_optimizer, self.offload_params
-        if why := refusal(self.world, self.strategy, *offload, self.optimizer, self.implementation, self.quantize):
+        how = self.optimizer, self.implementation, self.bf16, self.quantize, self.freeze_vision or self.lora > 0
+        if why := refusal(self.world, self.strategy, *offload, *how):
             raise PlanError(why)
 
     @property
@@ -255,6 +256,7 @@ def plan(shape: ModelShape, settings: Settings) -> Plan:
     visited = _backward(shape, s, s.student_rows, "student")
     phases = {
         "rollout": (*_rollout(shape, s), *features) if s.rollout or s.engine_bytes else (),
+        "sync": _sync(shape, s),
         "prefix": (*gradients, *backward, *prefix, _backward(shape, s, s.prefix, "prefix"), *features)
         if s.prefix
         else (),
@@ -410,7 +412,9 @@ def _reduced(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     if "gradients" not in DIVIDED[s.strategy]:
         return ()
     count = shape.lora_parameters(s.lora) // shape.layers if s.lora else layer_parameters(shape)
-    return (Term("a layer's gradients and their sum", 2 * count * trained_bytes(s), "2 · parameters of a layer · b"),)
+    return (
+        Term("a layer's gradients and their sum", count * (trained_bytes(s) + 4), "parameters of a layer · (b + 4)"),
+    )
 
 
 def trained_bytes(s: Settings) -> int:
@@ -526,6 +530,20 @@ def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     return (Term("image features", s.image_tokens * levels * shape.hidden * s.itemsize, "tokens · levels · H · b"),)
 
 
+def _whole(shape: ModelShape, s: Settings) -> Term:
+    """Every weight, gathered where a strategy divides them: what samples, or hands them over, reads them whole."""
+    size = shape.total_parameters - shape.parameters["vision"] if "weights" in DIVIDED[s.strategy] else 0
+    return Term("gathered weights", size * s.itemsize, "parameters · b")
+
+
+def _sync(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """New weights on their way to the engine beside the policy, which has its own awake already."""
+    if not s.engine_bytes:
+        return ()
+    engine = shape.total_parameters * s.itemsize // s.engine_gpus
+    return (_whole(shape, s), Term("the engine's weights", engine, "parameters · b", True))
+
+
 def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
     if not s.rollout:
@@ -550,7 +568,7 @@ def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
         Term("waiting rollouts' keys and values", kept * per_token, "tokens · L · 2kv · b"),
         Term("working cache and its copy", longest * per_token, "2 · rows · longest · L · 2kv · b"),
     )
-    return max(first, last, key=lambda terms: sum(t.bytes for t in terms))
+    return (_whole(shape, s), *max(first, last, key=lambda terms: sum(t.bytes for t in terms)))
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
@@ -558,9 +576,12 @@ def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     widest, largest = max(a * b for a, b in shape.matrices), shape.vocabulary * shape.hidden
     learns = trainable(shape, s)
     weight = s.lora * max(max(pair) for pair in shape.matrices) if s.lora else largest
-    summed = min(learns * trained_bytes(s), DDP_BUCKET + weight * trained_bytes(s)) * (s.strategy == "ddp")
-    here = s.bf16 == "master" and not DIVIDED[s.strategy] and not state_leaves(s)
-    widened = min(MASTER_BYTES * learns, max(MASTER_GRADIENTS, MASTER_BYTES * largest))
+    summed = min(learns * trained_bytes(s), DDP_BUCKET + weight * trained_bytes(s))
+    summed *= s.strategy == "ddp" and s.world > 1
+    here = s.bf16 == "master" and s.strategy not in DEEPSPEED and not state_leaves(s)
+    widened = min(
+        s.part("state", MASTER_BYTES * learns), max(MASTER_GRADIENTS, s.part("state", MASTER_BYTES * largest))
+    )
     paged = 2 * STATE_BYTES["paged_8bit"] * weight if s.implementation == "paged_8bit" else 0
     return (
         Term("gradients being summed", summed, "64 MiB and one weight's"),
@@ -586,7 +607,7 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64, "bf16": "nearest"}),
         ("4-bit weights (policy.quantize nf4)", {"quantize": "nf4"} if may_quantize(s) else {}),
         (f"offload_gib {budget} of host memory", {"offload_gib": budget} if s.device == "cuda" else {}),
-        ("optim.implementation 8bit", {"implementation": "8bit"} if s.implementation == "fused" else {}),
+        ("optim.implementation 8bit", {"implementation": "8bit"} if narrows(s) else {}),
         (f"max_tokens_per_microbatch {s.reply}", {"max_tokens_per_microbatch": s.reply}),
         ("no teacher (objective.sdl_coef 0)", {"teacher": "off"}),
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
@@ -607,6 +628,10 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         found.append((smaller, plan(BUILT_IN[smaller], s)))
     saved = [(name, now - other.total, other) for name, other in found]
     return sorted((row for row in saved if row[1] > 0), key=lambda row: -row[1])
+
+
+def narrows(s: Settings) -> bool:
+    return s.implementation == "fused" and not DIVIDED[s.strategy]
 
 
 def may_quantize(s: Settings) -> bool:

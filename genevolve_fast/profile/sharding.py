@@ -29,24 +29,32 @@ def refusal(
     offload_params: bool,
     optimizer: str,
     implementation: str,
+    bf16: str,
     quantize: str,
+    freeze_vision: bool,
 ) -> str | None:
     """Why this combination cannot work; None where it can."""
     divided = DIVIDED[strategy]
     if strategy == "none" and world > 1:
         return f"strategy none trains on one GPU, not on {world}: choose ddp, zero1, zero2, zero3 or fsdp2"
-    if offload_optimizer and "state" not in divided:
-        return f"offload_optimizer belongs to zero1, zero2, zero3 and fsdp2: strategy {strategy} steps on the GPU"
+    if strategy == "fsdp2" and offload_optimizer:
+        return "fsdp2 offloads weights, gradients and optimizer state together: offload_params is its switch"
+    if offload_optimizer and not divided:
+        return f"offload_optimizer belongs to zero1, zero2 and zero3: strategy {strategy} steps on the GPU"
     if offload_params and "weights" not in divided:
         return f"offload_params belongs to zero3 and fsdp2: strategy {strategy} keeps the weights on every GPU"
-    if strategy == "fsdp2" and offload_optimizer and not offload_params:
-        return "fsdp2 offloads weights, gradients and optimizer state together: offload_params is its switch"
-    if optimizer == "muon" and divided:
+    if not divided:
+        return None
+    if optimizer == "muon":
         return f"muon orthogonalises whole matrices: strategy {strategy} gives each GPU a part of them"
-    if implementation in ("paged_8bit", "cpu") and (offload_optimizer or (strategy == "fsdp2" and offload_params)):
-        return (
-            f"implementation {implementation} moves its state to the host itself: offload_optimizer would do it twice"
-        )
+    if implementation in ("8bit", "paged_8bit"):
+        return f"implementation {implementation} has moments of whole weights: strategy {strategy} divides them"
+    if implementation == "cpu" and not offload_optimizer:
+        return f"implementation cpu steps what offload_optimizer keeps on the host: give it with strategy {strategy}"
+    if bf16 == "stochastic":
+        return f"bf16 stochastic rounds whole weights: strategy {strategy} divides fp32 copies, bf16 master"
     if quantize != "none" and "weights" in divided:
         return f"quantize {quantize} packs a layer's weights into one block, which strategy {strategy} cannot divide"
+    if not freeze_vision:
+        return f"a trained vision tower sees other pictures on every GPU: strategy {strategy} would wait; take ddp"
     return None

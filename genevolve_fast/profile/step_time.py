@@ -283,9 +283,10 @@ class _Step:
         name = "reducing gradients"
         if "weights" in DIVIDED[s.strategy]:
             gathered, reduced = self.units()
+            wide = 4 if s.strategy == "fsdp2" else width  # it sums in fp32
             return [
                 self.line("gathering weights", TRANSFER, (gathered * moved, "all_gather", layer)),
-                self.line(name, TRANSFER, (reduced * width * moved, "reduce_scatter", layer)),
+                self.line(name, TRANSFER, (reduced * wide * moved, "reduce_scatter", layer)),
             ]
         if not DIVIDED[s.strategy]:
             return [self.line(name, TRANSFER, (2 * learns * moved, "all_reduce", whole))]
