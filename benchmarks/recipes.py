@@ -20,11 +20,12 @@ class Recipe:
     gpu: str
     gpus: str
     rollouts: str
+    flags: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         config = f"configs/genevolve_8b_{self.file}.yaml"
-        return ["plan", "--config", config, "--model", "qwen3-vl-8b", "--gpu", self.gpu]
+        return ["plan", "--config", config, "--model", "qwen3-vl-8b", "--gpu", self.gpu, *self.flags]
 
     @property
     def command(self) -> str:
@@ -51,10 +52,12 @@ class Recipe:
         limit = memory_of(self.gpu) / GIB
         peak = f"{made['total'] / GIB:.1f} of {limit:g} GiB" if made["fits"] else "does not fit"
         host = f"{made['host_bytes'] / GIB:.1f} GiB" if made["host_bytes"] else ""
-        name = f"[{self.file}](configs/genevolve_8b_{self.file}.yaml)"
+        changed = "".join(f" `{flag}`" for flag in self.flags if "=" in flag)
+        name = f"[{self.file}](configs/genevolve_8b_{self.file}.yaml){changed}"
         return f"| {self.what} | {name} | {self.gpus} | {self.rollouts} | {peak} | {host} |"
 
 
+EIGHT = ("--gpus-per-node", "8")
 PAPER = "8 × 6 of 36,144 tokens"
 RECIPES = (
     Recipe("QLoRA", "qlora_24gb", "24GiB", "1 × 24 GB, samples too", "1 × 6 of 14,144 tokens"),
@@ -62,6 +65,16 @@ RECIPES = (
     Recipe("LoRA", "lora_40gb", "40GiB", "1 × 40 GB, samples too", PAPER),
     Recipe("LoRA", "lora_48gb", "48GiB", "1 × 48 GB, samples too", PAPER),
     Recipe("all weights", "full_141gb", "h200", "1 × 141 GB, samples too", PAPER),
+    Recipe("all weights", "full_8x80gb", "80GiB", "8 × 80 GB, sample too", PAPER, EIGHT),
+    Recipe(
+        "all weights",
+        "full_8x80gb",
+        "80GiB",
+        "8 × 80 GB, sample too",
+        PAPER,
+        (*EIGHT, "--set", "distributed.strategy=zero3"),
+    ),
+    Recipe("LoRA", "lora_48gb", "80GiB", "8 × 80 GB, sample too", PAPER, EIGHT),
 )
 
 

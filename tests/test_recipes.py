@@ -12,6 +12,7 @@ from benchmarks.recipes import RECIPES
 from genevolve_fast.commands.opening import config_path
 from genevolve_fast.profile.rates import FILE, Rates
 from genevolve_fast.train.config import EvolveConfig, load_config
+from genevolve_fast.train.fits import launched_gpus
 
 ROOT = Path(__file__).parents[1]
 DIFFERENT = {  # file -> fields that are not configs/genevolve_8b.yaml's, besides its name
@@ -27,6 +28,7 @@ DIFFERENT = {  # file -> fields that are not configs/genevolve_8b.yaml's, beside
     "lora_40gb": {"policy.offload_gib", "policy.lora.rank", "rollout.vllm.gpu_memory_utilization", "optim.lr"},
     "lora_48gb": {"policy.offload_gib", "policy.lora.rank", "rollout.vllm.gpu_memory_utilization", "optim.lr"},
     "full_141gb": {"optim.bf16"},
+    "full_8x80gb": {"optim.bf16", "distributed.strategy"},
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def fields(data: dict, before: str = "") -> dict[str, object]:
     return out
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.file)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join((r.file, *r.flags)))
 def test_a_recipe_fits_by_its_own_plan(recipe):
     made = recipe.plan()
     assert made["fits"] and made["limit"] - made["total"] >= 0.9 * 2**30, "what is assumed may be that much too small"
@@ -61,6 +63,12 @@ def test_a_recipe_differs_from_the_papers_run_only_where_it_says(name):
     assert changed == DIFFERENT[name] | {"name"}
     config = load_config(EvolveConfig, config_path(f"genevolve_8b_{name}"))
     assert config.name == f"genevolve_8b_{name}" and config.objective.sdl_coef == 2.0
+
+
+def test_a_plan_counts_the_gpus_of_its_launcher():
+    assert launched_gpus({}) == dict(nodes=1, gpus_per_node=1)
+    assert launched_gpus({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == dict(nodes=2, gpus_per_node=8)
+    assert launched_gpus({"WORLD_SIZE": "4"}) == dict(nodes=1, gpus_per_node=4)
 
 
 def test_the_readme_has_the_rows_that_the_planner_gives():

@@ -160,8 +160,11 @@ def step_time(
 
 
 def _is_run_of(run: MeasuredRun, s: Settings) -> bool:
-    mine = asdict(s)
-    return bool(run.settings) and all(mine.get(name) == value for name, value in run.settings.items())
+    alone = {"strategy": "none"} if s.world == 1 and s.strategy == "ddp" else {}  # two names of one process
+    mine, theirs = asdict(s) | alone, dict(run.settings)
+    if theirs.get("strategy") == "ddp" and theirs.get("nodes") == theirs.get("gpus_per_node") == 1:
+        theirs["strategy"] = "none"
+    return bool(theirs) and all(mine.get(name) == value for name, value in theirs.items())
 
 
 class _Step:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import psutil
@@ -49,8 +51,19 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         offload_gib=config.policy.offload_gib,
         rollout=r.engine == "transformers",  # another engine's KV is not in this process
         device=device.type,
+        strategy=config.distributed.strategy,
+        offload_optimizer=config.distributed.offload_optimizer,
+        offload_params=config.distributed.offload_params,
+        **launched_gpus(),
     )
     return replace(settings, **known)
+
+
+def launched_gpus(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """Nodes and GPUs of each, as the launcher of this process counts them; one of one without a launcher."""
+    world = int(environment.get("WORLD_SIZE", "1"))
+    here = int(environment.get("LOCAL_WORLD_SIZE", str(world)))
+    return dict(nodes=max(1, world // here), gpus_per_node=here)
 
 
 def beside_engine(config: EvolveConfig, total: int) -> dict[str, int]:
