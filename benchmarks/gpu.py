@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command: its tests, and if they are green the benchmarks, by importance.
 
-Each section is `python -m benchmarks.run` for the head, or `python -m benchmarks.step` for the training step, in a
-process of its own, writing into one file each: what a section has measured survives its end, a contender that kills its
-process is left out of the next attempt, and a section that is there already is not measured twice. When time runs out
-the rest is listed, not begun. The scoreboard's GPU rows are computed from those files. Rollouts by vLLM have a script
-of their own, `python -m benchmarks.rollout_vllm`: they need vLLM, and a GPU for nothing else.
+Each section is `python -m benchmarks.run` for the head, `python -m benchmarks.step` for the training step, or
+`python -m benchmarks.scale_gpu` for whole steps against TRL's, in a process of its own, writing into one file each:
+what a section has measured survives its end, a contender that kills its process is left out of the next attempt, and a
+section that is there already is not measured twice. When time runs out the rest is listed, not begun. The scoreboard's
+GPU rows are computed from those files. Rollouts by vLLM have a script of their own, benchmarks/rollout_vllm.py: they
+need vLLM, and a GPU for nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import run, step
+from benchmarks import run, scale_gpu, step
 from benchmarks.inputs import OWN_MODES
 from benchmarks.peers import OURS
 from benchmarks.store import ROOT, Row, fingerprint, read
@@ -48,10 +49,14 @@ class Section:
     def of_step(self) -> bool:
         return self.program == "benchmarks.step"
 
+    @property
+    def of_scale(self) -> bool:
+        return self.program == "benchmarks.scale_gpu"
+
     def argv(self, changes: dict[str, str]) -> list[str]:
         """`changes` replaces options that the section has; other ones are added."""
         head = {"shapes": "8b", "rows": "16384", "logits": "peaked", "lengths": "uneven"}
-        options = ({} if self.of_step else head) | self.options | changes
+        options = (head if self.program == "benchmarks.run" else {}) | self.options | changes
         return [part for name, value in options.items() for part in (f"--{name}", *value.split())]
 
 
@@ -98,8 +103,19 @@ STEP = [
         ("deep", 7, {"section": "longest", "case": "524288"}, "524 288 tokens on 8 of 36 layers"),
     )
 ]
-TIERS = {"core": CORE, "full": CORE + STEP + REST}
-GROUPS = {"step": [s.name for s in STEP]}  # what `--only` takes besides a section's name
+SCALE = [
+    Section(f"scale-{kind}", minutes, {"kind": kind}, why, "benchmarks.scale_gpu")
+    for kind, minutes, why in (
+        ("qlora", 7, "4-bit weights under adapters, 8B and 2B, against TRL's GRPOTrainer"),
+        ("lora", 6.5, "the same with bf16 weights under adapters"),
+        ("full", 7, "the same with all weights trained"),
+    )
+]
+TIERS = {"core": CORE, "full": CORE + STEP + SCALE + REST}
+GROUPS = {
+    "step": [s.name for s in STEP],
+    "scale": [s.name for s in SCALE],
+}  # what `--only` takes besides a section's name
 
 
 # --- the plan and its parts -------------------------------------------------------------------------------------------
@@ -212,12 +228,17 @@ def dominating(mine: list[Row], peers: list[Row]) -> list[tuple[str, str]]:
 def dry_run(sections: list[Section], peers: str) -> int:
     """Every section at toy size on the CPU, in this process, into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        file, of_step = Path(folder) / FILE.name, Path(folder) / "step.json"
+        file, of_step, of_scale = (Path(folder) / name for name in (FILE.name, "step.json", "scale.json"))
         print(f"== tests: {run_tests(180.0)}", flush=True)
         for s in sections:
             print(f"== {s.name}", flush=True)
             if s.of_step:
                 if code := step.main(s.argv({"device": "cpu", "model": "toy", "repeats": "1", "file": str(of_step)})):
+                    return code
+                continue
+            if s.of_scale:
+                toy = {"device": "cpu", "model": "toy", "repeats": "1", "file": str(of_scale)}
+                if code := scale_gpu.main(s.argv(toy)):
                     return code
                 continue
             changes = {"device": "cpu", "shapes": "toy", "rows": "256", "repeats": "1", "file": str(file)}
@@ -229,7 +250,9 @@ def dry_run(sections: list[Section], peers: str) -> int:
         found = scores([r | CORE_CASE for r in rows], fingerprint())
         steps = read(of_step)["rows"]
         found |= step.scores(steps, step.code())
-        rows += steps
+        scaled = read(of_scale)["rows"]
+        found |= scale_gpu.scores(scaled, scale_gpu.code())
+        rows += steps + scaled
         print(f"{len(rows)} rows in {len(sections)} sections; ids that a GPU run records: {' '.join(found)}")
     return 0
 
@@ -247,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--peers", nargs="+", default=["all"], help="of a dry run: fewer are quicker")
     p.add_argument("--file", type=Path, default=FILE, help="(default: %(default)s)")
     p.add_argument("--step-file", type=Path, default=step.FILES["cuda"], help="(default: %(default)s)")
+    p.add_argument("--scale-file", type=Path, default=scale_gpu.FILE, help="(default: %(default)s)")
     p.add_argument("--commit", help="what to record where the tree is a copy that git does not know")
     args = p.parse_args(argv)
     only = {name for given in args.only or () for name in GROUPS.get(given, [given])}
@@ -278,15 +302,18 @@ def measure(args: argparse.Namespace, sections: list[Section], minutes: float) -
         write_json(file, data)
         print(f"== {name}: {outcome} ({report[name]['seconds']} s)", flush=True)
 
+    def file_of(s: Section) -> Path:
+        return args.step_file if s.of_step else args.scale_file if s.of_scale else args.file
+
     since = time.monotonic()
     outcome = run_tests(min(180.0, left()))
-    for file in dict.fromkeys(args.step_file if s.of_step else args.file for s in sections):
+    for file in dict.fromkeys(map(file_of, sections)):
         save("tests", outcome, since, file)
     if outcome != "green":
         print("nothing is timed while the GPU tests are not green")
         return 1
     for s in sections:
-        since, file = time.monotonic(), args.step_file if s.of_step else args.file
+        since, file = time.monotonic(), file_of(s)
         if left() < 60 * s.minutes / 2:
             save(s.name, "left: no time", since, file)
             continue
@@ -300,6 +327,10 @@ def measure(args: argparse.Namespace, sections: list[Section], minutes: float) -
         steps = step.as_meant(read(args.step_file)["rows"])
         for name, (value, n) in step.scores(steps, step.code()).items():
             record(name, value, n=n, command="python -m benchmarks.gpu --only step", at=args.commit)
+    if any(s.of_scale for s in sections):
+        scaled = step.as_meant(read(args.scale_file)["rows"])
+        for name, (value, n) in scale_gpu.scores(scaled, scale_gpu.code()).items():
+            record(name, value, n=n, command="python -m benchmarks.gpu --only scale", at=args.commit)
     missing = [name for name, r in report.items() if r["outcome"] not in ("done", "green")]
     print(f"left or failed: {', '.join(missing)}" if missing else "all sections are done")
     ours = [r for r in rows if r["impl"].startswith(OURS) and r["code"] == fingerprint() and r["status"] == "failed"]

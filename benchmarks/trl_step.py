@@ -89,9 +89,12 @@ class TrlStep:
             inputs = self._inputs(part)
             # its loss means over the batch: the weight of this one in the step
             trainer.current_gradient_accumulation_steps = len(rollouts) / len(part)
-            teacher_logps = self._teacher(part)
+            taught = any(r.experience_ids for r in part)
+            teacher_logps = self._teacher(part) if taught else None
             loss = trainer.compute_loss(self.model, inputs)
-            (loss + self._distillation(part, trainer.taken, teacher_logps, len(rollouts))).backward()
+            if taught:
+                loss = loss + self._distillation(part, trainer.taken, teacher_logps, len(rollouts))
+            loss.backward()
             trainer.taken = None
 
     def _inputs(self, part: Sequence[TrainingRollout]) -> dict[str, Tensor]:

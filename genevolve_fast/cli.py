@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, export, generate, render, rollout, score, serve_render, wise
+from genevolve_fast.commands import bench, data, export, generate, plan, render, rollout, score, serve_render, wise
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -68,6 +68,7 @@ _USER_ERRORS = {
     "policy.quantize": "QuantizeError",
     "policy.export": "ExportError",
     "profile.plan": "PlanError",
+    "profile.rates": "RatesError",
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
     "report.build": "ReportError",
@@ -129,37 +130,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     training(p, "demo")
 
-    p = command(
-        "plan",
-        run_plan,
-        "Predict the peak memory of a run before anything is loaded; exit status 1 if it does not fit.",
-        "genevolve-fast plan --model qwen3-vl-8b --gpu 24GiB --tokens 36144 --prefix 6144 --lora 64 --offload-gib 40",
-    )
-    p.add_argument("--config", default=None, help="take everything from an evolve configuration; flags below override")
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
-    p.add_argument("--model", default=None, help="folder, config.json, cached hub id or a name such as qwen3-vl-8b")
-    p.add_argument("--gpu", default=None, help="size such as 24GiB, or a GPU's name (default: this machine)")
-    p.add_argument("--json", action="store_true", help="print the plan as JSON")
-    p.add_argument("--training-only", action="store_true", help="rollouts are sampled elsewhere")
-    p.add_argument("--tokens", type=int, help="tokens of the longest rollout, prefix included")
-    p.add_argument("--prefix", type=int, help="tokens that a group's rollouts share")
-    p.add_argument("--prompts-per-step", type=int, help="requests of a step")
-    p.add_argument("--num-generations", type=int, help="rollouts of each request")
-    p.add_argument("--max-tokens-per-microbatch", type=int, help="tokens packed into one forward and backward")
-    p.add_argument("--max-batch", type=int, help="turns the embedded engine samples together")
-    p.add_argument("--mean-tokens", type=int, help="mean length of the rollouts that the engine keeps open")
-    p.add_argument("--patch", type=int, help="tokens of experience that the teacher reads")
-    p.add_argument("--loss-share", type=float, help="share of a reply that the policy sampled")
-    p.add_argument("--image-tokens", type=int, help="tokens of all pictures whose features are kept")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and activations")
-    p.add_argument("--optimizer", choices=["adamw", "muon"])
-    p.add_argument("--lora", type=int, help="rank of the adapters; 0 trains the weights")
-    p.add_argument("--freeze-head", action=argparse.BooleanOptionalAction, help="no gradient of the LM head")
-    p.add_argument("--teacher", choices=["live", "ema", "base", "off"])
-    p.add_argument("--reference", action=argparse.BooleanOptionalAction, help="KL to the starting policy")
-    p.add_argument("--offload-gib", type=float, help="host memory for layer inputs")
-    p.add_argument("--workspace-mb", type=float, help="logits of the head that exist at once")
-    p.add_argument("--tile-tokens", type=int, help="rows of one MLP tile")
+    plan.add(command)
 
     p = command(
         "profile",
@@ -294,38 +265,6 @@ def run_evolve(args: argparse.Namespace) -> int:
         final = evolve(config, policy, world, pool, folder, resume=args.resume, strategy=strategy)
         print(f"policy: {final}")
     return 0
-
-
-def run_plan(args: argparse.Namespace) -> int:
-    from dataclasses import fields, replace
-
-    import torch
-
-    from genevolve_fast.profile.plan import PlanError, Settings, memory_of, plan, table, verdict
-    from genevolve_fast.profile.shapes import ModelShape
-    from genevolve_fast.train.config import EvolveConfig
-    from genevolve_fast.train.fits import available_memory, settings_of
-
-    where = torch.device("cuda") if args.gpu else device()
-    limit = memory_of(args.gpu) if args.gpu else available_memory(where)
-    named = {f.name: value for f in fields(Settings) if (value := getattr(args, f.name, None)) is not None}
-    if args.config:
-        config = load(args, EvolveConfig)
-        settings = replace(settings_of(config, where), **({"mean_tokens": None} if args.tokens else {}), **named)
-        shape = ModelShape.from_config(args.model or policy_path(config.policy))
-    elif args.model and args.tokens:
-        if args.set:
-            raise PlanError("--set overrides a field of --config")
-        shape, settings = ModelShape.from_config(args.model), Settings(device=where.type, **named)
-    else:
-        raise PlanError("give --config, or --model and --tokens")
-    settings = replace(settings, rollout=settings.rollout and not args.training_only)
-    made = plan(shape, settings)
-    if args.json:
-        print(json.dumps(made.as_dict() | {"limit": limit, "fits": made.total <= limit}, indent=1))
-    else:
-        print(f"{table(made)}\n\n{verdict(shape, settings, limit)}")
-    return 0 if made.total <= limit else 1
 
 
 def run_profile(args: argparse.Namespace) -> int:

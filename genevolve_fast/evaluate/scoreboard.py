@@ -64,7 +64,16 @@ TARGETS: dict[str, tuple[str, str | None, float | None]] = {
     "data/chain_steps": ("count", "==", 8),
     "render/hostile_failures": ("count", "==", 0),
     "judge/unjudged_counted_as_zero": ("count", "==", 0),
-    "scale/export_logit_error": ("error", "==", 0),
+    "scale/parity_error_ddp": ("absolute", "<=", 1e-5),
+    "scale/parity_error_zero2": ("absolute", "<=", 1e-5),
+    "scale/parity_error_zero3": ("absolute", "<=", 1e-5),
+    "scale/parity_error_fsdp2": ("absolute", "<=", 1e-5),
+    "scale/sigterm_seconds": ("seconds", "<=", 30),
+    "scale/export_logit_error": ("absolute", "==", 0),
+    "scale/resume_other_world_size_error": ("absolute", "<=", 1e-5),
+    "scale/tokens_per_s_vs_trl_qlora": ("ratio", ">=", 2),
+    "scale/tokens_per_s_vs_trl_lora": ("ratio", ">=", 2),
+    "scale/tokens_per_s_vs_trl_full": ("ratio", ">=", 2),
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 

@@ -1,4 +1,4 @@
-"""Predicts a run's peak memory from the model's config alone: what is held in each phase, what limits, what helps."""
+"""Predicts a run's peak memory on one of its GPUs from the model's config alone: what is held when, what helps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ import torch
 from genevolve_fast.ops.memory import formula_bytes
 from genevolve_fast.profile.flops import GPUS, gpu_named
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
+from genevolve_fast.profile.sharding import (
+    DDP_BUCKET,
+    DEEPSPEED,
+    DIVIDED,
+    GATHERED_LAYERS,
+    NF4_BITS,
+    ZERO_BUCKET,
+    Strategy,
+    What,
+    refusal,
+)
 
 # What one layer's backward holds for each student row in attention: widths in the model's dtype, then bytes in fp32.
 VISIT_HIDDEN = 1  # the gradient, written in place; the layer input is counted where it waits
@@ -79,6 +90,7 @@ class Settings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     implementation: Literal["fused", "8bit", "paged_8bit", "cpu"] = "fused"
     bf16: Literal["nearest", "stochastic", "master"] = "nearest"
+    quantize: Literal["none", "nf4"] = "none"  # of the decoder's linear maps, frozen under adapters
     lora: int = 0  # rank; 0 trains the weights themselves
     freeze_vision: bool = True
     freeze_head: bool = False
@@ -89,10 +101,18 @@ class Settings:
     workspace_mb: float | None = None
     tile_tokens: int = 8192
     gradient_checkpointing: bool = True
+    engine_bytes: int = 0  # of a vLLM beside the policy while it samples; it sleeps otherwise
+    engine_gpus: int = 1  # that share its weights and keys
     device: Literal["cuda", "cpu"] = "cuda"
+    nodes: int = 1
+    gpus_per_node: int = 1
+    strategy: Strategy = "none"
+    offload_optimizer: bool = False
+    offload_params: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "prompts_per_step", "num_generations", "max_tokens_per_microbatch", "max_batch"):
+        counts = ("tokens", "prompts_per_step", "num_generations", "max_tokens_per_microbatch", "max_batch")
+        for name in (*counts, "nodes", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("prefix", "patch", "image_tokens", "lora", "offload_gib"):
@@ -108,6 +128,26 @@ class Settings:
             raise PlanError("offload_gib needs gradient_checkpointing: without it a layer keeps everything")
         if self.device == "cpu" and self.offload_gib:
             raise PlanError("offload_gib moves layer inputs off a GPU: nothing to move on a CPU")
+        if self.quantize != "none" and not self.lora:
+            raise PlanError(f"quantize {self.quantize} freezes the weights: set a rank of LoRA adapters to train")
+        offload = self.offload_optimizer, self.offload_params
+        how = self.optimizer, self.implementation, self.bf16, self.quantize, self.freeze_vision or self.lora > 0
+        if why := refusal(self.world, self.strategy, *offload, *how):
+            raise PlanError(why)
+
+    @property
+    def world(self) -> int:
+        """GPUs that train."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def groups(self) -> int:
+        """Requests of the GPU that has the most of them: a group is never split."""
+        return -(-self.prompts_per_step // self.world)
+
+    def part(self, what: What, count: float) -> int:
+        """What one GPU has of `count` bytes."""
+        return math.ceil(count / self.world) if what in DIVIDED[self.strategy] else round(count)
 
     @property
     def itemsize(self) -> int:
@@ -134,7 +174,8 @@ class Settings:
 
     @property
     def open_rollouts(self) -> int:
-        return self.prompts_per_step * self.num_generations
+        """That one GPU samples at once."""
+        return self.groups * self.num_generations
 
 
 @dataclass(frozen=True)
@@ -144,6 +185,7 @@ class Term:
     name: str
     bytes: int
     formula: str
+    at_once: bool = False  # taken and given back whole: it leaves no gaps
 
 
 @dataclass(frozen=True)
@@ -153,8 +195,16 @@ class Plan:
     held: tuple[Term, ...]
     phases: dict[str, tuple[Term, ...]]
     overhead: int  # of the CUDA context
-    host_bytes: int  # pinned
-    optimizer_host_bytes: int = 0  # of weights and moments that an optimizer keeps in host memory, or may move there
+    host: tuple[Term, ...] = ()  # pinned memory of this GPU's process
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(t.bytes for t in self.host)
+
+    @property
+    def optimizer_host_bytes(self) -> int:
+        """Of weights and moments that an optimizer keeps in host memory, or may move there."""
+        return sum(t.bytes for t in self.host if t.name in ("optimizer state", "fp32 weights"))
 
     def phase_bytes(self, phase: str) -> int:
         return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
@@ -162,7 +212,7 @@ class Plan:
     def phase_above(self, phase: str) -> int:
         """Without context, weights and optimizer state."""
         slack = FRAGMENTATION if self.overhead else 1.0
-        return round(slack * sum(t.bytes for t in self.phases[phase]))
+        return round(sum(t.bytes * (1.0 if t.at_once else slack) for t in self.phases[phase]))
 
     @property
     def peak_phase(self) -> str:
@@ -183,7 +233,7 @@ class Plan:
             "peak_phase": self.peak_phase,
             "limiting": asdict(self.limiting),
             "host_bytes": self.host_bytes,
-            "optimizer_host_bytes": self.optimizer_host_bytes,
+            "host": [asdict(t) for t in self.host],
             "overhead": self.overhead,
             "held": [asdict(t) for t in self.held],
             "phases": {
@@ -202,18 +252,23 @@ def plan(shape: ModelShape, settings: Settings) -> Plan:
     teacher = _forward(shape, s, s.teacher_rows, "teacher", TEACHER_HIDDEN)
     student = _forward(shape, s, s.student_rows, "student")
     widest = max(student, teacher, key=lambda t: t.bytes)
+    forward, backward = _gathered(shape, s), (*_gathered(shape, s), *_reduced(shape, s))
+    visited = _backward(shape, s, s.student_rows, "student")
     phases = {
-        "rollout": (*_rollout(shape, s), *features) if s.rollout else (),
-        "prefix": (*gradients, *prefix, _backward(shape, s, s.prefix, "prefix"), *features) if s.prefix else (),
-        "student": (*gradients, *prefix, *inputs, student, *features),
-        "teacher": (*gradients, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
-        "head": (*gradients, *prefix, *inputs, *_head(shape, s), *features),
-        "backward": (*gradients, *prefix, *inputs, _backward(shape, s, s.student_rows, "student"), *features),
+        "rollout": (*_rollout(shape, s), *features) if s.rollout or s.engine_bytes else (),
+        "sync": _sync(shape, s),
+        "prefix": (*gradients, *backward, *prefix, _backward(shape, s, s.prefix, "prefix"), *features)
+        if s.prefix
+        else (),
+        "student": (*gradients, *forward, *prefix, *inputs, student, *features),
+        "teacher": (*gradients, *forward, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
+        "head": (*gradients, *_gathered_head(shape, s), *prefix, *inputs, *_head(shape, s), *features),
+        "backward": (*gradients, *backward, *prefix, *inputs, visited, *features),
         "step": (*gradients, *_step(shape, s), *features),
     }
     overhead = CUDA_CONTEXT if s.device == "cuda" else 0
-    shown = {name: _present(terms) for name, terms in phases.items() if terms}
-    return Plan(_held(shape, s), shown, overhead, host, _optimizer_on_host(shape, s))
+    kept = {name: _present(terms) for name, terms in phases.items() if terms}
+    return Plan(_held(shape, s), kept, overhead, _present((*host, *_moved(shape, s))))
 
 
 def trainable(shape: ModelShape, s: Settings) -> int:
@@ -228,63 +283,138 @@ def trainable(shape: ModelShape, s: Settings) -> int:
 
 
 def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    b, count, learns = s.itemsize, shape.total_parameters, trainable(shape, s)
-    adapters = shape.lora_parameters(s.lora) if s.lora else 0
+    learns, adapters = trainable(shape, s), shape.lora_parameters(s.lora) if s.lora else 0
     frozen = [use for use, wanted in (("reference", s.reference), ("base teacher", s.teacher == "base")) if wanted]
-    copied = learns * b if frozen and not s.lora else 0  # what is frozen anyway is shared
-    by_muon = (adapters or shape.linear_parameters) if s.optimizer == "muon" else 0
+    copied = learns * s.itemsize if frozen and not s.lora else 0  # what is frozen anyway is shared
+    here = not s.offload_params
     return _present(
         (
-            Term("weights", count * b, "parameters · b"),
-            Term("adapters", adapters * ADAPTER_BYTES, f"{ADAPTER_BYTES} · parameters"),
+            *(_weights(shape, s) if here else _weights(shape, s)[1:]),
+            Term("adapters", s.part("weights", adapters * ADAPTER_BYTES) * here, f"{ADAPTER_BYTES} · parameters"),
+            *_state(shape, s)[: 1 if s.implementation == "paged_8bit" else 0 if state_leaves(s) else 2],
+            Term(f"frozen copy ({' and '.join(frozen)})", s.part("weights", copied), "trainable parameters · b"),
             Term(
-                "fp32 weights",
-                0 if _leaves(s) and s.implementation == "cpu" else _copies(shape, s),
+                "EMA teacher",
+                s.part("weights", 4 * learns) if s.teacher == "ema" else 0,
                 "4 · trainable parameters",
             ),
-            Term(
-                "optimizer state",
-                0 if _leaves(s) else _moments(learns, by_muon, s),
-                f"{_moment_bytes(s):.3g} · (2 · trainable parameters − those of Muon)",
-            ),
-            Term(f"frozen copy ({' and '.join(frozen)})", copied, "trainable parameters · b"),
-            Term("EMA teacher", 4 * learns if s.teacher == "ema" else 0, "4 · trainable parameters"),
         )
     )
 
 
-def _moment_bytes(s: Settings) -> float:
-    """Of one moment of one parameter: 8 bits, else as wide as the weight that is stepped."""
-    wide = 4 if s.bf16 == "master" or s.implementation == "cpu" else trained_bytes(s)
-    return STATE_BYTES.get(s.implementation, wide)
+def _weights(shape: ModelShape, s: Settings) -> tuple[Term, Term]:
+    """What the strategy may divide, and the frozen tower, which every GPU keeps whole."""
+    apart = shape.parameters["vision"] if s.freeze_vision and "weights" in DIVIDED[s.strategy] else 0
+    count, told = shape.total_parameters - apart, "parameters · b"
+    size = count * s.itemsize
+    if s.quantize == "nf4":
+        size -= shape.linear_parameters * (s.itemsize - NF4_BITS / 8)
+        told = f"linear maps · {NF4_BITS / 8:.4f} + other parameters · b"
+    return (
+        Term("weights", s.part("weights", size), _among(s, "weights", told)),
+        Term("frozen vision tower", apart * s.itemsize, "parameters · b, on every GPU"),
+    )
 
 
-def _moments(learns: int, by_muon: int, s: Settings) -> int:
-    """Bytes of all moments; Muon's only one is as wide as the weights."""
-    wide = MASTER_BYTES if s.bf16 == "master" else trained_bytes(s)
-    return round(2 * (learns - by_muon) * _moment_bytes(s) + by_muon * wide)
+def _state(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """fp32 copies of the weights, and the moments; Muon's only one is as wide as what is stepped."""
+    learns = trainable(shape, s)
+    by_muon = (shape.lora_parameters(s.lora) or shape.linear_parameters) if s.optimizer == "muon" else 0
+    wide = MASTER_BYTES if has_master(s) else trained_bytes(s)
+    each = STATE_BYTES.get(s.implementation, wide)
+    moments = 2 * (learns - by_muon) * each + by_muon * wide
+    copies = MASTER_BYTES * learns * has_master(s)
+    told = f"{each:.4g} · (2 · trainable parameters − those of Muon)"
+    return (
+        Term("fp32 weights", s.part("state", copies), _among(s, "state", "4 · trainable parameters")),
+        Term("optimizer state", s.part("state", moments), _among(s, "state", told)),
+    )
 
 
-def _copies(shape: ModelShape, s: Settings) -> int:
-    """Bytes of fp32 weights beside the trained ones."""
-    apart = s.bf16 == "master" or s.implementation == "cpu" and s.device == "cuda"
-    return MASTER_BYTES * trainable(shape, s) if apart else 0
+def has_master(s: Settings) -> bool:
+    """Whether fp32 copies of the weights are what the optimizer steps; ZeRO's always are, and those on the host."""
+    return s.strategy in DEEPSPEED or s.bf16 == "master" or (s.implementation == "cpu" and s.device == "cuda")
 
 
-def _leaves(s: Settings) -> bool:
-    """Whether the moments are in host memory, or go there where a GPU is full."""
-    return s.device == "cuda" and s.implementation in ("paged_8bit", "cpu")
+def state_leaves(s: Settings) -> bool:
+    """Whether moments and fp32 weights lie in host memory, or go there where a GPU is full."""
+    offloaded = s.offload_optimizer or (s.strategy == "fsdp2" and s.offload_params)
+    return offloaded or (s.device == "cuda" and s.implementation in ("paged_8bit", "cpu"))
 
 
-def _optimizer_on_host(shape: ModelShape, s: Settings) -> int:
-    if not _leaves(s):
-        return 0
-    moments = _moments(trainable(shape, s), 0, s)
-    return moments + (_copies(shape, s) if s.implementation == "cpu" else 0)
+def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """What lies in the host's memory instead of the GPU's."""
+    moved: tuple[Term, ...] = ()
+    if s.offload_params:
+        moved += _weights(shape, s)[:1]
+    if state_leaves(s):
+        moved += _state(shape, s)[1 if s.implementation == "paged_8bit" else 0 :]
+    if s.offload_optimizer or (s.strategy == "fsdp2" and s.offload_params):
+        width = gradient_bytes(s)
+        size = s.part("state", width * trainable(shape, s))
+        moved += (Term("gradients", size, _among(s, "state", f"{width} · trainable parameters")),)
+    return moved
+
+
+def _among(s: Settings, what: What, formula: str) -> str:
+    return f"({formula}) / {s.world}" if s.world > 1 and what in DIVIDED[s.strategy] else formula
 
 
 def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    return (Term("gradients", trainable(shape, s) * trained_bytes(s), f"{trained_bytes(s)} · trainable parameters"),)
+    if s.offload_params and s.strategy == "fsdp2":
+        return ()
+    width = gradient_bytes(s)
+    told = _among(s, "gradients", f"{width} · trainable parameters")
+    return (Term("gradients", s.part("gradients", trainable(shape, s) * width), told),)
+
+
+def gradient_bytes(s: Settings) -> int:
+    """Of one parameter's gradient while micro-batches add to it; ZeRO adds in fp32."""
+    return 4 if s.strategy in DEEPSPEED else trained_bytes(s)
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Of one decoder layer."""
+    counts = shape.parameters
+    return (counts["layers"] + counts["norms"] - shape.hidden) // shape.layers
+
+
+def _gathered(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Whole layers that exist for the length of their visit."""
+    if "weights" not in DIVIDED[s.strategy]:
+        return _dequantized(shape, s)
+    size = GATHERED_LAYERS * layer_bytes(shape, s)
+    return (Term("gathered layers", size, f"{GATHERED_LAYERS} · parameters of a layer · b"),)
+
+
+def layer_bytes(shape: ModelShape, s: Settings) -> int:
+    """Of one decoder layer as its visit computes with it, adapters included."""
+    adapters = shape.lora_parameters(s.lora) // shape.layers * ADAPTER_BYTES if s.lora else 0
+    return layer_parameters(shape) * s.itemsize + adapters
+
+
+def _dequantized(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    widest = max(a * b for a, b in shape.matrices) if s.quantize != "none" else 0
+    return (Term("a dequantised matrix", widest * s.itemsize, "in · out · b"),)
+
+
+def _gathered_head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    if "weights" not in DIVIDED[s.strategy]:
+        return ()
+    return (Term("gathered head", shape.vocabulary * shape.hidden * s.itemsize, "V · H · b"),)
+
+
+def _reduced(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Gradients on their way to the GPU that keeps them: a layer's and their sum, or ZeRO's bucket."""
+    if s.strategy in DEEPSPEED:
+        size = min(ZERO_BUCKET, trainable(shape, s)) * trained_bytes(s)
+        return (Term("ZeRO's bucket of gradients", size, "min(5e8, trainable parameters) · b"),)
+    if "gradients" not in DIVIDED[s.strategy]:
+        return ()
+    count = shape.lora_parameters(s.lora) // shape.layers if s.lora else layer_parameters(shape)
+    return (
+        Term("a layer's gradients and their sum", count * (trained_bytes(s) + 4), "parameters of a layer · (b + 4)"),
+    )
 
 
 def trained_bytes(s: Settings) -> int:
@@ -313,11 +443,11 @@ def _prefix(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     )
 
 
-def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int]:
-    """(What stays on the device, host bytes)."""
+def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """(What stays on the device, what the host holds)."""
     if not s.gradient_checkpointing:
         graph, formula = _graph(shape, s)
-        return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), 0
+        return (Term("student's layers, kept whole", s.student_rows * graph, f"N · {formula}"),), ()
     row = shape.hidden * s.itemsize
     of_prefix, away = offloaded_layers(shape, s)
     return (
@@ -325,7 +455,7 @@ def _layer_inputs(shape: ModelShape, s: Settings) -> tuple[tuple[Term, ...], int
         Term(
             "offload buffers", min(away, PREFETCHED_LAYERS) * s.student_rows * row, f"{PREFETCHED_LAYERS} · N · H · b"
         ),
-    ), (of_prefix * s.prefix + away * s.student_rows) * row
+    ), (Term("layer inputs", (of_prefix * s.prefix + away * s.student_rows) * row, "offloaded · tokens · H · b"),)
 
 
 def offloaded_layers(shape: ModelShape, s: Settings) -> tuple[int, int]:
@@ -400,8 +530,26 @@ def _features(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     return (Term("image features", s.image_tokens * levels * shape.hidden * s.itemsize, "tokens · levels · H · b"),)
 
 
+def _whole(shape: ModelShape, s: Settings) -> Term:
+    """Every weight, gathered where a strategy divides them: what samples, or hands them over, reads them whole."""
+    size = shape.total_parameters - shape.parameters["vision"] if "weights" in DIVIDED[s.strategy] else 0
+    return Term("gathered weights", size * s.itemsize, "parameters · b")
+
+
+def _sync(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """New weights on their way to the engine beside the policy, which has its own awake already."""
+    if not s.engine_bytes:
+        return ()
+    engine = shape.total_parameters * s.itemsize // s.engine_gpus
+    return (_whole(shape, s), Term("the engine's weights", engine, "parameters · b", True))
+
+
 def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     """The transformers engine at its worse moment: the first prefill, or growing its working cache in the last turn."""
+    if not s.rollout:
+        least = (shape.total_parameters + s.tokens * shape.layers * 2 * shape.kv) * s.itemsize // s.engine_gpus
+        told = "its share of the GPU, or weights and the longest rollout's keys where that is more"
+        return (Term("the engine beside the policy", max(s.engine_bytes, least), told, True),)
     b, rows = s.itemsize, min(s.max_batch, s.open_rollouts)
     waiting, prompt = s.open_rollouts - rows, max(1, s.prefix)
     per_token = shape.layers * 2 * shape.kv * b
@@ -420,17 +568,25 @@ def _rollout(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
         Term("waiting rollouts' keys and values", kept * per_token, "tokens · L · 2kv · b"),
         Term("working cache and its copy", longest * per_token, "2 · rows · longest · L · 2kv · b"),
     )
-    return max(first, last, key=lambda terms: sum(t.bytes for t in terms))
+    return (_whole(shape, s), *max(first, last, key=lambda terms: sum(t.bytes for t in terms)))
 
 
 def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    widest = max(a * b for a, b in shape.matrices)
+    """What the update holds besides: of DDP's sum, of fp32 copies, of Muon."""
+    widest, largest = max(a * b for a, b in shape.matrices), shape.vocabulary * shape.hidden
+    learns = trainable(shape, s)
+    weight = s.lora * max(max(pair) for pair in shape.matrices) if s.lora else largest
+    summed = min(learns * trained_bytes(s), DDP_BUCKET + weight * trained_bytes(s))
+    summed *= s.strategy == "ddp" and s.world > 1
+    here = s.bf16 == "master" and s.strategy not in DEEPSPEED and not state_leaves(s)
     widened = min(
-        MASTER_BYTES * trainable(shape, s), max(MASTER_GRADIENTS, MASTER_BYTES * shape.parameters["embedding"])
+        s.part("state", MASTER_BYTES * learns), max(MASTER_GRADIENTS, s.part("state", MASTER_BYTES * largest))
     )
-    master = s.bf16 == "master" and not (s.implementation == "cpu" and s.device == "cuda")
+    paged = 2 * STATE_BYTES["paged_8bit"] * weight if s.implementation == "paged_8bit" else 0
     return (
-        Term("gradients in fp32", widened if master else 0, "min(4 · trainable parameters, max(1 GiB, 4 · V · H))"),
+        Term("gradients being summed", summed, "64 MiB and one weight's"),
+        Term("gradients in fp32", widened * here, "min(4 · trainable parameters, max(1 GiB, 4 · V · H))"),
+        Term("paged moments in use", round(paged), "2 · widest trained matrix"),
         Term("Muon's matrices", MUON_COPIES * 2 * widest * (s.optimizer == "muon"), f"{MUON_COPIES} · 2 · in · out"),
     )
 
@@ -448,14 +604,15 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
     budget = math.ceil(shape.layers * (s.prefix + s.student_rows) * shape.hidden * s.itemsize / GIB)
     half, short = resized(s, s.tokens - s.reply // 2), shorter_prompt(s)
     tries: list[tuple[str, dict[str, Any]]] = [
-        ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64}),
+        ("LoRA of rank 64 (policy.lora.rank)", {} if s.lora else {"lora": 64, "bf16": "nearest"}),
+        ("4-bit weights (policy.quantize nf4)", {"quantize": "nf4"} if may_quantize(s) else {}),
         (f"offload_gib {budget} of host memory", {"offload_gib": budget} if s.device == "cuda" else {}),
+        ("optim.implementation 8bit", {"implementation": "8bit"} if narrows(s) else {}),
         (f"max_tokens_per_microbatch {s.reply}", {"max_tokens_per_microbatch": s.reply}),
         ("no teacher (objective.sdl_coef 0)", {"teacher": "off"}),
         ("the live teacher", {"teacher": "live"} if s.teacher in ("ema", "base") else {}),
         ("no reference (objective.kl_coef 0)", {"reference": False}),
         ("policy.freeze_head", {} if s.lora else {"freeze_head": True}),
-        ("optim.implementation 8bit", {"implementation": "8bit"} if s.implementation == "fused" else {}),
         (f"head_workspace_mb {block_mb}", {"workspace_mb": block_mb}),
         ("policy.tile_tokens 2048", {"tile_tokens": min(2048, s.tile_tokens)}),
         ("rollout.max_batch 8", {"max_batch": min(8, s.max_batch)}),
@@ -471,6 +628,14 @@ def savings(shape: ModelShape, s: Settings) -> list[tuple[str, int, Plan]]:
         found.append((smaller, plan(BUILT_IN[smaller], s)))
     saved = [(name, now - other.total, other) for name, other in found]
     return sorted((row for row in saved if row[1] > 0), key=lambda row: -row[1])
+
+
+def narrows(s: Settings) -> bool:
+    return s.implementation == "fused" and not DIVIDED[s.strategy]
+
+
+def may_quantize(s: Settings) -> bool:
+    return s.lora > 0 and s.quantize == "none" and "weights" not in DIVIDED[s.strategy]
 
 
 def shorter_prompt(s: Settings) -> Settings:
@@ -551,13 +716,15 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         f"{gib(abs(limit - made.total))} {'below' if fits else 'above'} {gib(limit)}",
         f"limited by {t.name}: {gib(t.bytes)} = {t.formula}",
     ]
-    if made.host_bytes:
-        of_prefix, away = offloaded_layers(shape, s)
-        used = f"{gib(made.host_bytes)} of {s.offload_gib:g} GiB"
-        lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
-    if made.optimizer_host_bytes:
-        what = "weights and moments" if s.implementation == "cpu" else "moments, where the GPU is full"
-        lines.append(f"host memory of the optimizer: {gib(made.optimizer_host_bytes)}, {what}")
+    for t in made.host:
+        if t.name == "layer inputs":
+            of_prefix, away = offloaded_layers(shape, s)
+            used = f"{gib(t.bytes)} of {s.offload_gib:g} GiB"
+            lines.append(f"pinned host memory: {used}, for inputs of {away} layers (the prefix's: {of_prefix})")
+        else:
+            lines.append(f"host memory: {gib(t.bytes)} for {t.name} = {t.formula}")
+    if made.host_bytes and s.gpus_per_node > 1:
+        lines.append(f"host memory of a node: {gib(s.gpus_per_node * made.host_bytes)} for {s.gpus_per_node} GPUs")
     for name, saved, other in savings(shape, s)[:5]:
         lines.append(f"saves {gib(saved):>10}: {name}{'' if fits or other.total > limit else ' (then it fits)'}")
     longest, prefix = longest_rollout(shape, s, limit), f" with a prefix of {s.prefix:,}" if s.prefix else ""
@@ -566,6 +733,6 @@ def verdict(shape: ModelShape, s: Settings, limit: int) -> str:
         lines += [
             "",
             "training alone, with the rollouts sampled elsewhere:",
-            verdict(shape, replace(s, rollout=False), limit),
+            verdict(shape, replace(s, rollout=False, engine_bytes=0), limit),
         ]
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import psutil
@@ -37,6 +39,7 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         optimizer=config.optim.name,
         implementation=config.optim.implementation,
         bf16=config.optim.bf16,
+        quantize=config.policy.quantize,
         lora=config.policy.lora.rank,
         freeze_vision=config.policy.freeze_vision,
         freeze_head=config.policy.freeze_head,
@@ -48,8 +51,27 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
         offload_gib=config.policy.offload_gib,
         rollout=r.engine == "transformers",  # another engine's KV is not in this process
         device=device.type,
+        strategy=config.distributed.strategy,
+        offload_optimizer=config.distributed.offload_optimizer,
+        offload_params=config.distributed.offload_params,
+        **launched_gpus(),
     )
     return replace(settings, **known)
+
+
+def launched_gpus(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """Nodes and GPUs of each, as the launcher of this process counts them; one of one without a launcher."""
+    world = int(environment.get("WORLD_SIZE", "1"))
+    here = int(environment.get("LOCAL_WORLD_SIZE", str(world)))
+    return dict(nodes=max(1, world // here), gpus_per_node=here)
+
+
+def beside_engine(config: EvolveConfig, total: int) -> dict[str, int]:
+    """Fields of Settings for a vLLM that samples on the policy's own GPU of `total` bytes; none for another engine."""
+    if config.rollout.engine != "vllm":
+        return {}
+    v = config.rollout.vllm
+    return dict(engine_bytes=int(v.gpu_memory_utilization * total), engine_gpus=v.tensor_parallel_size)
 
 
 def available_memory(device: torch.device) -> int:
@@ -62,6 +84,8 @@ def available_memory(device: torch.device) -> int:
 def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) -> Plan:
     """The plan of a run that fits `device` and the host. Raises RunError naming the term that limits."""
     settings = settings_of(config, device)
+    if device.type == "cuda":
+        settings = replace(settings, **beside_engine(config, torch.cuda.mem_get_info(device)[1]))
     made, limit = plan(shape, settings), available_memory(device)
     if made.total > limit:
         t = made.limiting
@@ -72,11 +96,9 @@ def check_fits(config: EvolveConfig, shape: ModelShape, device: torch.device) ->
             + (f"It would fit with {', or '.join(helps)}. " if helps else "No single switch is enough. ")
             + "`genevolve-fast plan --config` shows every term"
         )
-    on_host = made.host_bytes + made.optimizer_host_bytes
-    if on_host and on_host > (host := available_memory(torch.device("cpu"))):
+    if made.host_bytes and made.host_bytes > (host := available_memory(torch.device("cpu"))):
         raise RunError(
-            f"this run would take {gib(on_host)} of host memory, {gib(host)} are left: offload_gib "
-            f"{settings.offload_gib:g} pins {gib(made.host_bytes)}, optim.implementation {settings.implementation} "
-            f"keeps {gib(made.optimizer_host_bytes)}: lower the one, or set another of the other"
+            f"{', '.join(t.name for t in made.host)} would take {gib(made.host_bytes)} of host memory, "
+            f"{gib(host)} are left: lower policy.offload_gib, or offload less"
         )
     return made
