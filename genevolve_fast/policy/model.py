@@ -116,6 +116,7 @@ class Policy(nn.Module):
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
+        self.computes_on: torch.device | None = None
         self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
         self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
@@ -237,7 +238,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where the passes run; between visits the weights may lie elsewhere."""
+        return self.computes_on or self.head_weight.device
 
     @property
     def vision_frozen(self) -> bool:
@@ -326,7 +328,8 @@ class Policy(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [n, d] of positions [3, n], in the dtype of the weights."""
-        cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
+        like = torch.empty(0, dtype=self.head_weight.dtype, device=self.device)
+        cos, sin = self.decoder.rotary_emb(like, self._axes(positions[:, None]))
         return cos[0], sin[0]
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
