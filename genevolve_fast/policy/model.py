@@ -68,6 +68,13 @@ class _Entrance(torch.autograd.Function):
         return None, None
 
 
+def _entering(x: Tensor) -> Tensor:
+    """x that takes gradients, which end here where nothing before it does."""
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
+
+
 class Unit(nn.Module):
     """Modules whose weights are gathered together: `forward` runs a function while they are whole.
 
@@ -334,7 +341,9 @@ class Policy(nn.Module):
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
         """[n, H] what enters the first layer of the student's and the teacher's rows; the teacher's has no graph."""
-        return self.entrance(self._embed_both, *both, features)
+        x, teacher_x = self.entrance(self._embed_both, *both, features)
+        # beyond the unit: what shards weights would gather a frozen embedding again for the backward
+        return None if x is None else _entering(x), teacher_x
 
     def _embed_both(self, student: Packed | None, teacher: Packed | None, features: ImageFeatures | None):
         x = None if student is None else self._embed_packed(student, features)
@@ -342,12 +351,8 @@ class Policy(nn.Module):
             return x, None if teacher is None else self._embed_packed(teacher, features)
 
     def _embed_packed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """It takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
-        x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
-        if x.requires_grad or not torch.is_grad_enabled():
-            return x
-        return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
+        return self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
 
     def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
         """x after `layer` with the vision tower's features of that depth added at its image rows."""
