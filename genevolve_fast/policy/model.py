@@ -237,7 +237,14 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where rows pass the layers; weights that are offloaded wait elsewhere."""
+        return self.decoder.rotary_emb.inv_freq.device
+
+    def place_rest(self, device: torch.device) -> None:
+        """Move what belongs to no unit: the vision tower and the tables of the positions."""
+        if self.has_vision:
+            self.model.model.visual.to(device)
+        self.decoder.rotary_emb.to(device)
 
     @property
     def vision_frozen(self) -> bool:
@@ -326,7 +333,8 @@ class Policy(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [n, d] of positions [3, n], in the dtype of the weights."""
-        cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
+        like = torch.empty(0, dtype=self.head_weight.dtype, device=self.device)
+        cos, sin = self.decoder.rotary_emb(like, self._axes(positions[:, None]))
         return cos[0], sin[0]
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
