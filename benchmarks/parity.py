@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.batch.groups import TrainingRollout
+from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
@@ -31,6 +32,7 @@ from genevolve_fast.train.update import accumulate_gradients
 from tests.grouped import mixed_batch, text_policy
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+TEACHERS = ("live", "ema")
 STEPS = 5
 OBJECTIVE = Objective(kl_coef=1e-2, sdl_permille=300)
 TEMPERATURE = 0.7
@@ -145,16 +147,39 @@ def resume_error(before: str, after: str, world: int, *, lora: bool, teacher: st
     return difference(rest, whole[3:])
 
 
+RESUMES = (  # (ranks under, resumed under, ranks)
+    ("fsdp2", "alone", 1),
+    ("fsdp2", "fsdp2", 3),
+    ("zero2", "alone", 1),
+    ("zero3", "zero3", 3),
+    ("zero1", "fsdp2", 3),
+    ("ddp", "fsdp2", 2),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", nargs="*", default=STRATEGIES, choices=STRATEGIES)
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="also on other world sizes")
     p.add_argument("--record", action="store_true", help="write the errors to the scoreboard")
     args = p.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command, cases = "python -m benchmarks.parity --record", [(lora, t) for lora in (False, True) for t in TEACHERS]
     for name in args.only:
-        worst = max(error(name, lora=lora, teacher=teacher) for lora in (False, True) for teacher in ("live", "ema"))
+        worst = max(error(name, lora=lora, teacher=teacher) for lora, teacher in cases)
         adamw = error(name, lora=False, adamw=True)
-        print(f"{name}: {worst:.2e} after {STEPS} SGD steps (AdamW, full: {adamw:.2e})", flush=True)
+        print(f"{name}: {worst:.1e} after {STEPS} SGD steps (AdamW, all weights: {adamw:.1e})", flush=True)
+        if args.record and name != "zero1":
+            record(f"scale/parity_error_{name}", worst, n=len(cases), command=command)
+    if args.resume:
+        errors = []
+        for before, after, world in RESUMES:
+            for lora in (False, True):
+                errors.append(resume_error(before, after, world, lora=lora))
+                told = f"{before} on 2 ranks, resumed under {after} on {world}, {'LoRA' if lora else 'all weights'}"
+                print(f"{told}: {errors[-1]:.1e}", flush=True)
+        if args.record:
+            record("scale/resume_other_world_size_error", max(errors), n=len(errors), command=command)
     return 0
 
 

@@ -13,19 +13,20 @@ import torch
 from benchmarks import parity
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.batch.groups import TrainingRollout
+from genevolve_fast.commands import opening
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.profile.sharding import refusal
 from genevolve_fast.sandbox.tiny_policy import start_path
 from genevolve_fast.train.collect import Rollouts
-from genevolve_fast.train.config import ConfigError, OptimConfig, SftConfig, parse_config
+from genevolve_fast.train.config import ConfigError, OptimConfig, PolicyConfig, SftConfig, parse_config
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.pipelined import InTurn
 from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.sharded import load_sharded, save_sharded, whole_tensors
-from genevolve_fast.train.strategies import Strategy, open_strategy
+from genevolve_fast.train.strategies import Strategy, _move_rest, open_strategy
 from genevolve_fast.train.update import accumulate_gradients
 from tests.grouped import text_policy
 
@@ -169,18 +170,25 @@ def test_a_damaged_shard_is_an_exception(tmp_path):
 # --- where things lie -------------------------------------------------------------------------------------------------
 
 
-def test_rows_go_where_the_positions_are_made_wherever_the_weights_wait():
-    """Ranks that share weights read them to the host; vision tower and positions belong to no unit that is moved."""
+def test_what_no_unit_holds_moves_to_where_the_passes_run():
+    """Ranks that share weights read them to the host, and their units are moved by who shares them."""
     policy = Policy.from_pretrained(start_path())
-    policy.place_rest("meta")
+    _move_rest(policy, torch.device("meta"))
     assert policy.device.type == "meta"
-    assert {p.device.type for p in policy.model.model.visual.parameters()} == {"meta"}
-    assert {p.device.type for unit in policy.units for p in unit.parameters()} == {"cpu"}
-    cos, sin = policy.rotary(torch.zeros(3, 5, dtype=torch.int64, device="meta"))
-    assert cos.device.type == sin.device.type == "meta" and cos.dtype == policy.head_weight.dtype
     owned = {id(x) for unit in policy.units for x in unit.parameters()}
     everything = [*policy.model.named_parameters(), *policy.model.named_buffers()]
-    assert {x.device.type for _, x in everything if id(x) not in owned} == {"meta"}
+    assert {(id(x) in owned, x.device.type) for _, x in everything} == {(True, "cpu"), (False, "meta")}
+    cos, sin = policy.rotary(torch.zeros(3, 5, dtype=torch.int64, device="meta"))
+    assert cos.device.type == sin.device.type == "meta" and cos.dtype == policy.head_weight.dtype
+
+
+def test_a_policy_that_is_read_to_the_host_says_where_it_will_run(monkeypatch):
+    """What is refused without a GPU is asked before the weights are shared."""
+    monkeypatch.setattr(opening, "device", lambda: torch.device("meta"))
+    config = PolicyConfig(path="sandbox:start")
+    policy = opening.open_policy(config, torch.device("cpu"))
+    assert policy.device.type == "meta" and policy.head_weight.device.type == "cpu"
+    assert opening.open_policy(config).head_weight.device.type == "meta"
 
 
 # --- what ranks cannot share ------------------------------------------------------------------------------------------

@@ -23,8 +23,17 @@ from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.train.together import Together
 
-SETTINGS = ("steps=4", "threads=1", "pool_size=20", "rollout.prompts_per_step=2", "rollout.num_generations=4",
-            "rollout.temperature=1.2", "experience.min_gap=0.05", "evaluate.requests=0", "checkpoint.every=4")  # fmt: skip
+SETTINGS = (
+    "steps=4",
+    "threads=1",
+    "pool_size=20",
+    "rollout.prompts_per_step=2",
+    "rollout.num_generations=4",
+    "rollout.temperature=1.2",
+    "experience.min_gap=0.05",
+    "evaluate.requests=0",
+    "checkpoint.every=4",
+)
 
 
 def ask() -> None:

@@ -69,8 +69,9 @@ def open_policy(config, where=None):
     policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
     if config.quantize != "none":
         quantize(policy, config.quantize, where or device())
-    policy.to(where or device()).place_rest(device())
-    return policy
+    if where is not None:
+        policy.computes_on = device()
+    return policy.to(where or device())
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class Policy(nn.Module):
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
+        self.computes_on: torch.device | None = None
         self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
         self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
@@ -237,14 +238,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where rows pass the layers; weights that are offloaded wait elsewhere."""
-        return self.decoder.rotary_emb.inv_freq.device
-
-    def place_rest(self, device: torch.device) -> None:
-        """Move what belongs to no unit: the vision tower and the tables of the positions."""
-        if self.has_vision:
-            self.model.model.visual.to(device)
-        self.decoder.rotary_emb.to(device)
+        """Where the passes run; between visits the weights may lie elsewhere."""
+        return self.computes_on or self.head_weight.device
 
     @property
     def vision_frozen(self) -> bool:

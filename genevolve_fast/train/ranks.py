@@ -119,7 +119,8 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"  # offloaded shards are summed on the host
+        dist.init_process_group(backend, timeout=patience)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import held_part
-from genevolve_fast.train.ranks import Ranks, RanksError
+from genevolve_fast.train.ranks import Ranks, RanksError, local_device
 
 _BUCKET = 16 << 20  # elements of gradients that are summed over ranks at once
 
@@ -142,8 +142,11 @@ class Fsdp2(Strategy):
     def shard(self, policy: Policy) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        mesh = dist.init_device_mesh(where, (self.ranks.world,))
+        where = local_device()
+        if self._offload and where.type == "cpu":
+            raise RanksError("distributed.offload_params moves weights from a GPU to the host, and this one has no GPU")
+        mesh = dist.init_device_mesh(where.type, (self.ranks.world,))
+        _move_rest(policy, where)
         narrow = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         settings = dict(
             mesh=mesh, mp_policy=narrow, reshard_after_forward=True,
@@ -202,7 +205,9 @@ class Zero(Strategy):
         self._has_gradients = False
 
     def prepare(self, policy: Policy, parts: list[torch.optim.Optimizer]) -> None:
-        deepspeed = _deepspeed(policy.device)
+        where = local_device()
+        deepspeed = _deepspeed(where)
+        _move_rest(policy, where)
         (base,) = parts
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(policy_root := _Root(policy), [type(v) for v in policy.visits[:1]])
@@ -369,6 +374,14 @@ def open_strategy(
     if name.startswith("zero"):
         return Zero(ranks, int(name[-1]), offload_optimizer=offload_optimizer, offload_params=offload_params)
     return Strategy(ranks)
+
+
+def _move_rest(policy: Policy, where: torch.device) -> None:
+    """What no unit holds, and so nobody else moves, to where the passes run."""
+    policy.computes_on = where
+    policy.decoder.rotary_emb.to(where)
+    if policy.has_vision:
+        policy.model.model.visual.to(where)
 
 
 class _Root(nn.Module):
