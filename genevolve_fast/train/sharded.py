@@ -8,7 +8,8 @@ by one rank each. So any number of ranks reads what any other number wrote, unde
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def save_sharded(
         tensors |= {f"state/{name}/{key}": _kept(x, strategy) for key, x in state.items()}
         if average:
             tensors[f"average/{name}"] = _kept(mean, strategy)
-    dcp.save(tensors, checkpoint_id=folder, process_group=strategy.ranks.group)
+    with _as_exceptions():
+        dcp.save(tensors, checkpoint_id=folder, process_group=strategy.ranks.group)
 
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: Strategy) -> None:
@@ -55,7 +57,8 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: S
             raise RunError(f"{folder} holds no {name}: it is a checkpoint of another policy")
         keys = [f"weight/{name}", *(k for k in held if k.startswith(f"state/{name}/"))]
         read = {k: strategy.like(p, held[k].size, held[k].properties.dtype) for k in keys}
-        dcp.load(read, checkpoint_id=folder, no_dist=True)
+        with _as_exceptions():
+            dcp.load(read, checkpoint_id=folder, no_dist=True)
         weight = read.pop(f"weight/{name}")
         strategy.put(p, weight, {k.rsplit("/", 1)[1]: x for k, x in read.items()}, optimizer.parts)
 
@@ -71,7 +74,8 @@ def load_sharded_average(folder: Path, policy: Policy, average: Average, strateg
         if key not in held:
             raise RunError(f"{folder} holds no {key}: the checkpoint was written without teacher: ema")
         read = {key: strategy.like(p, held[key].size, held[key].properties.dtype)}
-        dcp.load(read, checkpoint_id=folder, no_dist=True)
+        with _as_exceptions():
+            dcp.load(read, checkpoint_id=folder, no_dist=True)
         with torch.no_grad():
             strategy.cut(p, read[key], average.part(name))
 
@@ -83,7 +87,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     held = FileSystemReader(folder).read_metadata().state_dict_metadata
     read = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in held.items() if k.startswith("weight/")}
-    dcp.load(read, checkpoint_id=folder, no_dist=True)
+    with _as_exceptions():
+        dcp.load(read, checkpoint_id=folder, no_dist=True)
     return {k.removeprefix("weight/"): x for k, x in read.items()}
 
 
@@ -105,7 +110,8 @@ def whole_tensors(
             weights[name] = weights[name] if copy is None else copy
         part = part["optimizer"]
     states = part["state"]
-    tensors = lambda i: {k: v for k, v in states.get(i, {}).items() if isinstance(v, Tensor)}  # noqa: E731
+    # DeepSpeed's Adam counts its steps without a tensor
+    tensors = lambda i: {k: torch.as_tensor(v) for k, v in states.get(i, {}).items()}  # noqa: E731
     return {name: (weights[name], tensors(i)) for i, name in enumerate(order)}
 
 
@@ -126,6 +132,18 @@ def _named(saved: str) -> str:
 def trained(policy: Policy) -> dict[str, nn.Parameter]:
     """Trained weights by their names in the model."""
     return {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _as_exceptions() -> Iterator[None]:
+    """Raise what failed, on whichever rank: torch wraps it in something that is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as wrapped:
+        error, _ = next(iter(wrapped.failures.values()))
+        raise error from wrapped
 
 
 def _kept(x: Tensor, strategy: Strategy) -> Tensor:
