@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from genevolve_fast.train.ranks import Ranks
 
@@ -66,11 +66,11 @@ class Stopping:
             self._asked = True
             raise Preempted
 
-    def alone(self, do: Callable[[], object]) -> None:
-        """`do` on this rank, anytime; what it raises is raised on all ranks, which meet here."""
+    def alone(self, do: Callable[[], object], *, anytime: bool) -> None:
+        """`do` on this rank, which exchanges nothing; what it raises is raised on all ranks, which meet here."""
         error: BaseException | None = None
         try:
-            with self.anytime():
+            with self.anytime() if anytime else nullcontext():
                 do()
         except (Exception, Preempted) as e:
             error = e
