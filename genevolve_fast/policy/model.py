@@ -18,6 +18,7 @@ from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.positions import ImageMismatchError
+from genevolve_fast.policy.shards import export_first, in_shards
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
@@ -151,6 +152,8 @@ class Policy(nn.Module):
         whole = base or path
         if Path(whole).is_dir() and not (Path(whole) / "config.json").exists():
             raise no_policy(whole)
+        if in_shards(whole):
+            raise FileNotFoundError(export_first(whole))
         try:
             vision = AutoConfig.from_pretrained(whole).model_type == "qwen3_vl"
         except OSError as error:
@@ -178,7 +181,7 @@ class Policy(nn.Module):
         self.codec.save_pretrained(path)
 
     def save_outline(self, path: str | Path) -> None:
-        """Write what a transformers folder holds beside the weights."""
+        """Write what a transformers folder holds beside the weights, where these lie in shards (`policy.shards`)."""
         self.model.config.save_pretrained(path)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(path)
