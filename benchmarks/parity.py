@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.batch.groups import TrainingRollout
+from genevolve_fast.evaluate.scoreboard import TARGETS, record
 from genevolve_fast.ops import Objective
 from genevolve_fast.policy.adapters import add_lora
 from genevolve_fast.policy.model import Policy
@@ -32,6 +33,7 @@ from genevolve_fast.train.update import accumulate_gradients
 from tests.grouped import mixed_batch, text_policy
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+TEACHERS = ("live", "ema")
 STEPS = 5
 OBJECTIVE = Objective(kl_coef=1e-2, sdl_permille=300)
 TEMPERATURE = 0.7
@@ -166,9 +168,7 @@ def resume_errors(changes: Sequence[Change], teacher: str = "ema") -> list[float
         rest: dict[Change, list] = {}
         for world in {c.world for c in changes}:
             mine = [c for c in changes if c.world == world]
-            later = [
-                options | dict(steps=range(3, STEPS), resume=kept[c.before, c.lora] / "step_000003") for c in mine
-            ]
+            later = [options | dict(steps=range(3, STEPS), resume=kept[c.before, c.lora] / "step_000003") for c in mine]
             if world == 1:
                 ran = [train(tiny(c.lora), Strategy(), **o) for c, o in zip(mine, later, strict=True)]
             else:
@@ -177,17 +177,44 @@ def resume_errors(changes: Sequence[Change], teacher: str = "ema") -> list[float
     return [difference(rest[c], whole[c.before, c.lora][3:]) for c in changes]
 
 
+RESUMES = [
+    Change(*change, lora)
+    for change in (
+        ("fsdp2", "ddp", 1),
+        ("fsdp2", "fsdp2", 3),
+        ("zero2", "ddp", 1),
+        ("zero3", "zero3", 3),
+        ("zero1", "fsdp2", 3),
+        ("ddp", "fsdp2", 2),
+    )
+    for lora in (False, True)
+]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", nargs="*", default=STRATEGIES, choices=STRATEGIES)
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="also on other world sizes")
+    p.add_argument("--record", action="store_true", help="write the errors to the scoreboard")
     args = p.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command = "python -m benchmarks.parity --record"
     cases = [(dict(lora=lora), dict(teacher=teacher)) for lora in (False, True) for teacher in ("live", "ema")]
     cases.append(({}, dict(adamw=True)))
     found = errors([(name, *case) for name in args.only for case in cases])
     for i, name in enumerate(args.only):
         *sgd, adamw = found[i * len(cases) :][: len(cases)]
-        print(f"{name}: {max(sgd):.2e} after {STEPS} SGD steps (AdamW, full: {adamw:.2e})", flush=True)
+        print(f"{name}: {max(sgd):.1e} after {STEPS} SGD steps (AdamW, all weights: {adamw:.1e})", flush=True)
+        if args.record and f"scale/parity_error_{name}" in TARGETS:
+            record(f"scale/parity_error_{name}", max(sgd), n=len(sgd), command=command)
+    if not args.resume:
+        return 0
+    resumed = resume_errors(RESUMES)
+    for c, worst in zip(RESUMES, resumed, strict=True):
+        under = f"under {c.after} on {c.world}" if c.world > 1 else "by one process"
+        print(f"{c.before} on 2 ranks, resumed {under}, {'LoRA' if c.lora else 'all weights'}: {worst:.1e}")
+    if args.record:
+        record("scale/resume_other_world_size_error", max(resumed), n=len(resumed), command=command)
     return 0
 
 

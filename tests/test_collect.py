@@ -112,7 +112,10 @@ def run(tmp_path):
 
 def collected(run, world):
     config = parse_config(EvolveConfig, {"max_failed_share": 0.5})
-    return collect(run, config, None, world, None, REQUESTS, 0)  # nobody may sample: there is no engine
+    file = run.folder / "rollouts" / "step_000000.safetensors"
+    return collect(
+        file, config, None, world, None, REQUESTS, 0, None, run.phase
+    )  # nobody may sample: there is no engine
 
 
 def test_a_judge_that_is_gone_for_good_costs_no_sampled_rollout(run):

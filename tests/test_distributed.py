@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,9 @@ def test_bf16_weights_with_fp32_copies_stay_as_near_on_two_ranks_as_bf16_is_to_f
     scale = apart(alone, wide)
     assert 0 < scale < 0.5
     assert not {n: x for n, run in zip(names, ours, strict=True) if not (x := apart(run, alone)) <= scale}
-    losses = {n: max(abs(a[0] - b[0]) for a, b in zip(run, alone, strict=True)) for n, run in zip(names, ours)}
+    losses = {
+        n: max(abs(a[0] - b[0]) for a, b in zip(run, alone, strict=True)) for n, run in zip(names, ours, strict=True)
+    }
     assert max(losses.values()) <= 2e-2, losses
 
 

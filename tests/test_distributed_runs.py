@@ -127,7 +127,9 @@ def measured(runs: Path) -> list[dict]:
 
 
 def same_metrics(ours: list[dict], theirs: list[dict], tolerance: float) -> bool:
-    return len(ours) == len(theirs) and all(a == pytest.approx(b, abs=tolerance) for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(
+        a == pytest.approx(b, abs=tolerance) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def sampled(runs: Path) -> list[list[tuple[str, bytes]]]:

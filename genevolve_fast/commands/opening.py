@@ -57,8 +57,8 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_policy(config, where=None):
-    """The policy that a configuration names, on `where`, or the GPU where there is one; 4-bit weights are made on the
-    way there."""
+    """The policy that a configuration names, its weights on `where`, or the GPU where there is one; 4-bit weights are
+    made on the way there."""
     import torch
 
     from genevolve_fast.policy.model import Policy
@@ -69,6 +69,8 @@ def open_policy(config, where=None):
     policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
     if config.quantize != "none":
         quantize(policy, config.quantize, where or device())
+    if where is not None:
+        policy.computes_on = device()
     return policy.to(where or device())
 
 

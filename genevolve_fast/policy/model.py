@@ -18,6 +18,7 @@ from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.positions import ImageMismatchError
+from genevolve_fast.policy.shards import export_first, in_shards
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
@@ -123,6 +124,7 @@ class Policy(nn.Module):
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
+        self.computes_on: torch.device | None = None
         self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
         self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
@@ -150,6 +152,8 @@ class Policy(nn.Module):
         whole = base or path
         if Path(whole).is_dir() and not (Path(whole) / "config.json").exists():
             raise no_policy(whole)
+        if in_shards(whole):
+            raise FileNotFoundError(export_first(whole))
         try:
             vision = AutoConfig.from_pretrained(whole).model_type == "qwen3_vl"
         except OSError as error:
@@ -177,7 +181,7 @@ class Policy(nn.Module):
         self.codec.save_pretrained(path)
 
     def save_outline(self, path: str | Path) -> None:
-        """Write what a transformers folder holds beside the weights."""
+        """Write what a transformers folder holds beside the weights, where these lie in shards (`policy.shards`)."""
         self.model.config.save_pretrained(path)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(path)
@@ -244,7 +248,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where the passes run; between visits the weights may lie elsewhere."""
+        return self.computes_on or self.head_weight.device
 
     @property
     def vision_frozen(self) -> bool:
@@ -333,7 +338,8 @@ class Policy(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [n, d] of positions [3, n], in the dtype of the weights."""
-        cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
+        like = torch.empty(0, dtype=self.head_weight.dtype, device=self.device)
+        cos, sin = self.decoder.rotary_emb(like, self._axes(positions[:, None]))
         return cos[0], sin[0]
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:

@@ -18,7 +18,7 @@ DIVIDED: dict[Strategy, frozenset[What]] = {
 DEEPSPEED = ("zero1", "zero2", "zero3")
 GATHERED_LAYERS = 2  # in use and on its way
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; its block's absmax in 8 bits; fp32 for 256 of those
-ZERO_BUCKET = 500_000_000  # gradients that ZeRO gathers before it reduces them: DeepSpeed's reduce_bucket_size
+ZERO_BUCKET = 16 << 20  # gradients that ZeRO gathers before it reduces them: what the trainer sets
 DDP_BUCKET = 64 << 20  # bytes of gradients that are summed over ranks at once, and one weight's that crosses its end
 
 

@@ -124,7 +124,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order, as vLLM's weight checker takes it."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1)  # numpy would fix storage that FSDP2 frees
     return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
 
 

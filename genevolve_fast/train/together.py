@@ -54,7 +54,7 @@ class Together:
                 made.append(self._sampler.next(step))
 
         with self._strategy.whole(self._policy):
-            self._stopping.alone(collect)
+            self._stopping.alone(collect, anytime=True)
         if self._ranks.world == 1:
             return made[0]
         pictures = self._ranks.to_first(dict(made[0].pictures) if made else {})
@@ -77,17 +77,18 @@ class Together:
             stale.unlink()
 
     def wait(self, step: int) -> None:
-        """Until nothing is sampled."""
-        if self._sampler is not None:
-            self._sampler.wait(step)
-        self._ranks.wait()
+        """Until nothing is sampled. Raises Preempted."""
+        self._stopping.alone(lambda: self._sampler and self._sampler.wait(step), anytime=True)
 
     def sync(self, version: int) -> None:
         """Give the engine the weights as they are after `version` updates."""
-        with self._strategy.whole(self._policy):
+
+        def update() -> None:
             if self._sampler is not None:
                 self._sampler.sync(version)
-            self._ranks.wait()
+
+        with self._strategy.whole(self._policy):
+            self._stopping.alone(update, anytime=False)
 
     def metrics(self) -> dict[str, float]:
         return self._ranks.from_first(lambda: self._sampler.metrics())
