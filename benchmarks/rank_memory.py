@@ -62,7 +62,7 @@ def step(rank: int, strategy: str, lora: int, dtype: str, folder: str) -> None:
     rollouts = [
         r for g in range(WORLD) for r in rollouts_of(PROMPT, REPLIES, PATCH, SHAPE.vocabulary, group=str(g), turn=128)
     ]
-    for last in (False, True):
+    for _ in (False, True):
         between, begun, begin = meter.held, len(meter._segments), time.process_time()
         with meter.phase("student"):
             accumulate_gradients(
