@@ -45,6 +45,7 @@ SFT = {
     "max_tokens_per_microbatch": 2048,
     "policy.path": "sandbox:start",
     "data.recitations": 0,
+    "optim.name": "adamw",
     "optim.lr": 1e-4,
     "checkpoint.every": 100,
 }
