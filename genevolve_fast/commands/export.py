@@ -35,7 +35,11 @@ def add(command: AddCommand) -> None:
         "--last", action="store_true", help="of a run: the newest checkpoint (default: the final policy)"
     )
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the written weights (default: as trained)")
-    p.add_argument("--base", help="an adapter's base: where it lies now, or the hub id that the adapter shall name")
+    p.add_argument(
+        "--base",
+        help="the model that training began with, of an adapter or a checkpoint in shards: where it lies now, or the "
+        "hub id that the adapter shall name",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier export in the output folder")
     p.add_argument(
         "--upload", metavar="OWNER/NAME", help="then upload it to the hub; token of `hf auth login`, HF_TOKEN"
@@ -56,8 +60,17 @@ class Source:
 def run_export(args: argparse.Namespace) -> int:
     from genevolve_fast.files import replacing_folder, write_text
     from genevolve_fast.policy.adapters import adapter_base
-    from genevolve_fast.policy.export import DTYPES, ExportError, export_adapter, export_merged, model_file
+    from genevolve_fast.policy.export import (
+        DTYPES,
+        ExportError,
+        export_adapter,
+        export_merged,
+        export_sharded,
+        model_file,
+    )
+    from genevolve_fast.policy.shards import FOLDER, in_shards
     from genevolve_fast.report.card import Model, card, hub_id, license_of, read_record
+    from genevolve_fast.train.sharded import weight_readers
 
     if args.private and not args.upload:
         raise ExportError("--private without --upload would do nothing")
@@ -66,8 +79,8 @@ def run_export(args: argparse.Namespace) -> int:
     source = find_source(args.source, args.step, args.best, args.last, adapter=args.adapter)
     output = check_output(args.output, source, args.overwrite)
     config = read_config(source.run)
-    adapter_of = adapter_base(source.weights)
-    if args.base and not adapter_of:
+    adapter_of, shards = adapter_base(source.weights), in_shards(source.weights)
+    if args.base and not adapter_of and not shards:
         raise ExportError(f"--base would do nothing: {source.weights} holds whole weights, not an adapter")
     origin = args.base or adapter_of or origin_of(config)
     base = hub_id(str(origin)) if origin else None
@@ -77,6 +90,9 @@ def run_export(args: argparse.Namespace) -> int:
     with replacing_folder(output) as folder:
         if args.adapter:
             written = export_adapter(source.weights, folder, dtype=dtype, base=args.base)
+        elif shards:
+            trained = weight_readers(source.weights.parent / FOLDER)
+            written = export_sharded(source.weights, folder, trained, dtype=dtype, base=origin)
         else:
             if adapter_of and dtype is None and config:
                 dtype = DTYPES[config["policy"]["dtype"]]

@@ -6,12 +6,13 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genevolve_fast.files import write_text
 from genevolve_fast.policy.adapters import SavedAdapters, adapter_base
@@ -84,9 +85,42 @@ def export_merged(
         SavedAdapters(policy).add(_ADAPTER, source)
         policy.codec = TransformersCodec.from_pretrained(source)
     dtype = dtype or stored_dtype(whole)
-    written = _write_weights(policy, folder, dtype)
+    written = _write_weights(policy.model, _weights(policy, dtype), folder, dtype)
     _write_config(policy.model, folder, dtype)
     _write_processors(policy.codec, folder, [source, whole, origin])
+    return written
+
+
+def export_sharded(
+    source: Path,
+    folder: Path,
+    trained: Mapping[str, Callable[[], Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+) -> Written:
+    """Write to the empty `folder` the policy whose outline is in `source` and whose trained weights `trained` reads.
+
+    What was not trained comes from `base`, the model that training began with. Weights are read as they are written:
+    one file of them is in memory. dtype: None rounds full-precision weights to that of the policy. Raises ExportError.
+    """
+    model, own = _outline(source), stored_dtype(source)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    if unknown := sorted(trained.keys() - shapes.keys()):
+        raise ExportError(f"{source} belongs to other weights than those beside it: it has no {unknown[0]}")
+    frozen = _of_base(base, shapes.keys() - trained.keys(), source)
+    dtype = dtype or own
+
+    def made(name: str) -> Tensor:
+        tensor = trained[name]() if name in trained else frozen[name]().to(own)  # as the policy was trained with it
+        if tensor.shape != shapes[name]:
+            where = source if name in trained else base
+            raise ExportError(f"{name} of {where} is {list(tensor.shape)}, the policy's {list(shapes[name])}")
+        return tensor.to(dtype).contiguous()
+
+    written = _write_weights(model, {n: partial(made, n) for n in shapes}, folder, dtype)
+    _write_config(model, folder, dtype)
+    _write_processors(TransformersCodec.from_pretrained(source), folder, [source, base])
     return written
 
 
@@ -147,14 +181,18 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(policy: Policy, folder: Path, dtype: torch.dtype) -> Written:
-    """Shards of at most SHARD, and their index where there are several; one shard is in memory beside the policy."""
+def _write_weights(
+    model: nn.Module, makes: Mapping[str, Callable[[], Tensor]], folder: Path, dtype: torch.dtype
+) -> Written:
+    """Shards of at most SHARD, and their index where there are several; one shard is in memory beside the model.
+
+    `makes` makes each tensor on the host.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    makes = _weights(policy, dtype)
-    own = {n.replace(".base_layer.", "."): p for n, p in policy.model.named_parameters()}
+    own = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters()}
     shapes = {n: torch.empty(own[n].shape, dtype=dtype, device="meta") for n in makes}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     needed, free = sum(t.numel() * dtype.itemsize for t in shapes.values()), shutil.disk_usage(folder).free
@@ -178,8 +216,8 @@ def _write_weights(policy: Policy, folder: Path, dtype: torch.dtype) -> Written:
         nbytes=count * dtype.itemsize,
         files=len(plan.filename_to_tensors),
         dtype=str(dtype).removeprefix("torch."),
-        architecture=type(policy.model).__name__,
-        vision=policy.has_vision,
+        architecture=type(model).__name__,
+        vision=model.config is not model.config.get_text_config(),
     )
 
 
@@ -196,6 +234,51 @@ def _weights(policy: Policy, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
 
     own = {n: p for n, p in policy.model.named_parameters() if ".lora_" not in n}
     return {n.replace(".base_layer.", "."): lambda n=n, p=p: made(n, p) for n, p in own.items()}
+
+
+def _outline(source: Path) -> nn.Module:
+    """The model of a folder's config.json, without storage."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3VLForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(source)
+    kind = Qwen3VLForConditionalGeneration if config.model_type == "qwen3_vl" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _of_base(base: str | Path | None, names: Set[str], source: Path) -> dict[str, Callable[[], Tensor]]:
+    """What reads these weights of the model that training began with, a tensor at a time where its files name them so.
+
+    Raises ExportError where it is missing.
+    """
+    from safetensors import safe_open
+
+    if not names:
+        return {}
+    needs = f"{source} was trained in part: {len(names)} tensors, such as {min(names)}, are those of the model that"
+    if base is None:
+        raise ExportError(f"{needs} it began with, and no config.yaml says which: give --base")
+
+    def read(file: Path, name: str) -> Tensor:
+        with safe_open(file, "pt") as f:
+            return f.get_tensor(name)
+
+    config, files = model_file(base, "config.json"), {}
+    for file in sorted(config.parent.glob("*.safetensors")) if config else ():
+        with safe_open(file, "pt") as f:
+            files |= dict.fromkeys(f.keys(), file)
+    if names <= files.keys():
+        return {n: partial(read, files[n], n) for n in names}
+    try:  # transformers knows older names
+        own = dict(Policy.from_pretrained(base, stored_dtype(base)).model.named_parameters())
+    except FileNotFoundError as error:
+        raise ExportError(f"{needs} it began with: {error}. Say where it is now with --base") from error
+    if missing := sorted(names - own.keys()):
+        raise ExportError(f"{base} has no {missing[0]}: it is not the model that {source} began with. Give --base")
+    return {n: own[n].detach for n in names}
 
 
 def _refuse_nonfinite(name: str, tensor: Tensor, where: object) -> None:

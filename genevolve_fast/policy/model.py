@@ -18,6 +18,7 @@ from genevolve_fast.policy.attention import Attend, register
 from genevolve_fast.policy.codec import TransformersCodec
 from genevolve_fast.policy.offload import ActivationOffload
 from genevolve_fast.policy.positions import ImageMismatchError
+from genevolve_fast.policy.shards import export_first, in_shards
 from genevolve_fast.policy.visits import Packed, Visit
 from genevolve_fast.trajectory import image_hash
 
@@ -66,6 +67,13 @@ class _Entrance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return None, None
+
+
+def _entering(x: Tensor) -> Tensor:
+    """x that takes gradients, which end here where nothing before it does."""
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
 
 
 class Unit(nn.Module):
@@ -144,6 +152,8 @@ class Policy(nn.Module):
         whole = base or path
         if Path(whole).is_dir() and not (Path(whole) / "config.json").exists():
             raise no_policy(whole)
+        if in_shards(whole):
+            raise FileNotFoundError(export_first(whole))
         try:
             vision = AutoConfig.from_pretrained(whole).model_type == "qwen3_vl"
         except OSError as error:
@@ -171,7 +181,7 @@ class Policy(nn.Module):
         self.codec.save_pretrained(path)
 
     def save_outline(self, path: str | Path) -> None:
-        """Write what a transformers folder holds beside the weights."""
+        """Write what a transformers folder holds beside the weights, where these lie in shards (`policy.shards`)."""
         self.model.config.save_pretrained(path)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(path)
@@ -334,7 +344,9 @@ class Policy(nn.Module):
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
         """[n, H] what enters the first layer of the student's and the teacher's rows; the teacher's has no graph."""
-        return self.entrance(self._embed_both, *both, features)
+        x, teacher_x = self.entrance(self._embed_both, *both, features)
+        # beyond the unit: what shards weights would gather a frozen embedding again for the backward
+        return None if x is None else _entering(x), teacher_x
 
     def _embed_both(self, student: Packed | None, teacher: Packed | None, features: ImageFeatures | None):
         x = None if student is None else self._embed_packed(student, features)
@@ -342,12 +354,8 @@ class Policy(nn.Module):
             return x, None if teacher is None else self._embed_packed(teacher, features)
 
     def _embed_packed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """It takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
-        x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
-        if x.requires_grad or not torch.is_grad_enabled():
-            return x
-        return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
+        return self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
 
     def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
         """x after `layer` with the vision tower's features of that depth added at its image rows."""

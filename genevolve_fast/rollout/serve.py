@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from genevolve_fast.policy.shards import export_first, in_shards
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Backend = Literal["auto", "vllm", "transformers"]
 
@@ -70,6 +72,8 @@ def command(
         raise ServeError(f"--api-key-env {api_key_env}: the environment has no such variable, or it is empty")
     if host not in LOOPBACK and not (api_key_env or insecure):
         raise ServeError(f"--host {host} is reachable from elsewhere: set --api-key-env, or say --insecure")
+    if in_shards(model):
+        raise ServeError(f"--model {export_first(model)}")
     if backend == "auto":
         backend = "vllm" if vllm_installed() and not model.startswith("sandbox:") else "transformers"
     address = ("--host", host, "--port", str(port), "--served-model-name", served_model_name)

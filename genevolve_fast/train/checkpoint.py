@@ -15,13 +15,13 @@ import torch
 from genevolve_fast.files import out_of_space, replacing_folder
 from genevolve_fast.policy.adapters import has_adapters, load_adapter
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.shards import FOLDER
 from genevolve_fast.policy.weights import Average
 from genevolve_fast.train.config import CheckpointConfig
 from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.retention import Retention
 from genevolve_fast.train.sharded import (
-    FOLDER,
     load_sharded,
     load_sharded_average,
     load_whole_average,

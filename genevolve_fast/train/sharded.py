@@ -8,8 +8,10 @@ by one rank each. So any number of ranks reads what any other number wrote, unde
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from genevolve_fast.policy.weights import Average
 from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.strategies import Strategy
-
-FOLDER = "state"  # in a checkpoint
 
 
 def save_sharded(
@@ -48,48 +48,56 @@ def save_sharded(
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: Strategy) -> None:
     """Restore what `save_sharded` wrote, by however many ranks. Raises RunError where a weight is missing."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import FileSystemReader
-
-    held = FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = _held(folder)
     for name, p in trained(policy).items():
         if f"weight/{name}" not in held:
             raise RunError(f"{folder} holds no {name}: it is a checkpoint of another policy")
         keys = [f"weight/{name}", *(k for k in held if k.startswith(f"state/{name}/"))]
         read = {k: strategy.like(p, held[k].size, held[k].properties.dtype) for k in keys}
-        with _as_exceptions():
-            dcp.load(read, checkpoint_id=folder, no_dist=True)
+        _read(folder, read)
         weight = read.pop(f"weight/{name}")
         strategy.put(p, weight, {k.rsplit("/", 1)[1]: x for k, x in read.items()}, optimizer.parts)
 
 
 def load_sharded_average(folder: Path, policy: Policy, average: Average, strategy: Strategy) -> None:
     """Restore the teacher's average. Raises RunError where the checkpoint has none."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import FileSystemReader
-
-    held = FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = _held(folder)
     for name, p in trained(policy).items():
         key = f"average/{name}"
         if key not in held:
             raise RunError(f"{folder} holds no {key}: the checkpoint was written without teacher: ema")
         read = {key: strategy.like(p, held[key].size, held[key].properties.dtype)}
-        with _as_exceptions():
-            dcp.load(read, checkpoint_id=folder, no_dist=True)
+        _read(folder, read)
         with torch.no_grad():
             strategy.cut(p, read[key], average.part(name))
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All trained weights of a sharded checkpoint, whole, by name."""
-    import torch.distributed.checkpoint as dcp
+def weight_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """What reads each trained weight of a sharded checkpoint, whole and at full precision, by name."""
+    held = _held(folder)
+
+    def read(key: str) -> Tensor:
+        into = {key: torch.empty(held[key].size, dtype=held[key].properties.dtype)}
+        _read(folder, into)
+        return into[key]
+
+    return {k.removeprefix("weight/"): partial(read, k) for k in held if k.startswith("weight/")}
+
+
+def _held(folder: Path) -> Mapping[str, Any]:
+    """Sizes and dtypes of the tensors in a sharded checkpoint, by key."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    held = FileSystemReader(folder).read_metadata().state_dict_metadata
-    read = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in held.items() if k.startswith("weight/")}
-    with _as_exceptions():
-        dcp.load(read, checkpoint_id=folder, no_dist=True)
-    return {k.removeprefix("weight/"): x for k, x in read.items()}
+    return FileSystemReader(folder).read_metadata().state_dict_metadata
+
+
+def _read(folder: Path, into: dict[str, Tensor]) -> None:
+    """Fill these tensors, or this rank's parts of them."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings(), _as_exceptions():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process that is no news
+        dcp.load(into, checkpoint_id=folder, no_dist=True)
 
 
 def whole_tensors(

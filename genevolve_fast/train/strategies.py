@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,8 +159,18 @@ class Fsdp2(Strategy):
             fully_shard(unit, **settings)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no weighted sums
+        self._order_backward(policy)
         fully_shard(root, **settings)
         root()  # the units learn that they have one root: they share streams, and prefetch in the backward
+
+    @staticmethod
+    def _order_backward(policy: Policy) -> None:
+        """Gather the unit before beside a unit's backward. torch goes by the last forwards: it would gather the
+        prefix's last layer at the end of the first reply's backward, drop it, and none ahead in the prefix's own."""
+        policy.entrance.set_modules_to_backward_prefetch([policy.entrance])  # itself: nothing
+        for before, unit in pairwise(policy.units):
+            trained = any(p.requires_grad for p in before.parameters())
+            unit.set_modules_to_backward_prefetch([before if trained else unit])
 
     def norm(self, policy: Policy, limit: float | None) -> float | None:
         # torch's clip_grad_norm_ flattens DTensors, which uneven shards refuse
