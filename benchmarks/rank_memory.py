@@ -1,19 +1,21 @@
 """What each of two ranks holds in a training step, beside what `genevolve-fast plan` says: gloo on this CPU.
 
-A random Qwen3-VL of 9 million weights trains on two groups of three rollouts, two steps, under every strategy. The
-meter listens to each rank's allocator from before the model is there; a phase's peak is that of the rank with more.
-The training pass only: nothing samples.
+A random Qwen3-VL of 8 million weights trains on two groups of three rollouts, two steps, under every strategy. What is
+held between them are the tensors that exist; a phase's peak above that is of the resident set, in the second step, of
+the rank with more. The training pass only: nothing samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from benchmarks.models import TOY, Model, random_policy, rollouts_of
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.ops import Objective
-from genevolve_fast.profile.meter import Meter
+from genevolve_fast.profile.meter import CLEAR, PeakBytes, resident
 from genevolve_fast.profile.plan import Plan, Settings, gib, plan
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.train.config import OptimConfig
@@ -49,38 +51,77 @@ def settings(strategy: str, lora: int = 0, dtype: str = "float32") -> Settings:
     )  # fmt: skip
 
 
+class Resident:
+    """Peaks of a step's phases by the resident set, which also sees what gloo's threads free; nested: the innermost.
+
+    Bytes are above what was resident when this was made, and `held` besides.
+    """
+
+    def __init__(self, held: int) -> None:
+        self.peaks: dict[str, int] = {}
+        self._open: list[str] = []
+        self._held = held
+        PeakBytes("cpu")  # freed pages go back
+        self._base = resident("VmRSS")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._border()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._border()
+            self._open.pop()
+
+    def _border(self) -> None:
+        if self._open:
+            peak = resident("VmHWM") - self._base + self._held
+            self.peaks[self._open[-1]] = max(self.peaks.get(self._open[-1], 0), peak)
+        CLEAR.write_text("5")
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python reaches, each storage once."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for x in gc.get_objects():
+        if issubclass(type(x), torch.Tensor):
+            storage = getattr(x, "_local_tensor", x).untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
 def step(rank: int, strategy: str, lora: int, dtype: str, folder: str) -> None:
     """Two steps of one rank; writes the peak of each phase of the second, and what is held between them."""
     s = settings(strategy, lora, dtype)
-    meter, held = Meter("cpu"), open_strategy(strategy, Ranks(rank, dist.get_world_size()))
-    with meter.phase("weights"):
-        policy = random_policy(Model(SHAPE, getattr(torch, dtype), lora), torch.device("cpu"))
-        policy.tile_tokens = s.tile_tokens
-        held.shard(policy)
-    with meter.phase("optimizer"):
-        optimizer = build_optimizer(policy, OptimConfig(lr=1e-4), 2, held)
+    before, held = live_bytes(), open_strategy(strategy, Ranks(rank, dist.get_world_size()))
+    policy = random_policy(Model(SHAPE, getattr(torch, dtype), lora), torch.device("cpu"))
+    policy.tile_tokens = s.tile_tokens
+    held.shard(policy)
+    optimizer = build_optimizer(policy, OptimConfig(lr=1e-4), 2, held)
     rollouts = [
         r for g in range(WORLD) for r in rollouts_of(PROMPT, REPLIES, PATCH, SHAPE.vocabulary, group=str(g), turn=128)
     ]
-    for last in (False, True):
-        between, begun, begin = meter.held, len(meter._segments), time.process_time()
-        with meter.phase("student"):
+    for _ in range(2):  # the first one makes the optimizer's state, and warms up
+        between = live_bytes() - before
+        memory, begin = Resident(between), time.process_time()
+        with memory.phase("step"):  # what lies between the pass's own phases: packing, DDP's sum
             accumulate_gradients(
                 policy, rollouts, {}, Objective(kl_coef=0), temperature=0.7, max_tokens=s.max_tokens_per_microbatch,
-                workspace_mb=s.workspace_mb, phase=meter.phase, strategy=held,
+                workspace_mb=s.workspace_mb, phase=memory.phase, strategy=held,
             )  # fmt: skip
-        with meter.phase("step"):
+        with memory.phase("step"):
             held.norm(policy, 1.0)
             optimizer.step()
         seconds = time.process_time() - begin
-    peaks: dict[str, int] = {}
-    for segment in meter._segments[begun:]:
-        peaks[segment.phase] = max(peaks.get(segment.phase, 0), segment.peak)
-    Path(folder, f"rank_{rank}.json").write_text(json.dumps(dict(held=between, peaks=peaks, seconds=seconds)))
+    made = dict(held=between, peaks=memory.peaks, seconds=seconds)
+    Path(folder, f"rank_{rank}.json").write_text(json.dumps(made))
 
 
 def measured(strategy: str, lora: int = 0, dtype: str = "float32") -> dict:
     """(held between steps, peak by phase, own seconds) of the rank that has more of each."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(Path(folder), step, strategy, lora, dtype, folder, world=WORLD)
         ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank_*.json"))]
@@ -98,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--lora", type=int, default=0, help="rank; 0: all weights (default: %(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = p.parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"{'predicted / measured':10} {'held':>21} " + " ".join(f"{name:>21}" for name in PHASES))
     for strategy in args.only:
         found, made = measured(strategy, args.lora, args.dtype), predicted(strategy, args.lora, args.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,9 +97,8 @@ def test_the_step_of_ddp_holds_a_bucket_more():
 def test_offloading_moves_what_it_names_to_the_host():
     here, there = (plan(EIGHT, on(FULL, "zero3", offload_optimizer=o)) for o in (False, True))
     learns = trainable(EIGHT, FULL)
-    assert sum(t.bytes for t in here.held) - sum(t.bytes for t in there.held) == pytest.approx(
-        12 * learns / 8, rel=1e-6
-    )
+    moved = sum(t.bytes for t in here.held) - sum(t.bytes for t in there.held)
+    assert moved == pytest.approx(16 * learns / 8, rel=1e-6)  # copies, two moments, gradients
     assert there.host_bytes == pytest.approx(16 * learns / 8, rel=1e-6) and not here.host_bytes
     both = plan(EIGHT, on(FULL, "zero3", offload_optimizer=True, offload_params=True))
     assert "weights" not in {t.name for t in both.held} and both.host_bytes > there.host_bytes
@@ -127,11 +127,32 @@ def test_one_process_of_ddp_is_a_run_alone():
 
 
 def test_zero_adds_in_fp32_and_gathers_a_bucket():
-    for strategy in ("zero1", "zero2", "zero3"):
-        made = {t.name: t.bytes for t in plan(EIGHT, on(FULL, strategy)).phases["backward"]}
-        assert made["ZeRO's bucket of gradients"] == 2 * 500_000_000
-    small = {t.name: t.bytes for t in plan(EIGHT, on(LORA, "zero2")).phases["backward"]}
-    assert small["ZeRO's bucket of gradients"] == 4 * EIGHT.lora_parameters(64)
+    bucket, learns = 2 * (16 << 20), trainable(EIGHT, FULL)
+    one, two, three = (plan(EIGHT, on(FULL, f"zero{stage}")) for stage in (1, 2, 3))
+    of = lambda terms: {t.name: t.bytes for t in terms}  # noqa: E731
+    assert of(one.phases["step"])["gradients being summed"] == bucket
+    assert "ZeRO's bucket of gradients" not in of((*one.held, *one.phases["backward"]))
+    assert of(two.phases["backward"])["ZeRO's bucket of gradients"] == bucket
+    assert of(three.held)["ZeRO's bucket of gradients"] == bucket
+    assert of(three.phases["backward"])["the bucket, cut for its ranks"] == bucket
+    assert of(three.held)["gradients"] == math.ceil(4 * learns / 8)  # kept from the first step to the last
+    small = of(plan(EIGHT, on(LORA, "zero3")).phases["backward"])
+    assert small["the bucket, cut for its ranks"] == min(4 * (16 << 20), 4 * EIGHT.lora_parameters(64))
+
+
+@pytest.mark.parametrize("phase, rows", [("backward", "student_rows"), ("prefix", "prefix")])
+def test_a_layers_new_gradients_lie_beside_the_old_ones_and_are_wide_where_tiles_are_summed(phase, rows):
+    def new(**changes) -> int:
+        made = plan(EIGHT, replace(FULL, bf16="nearest", **changes))
+        return {t.name: t.bytes for t in made.phases[phase]}["a layer's new gradients"]
+
+    layer = EIGHT.linear_parameters // EIGHT.layers + 2 * EIGHT.hidden + 2 * EIGHT.head_dim
+    many = getattr(FULL, rows)
+    assert new(tile_tokens=many) == 2 * layer, "one tile: as wide as the weights"
+    assert new(tile_tokens=many - 1) == 4 * layer
+    assert new(tile_tokens=many, dtype="float32") == new(tile_tokens=many - 1, dtype="float32") == 4 * layer
+    assert new(lora=64) == 4 * EIGHT.lora_parameters(64) // EIGHT.layers
+    assert new(gradient_checkpointing=False) == 2 * max(a * b for a, b in EIGHT.matrices)
 
 
 def test_four_bit_weights_take_what_bitsandbytes_takes():

@@ -92,6 +92,18 @@ def open_ranks(config):
     leave(ranks)
 
 
+def refuse_ranks(config, command: str) -> None:
+    """Raise ConfigError where `command`, which is one process, would pass over what several ranks are to share."""
+    from genevolve_fast.train.config import ConfigError
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 or config.distributed.shards:
+        raise ConfigError(
+            f"{command} is one process, and this is {world} with distributed.strategy {config.distributed.strategy!r}: "
+            "start it without a launcher and with --set distributed.strategy=ddp; evolve and sft run on several"
+        )
+
+
 def loaded_on(strategy):
     """Where the policy's weights are read to: the host where only parts of them go to a GPU."""
     import torch

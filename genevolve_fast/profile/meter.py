@@ -258,7 +258,7 @@ class Meter:
 
 # --- one number a step ------------------------------------------------------------------------------------------------
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakBytes:
@@ -274,11 +274,11 @@ class PeakBytes:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
-        elif _CLEAR.exists():
+        elif CLEAR.exists():
             try:
                 _give_back_freed_pages()
-                _CLEAR.write_text("5")  # man 5 proc: the high-water mark starts again
-                self._before = _resident("VmRSS")
+                CLEAR.write_text("5")  # man 5 proc: the high-water mark starts again
+                self._before = resident("VmRSS")
             except OSError:
                 self._before = None
 
@@ -287,7 +287,7 @@ class PeakBytes:
         if self._before is None:
             return None
         cuda = self.device.type == "cuda"
-        return (torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")) - self._before
+        return (torch.cuda.max_memory_allocated(self.device) if cuda else resident("VmHWM")) - self._before
 
 
 def _give_back_freed_pages() -> None:
@@ -297,7 +297,7 @@ def _give_back_freed_pages() -> None:
         trim(0)
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 

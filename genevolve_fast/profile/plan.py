@@ -253,17 +253,16 @@ def plan(shape: ModelShape, settings: Settings) -> Plan:
     student = _forward(shape, s, s.student_rows, "student")
     widest = max(student, teacher, key=lambda t: t.bytes)
     forward, backward = _gathered(shape, s), (*_gathered(shape, s), *_reduced(shape, s))
-    visited = _backward(shape, s, s.student_rows, "student")
+    of_prefix = _backward(shape, s, s.prefix, "prefix"), _new_gradients(shape, s, s.prefix)
+    visited = _backward(shape, s, s.student_rows, "student"), _new_gradients(shape, s, s.student_rows)
     phases = {
         "rollout": (*_rollout(shape, s), *features) if s.rollout or s.engine_bytes else (),
         "sync": _sync(shape, s),
-        "prefix": (*gradients, *backward, *prefix, _backward(shape, s, s.prefix, "prefix"), *features)
-        if s.prefix
-        else (),
+        "prefix": (*gradients, *backward, *prefix, *of_prefix, *features) if s.prefix else (),
         "student": (*gradients, *forward, *prefix, *inputs, student, *features),
         "teacher": (*gradients, *forward, *prefix, *inputs, widest, *features) if s.teacher != "off" else (),
         "head": (*gradients, *_gathered_head(shape, s), *prefix, *inputs, *_head(shape, s), *features),
-        "backward": (*gradients, *backward, *prefix, *inputs, visited, *features),
+        "backward": (*gradients, *backward, *prefix, *inputs, *visited, *features),
         "step": (*gradients, *_step(shape, s), *features),
     }
     overhead = CUDA_CONTEXT if s.device == "cuda" else 0
@@ -298,6 +297,7 @@ def _held(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
                 s.part("weights", 4 * learns) if s.teacher == "ema" else 0,
                 "4 · trainable parameters",
             ),
+            *_kept_by_zero3(shape, s),
         )
     )
 
@@ -361,11 +361,29 @@ def _among(s: Settings, what: What, formula: str) -> str:
 
 
 def _gradients(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    if s.offload_params and s.strategy == "fsdp2":
-        return ()
+    if s.strategy == "zero3" or (s.offload_params and s.strategy == "fsdp2"):
+        return ()  # held all the time, or in host memory
+    return (_all_gradients(shape, s),)
+
+
+def _all_gradients(shape: ModelShape, s: Settings) -> Term:
     width = gradient_bytes(s)
     told = _among(s, "gradients", f"{width} · trainable parameters")
-    return (Term("gradients", s.part("gradients", trainable(shape, s) * width), told),)
+    return Term("gradients", s.part("gradients", trainable(shape, s) * width), told)
+
+
+def _new_gradients(shape: ModelShape, s: Settings, rows: int) -> Term:
+    """Of one layer's visit, beside those of earlier ones that they are added to; in fp32 where tiles are summed."""
+    tiled = s.gradient_checkpointing and rows > s.tile_tokens
+    count, of = (
+        (shape.lora_parameters(s.lora) // shape.layers, "adapters of a layer")
+        if s.lora
+        else (layer_parameters(shape), "parameters of a layer")
+        if s.gradient_checkpointing
+        else (max(a * b for a, b in shape.matrices), "in · out")  # one weight after another
+    )
+    width = 4 if tiled else trained_bytes(s)
+    return Term("a layer's new gradients", count * width, f"{width} · {of}")
 
 
 def gradient_bytes(s: Settings) -> int:
@@ -405,16 +423,29 @@ def _gathered_head(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
 
 
 def _reduced(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
-    """Gradients on their way to the GPU that keeps them: a layer's and their sum, or ZeRO's bucket."""
-    if s.strategy in DEEPSPEED:
+    """Gradients on their way to the GPU that keeps them: a layer's and their sum, or ZeRO's bucket and its parts."""
+    if s.strategy == "zero2":
+        return (_bucket(s),)
+    if s.strategy == "zero3":
         size = min(ZERO_BUCKET, trainable(shape, s)) * trained_bytes(s)
-        return (Term("ZeRO's bucket of gradients", size, "min(5e8, trainable parameters) · b"),)
+        return (Term("the bucket, cut for its ranks", size, "min(1.7e7, trainable parameters) · b"),)
     if "gradients" not in DIVIDED[s.strategy]:
         return ()
     count = shape.lora_parameters(s.lora) // shape.layers if s.lora else layer_parameters(shape)
     return (
         Term("a layer's gradients and their sum", count * (trained_bytes(s) + 4), "parameters of a layer · (b + 4)"),
     )
+
+
+def _kept_by_zero3(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
+    """Gradients and their bucket: DeepSpeed makes both once."""
+    if s.strategy != "zero3":
+        return ()
+    return (_bucket(s),) if s.offload_optimizer else (_all_gradients(shape, s), _bucket(s))
+
+
+def _bucket(s: Settings) -> Term:
+    return Term("ZeRO's bucket of gradients", ZERO_BUCKET * trained_bytes(s), "1.7e7 · b")
 
 
 def trained_bytes(s: Settings) -> int:
@@ -578,13 +609,17 @@ def _step(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     weight = s.lora * max(max(pair) for pair in shape.matrices) if s.lora else largest
     summed = min(learns * trained_bytes(s), DDP_BUCKET + weight * trained_bytes(s))
     summed *= s.strategy == "ddp" and s.world > 1
+    if s.strategy == "zero1":
+        summed = min(learns, ZERO_BUCKET) * trained_bytes(s)
+    flat = s.part("gradients", 4 * learns) if s.strategy == "zero2" and not s.offload_optimizer else 0
     here = s.bf16 == "master" and s.strategy not in DEEPSPEED and not state_leaves(s)
     widened = min(
         s.part("state", MASTER_BYTES * learns), max(MASTER_GRADIENTS, s.part("state", MASTER_BYTES * largest))
     )
     paged = 2 * STATE_BYTES["paged_8bit"] * weight if s.implementation == "paged_8bit" else 0
     return (
-        Term("gradients being summed", summed, "64 MiB and one weight's"),
+        Term("gradients being summed", summed, "a bucket of them, and one weight's"),
+        Term("gradients laid end to end", flat, _among(s, "gradients", "4 · trainable parameters")),
         Term("gradients in fp32", widened * here, "min(4 · trainable parameters, max(1 GiB, 4 · V · H))"),
         Term("paged moments in use", round(paged), "2 · widest trained matrix"),
         Term("Muon's matrices", MUON_COPIES * 2 * widest * (s.optimizer == "muon"), f"{MUON_COPIES} · 2 · in · out"),

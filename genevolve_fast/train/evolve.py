@@ -44,7 +44,7 @@ from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
-from genevolve_fast.train.together import Together
+from genevolve_fast.train.together import Together, rollouts_file
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Failed, Request, Trajectory
 
@@ -93,7 +93,10 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
 
     def judged(step: int, version: int, phase: Phase) -> Rollouts:
         requests, file = sampler.mine(requests_of_step(pool, config, step), step)
-        return collect(file, config, policy, world, engine, {r.id: r for r in requests}, step, version, phase)
+        rollouts = collect(file, config, policy, world, engine, {r.id: r for r in requests}, step, version, phase)
+        if not sampler.parts:
+            refuse_failed(rollouts, file, config, step)
+        return rollouts
 
     def save() -> None:
         with run.phase("checkpoint", step):
@@ -123,6 +126,9 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
     try:
         while goes_on():
             rollouts = sampler.next(step)
+            if sampler.parts:  # a rank's own may all have failed where the others' have not
+                whole = rollouts_file(folder, step)
+                ranks.from_first(lambda: refuse_failed(rollouts, whole, config, step))  # noqa: B023
             with run.phase("experience", step):
                 groups, memory = group_by_request(rollouts.trajectories), settled.copy()
                 requests = {r.id: r for r in requests_of_step(pool, config, step)}
@@ -291,6 +297,11 @@ def collect(
         with phase("judge", step):
             rollouts = judge_rollouts(rollouts, requests, world)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
+    return rollouts
+
+
+def refuse_failed(rollouts: Rollouts, path: Path, config: EvolveConfig, step: int) -> None:
+    """Raise RunError where more rollouts of a step failed than it may train without; `path` then keeps what is good."""
     failed = [t.outcome for t in rollouts.trajectories if isinstance(t.outcome, Failed)]
     most = config.max_failed_share * len(rollouts.trajectories)
     if len(failed) > most:
@@ -304,7 +315,6 @@ def collect(
             f"{config.max_failed_share}; the first: {failed[0].stage}: {failed[0].reason}. "
             "Mend it and run again with --resume"
         )
-    return rollouts
 
 
 def scoring_failed(t: Trajectory) -> bool:

@@ -6,10 +6,11 @@ over ranks, never averaged.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import pairwise
 from typing import Any
 
@@ -224,9 +225,10 @@ class Zero(Strategy):
             deepspeed.utils.set_z3_leaf_modules(policy_root := _Root(policy), [type(v) for v in policy.visits[:1]])
         else:
             policy_root = _Root(policy)
-        self.engine, *_ = deepspeed.initialize(
-            model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # it prints what memory it finds
+            self.engine, *_ = deepspeed.initialize(
+                model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
+            )
         self._base = base
 
     def _config(self, policy: Policy) -> dict[str, Any]:
@@ -239,6 +241,9 @@ class Zero(Strategy):
             zero |= dict(
                 stage3_param_persistence_threshold=0, stage3_max_live_parameters=0, stage3_max_reuse_distance=0
             )
+        narrow = policy.head_weight.dtype == torch.bfloat16
+        # in fp32 bf16 weights under stage 1 get another optimizer, which counts a gradient twice after two backwards
+        sums = "bf16" if narrow and self.stage == 1 else "fp32"
         return dict(
             train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=1,
@@ -246,8 +251,8 @@ class Zero(Strategy):
             zero_optimization=zero,
             zero_allow_untested_optimizer=True,
             zero_force_ds_cpu_optimizer=False,
-            bf16=dict(enabled=policy.head_weight.dtype == torch.bfloat16, check_grad_overflow=True),
-            data_types=dict(grad_accum_dtype="fp32"),
+            bf16=dict(enabled=narrow, check_grad_overflow=True),
+            data_types=dict(grad_accum_dtype=sums),
             steps_per_print=10**9,
         )
 
