@@ -51,7 +51,10 @@ def test_sharing_needs_a_launcher(unlaunched, tmp_path, capsys):
 
 
 def test_what_a_strategy_says_of_itself():
-    shared = [Fsdp2(Ranks(0, 2)), *(Zero(Ranks(0, 2), n, offload_optimizer=False, offload_params=False) for n in (2, 3))]
+    shared = [
+        Fsdp2(Ranks(0, 2)),
+        *(Zero(Ranks(0, 2), n, offload_optimizer=False, offload_params=False) for n in (2, 3)),
+    ]
     assert [(s.name, s.in_step, s.sharded_weights, s.loss_scale) for s in [Strategy(Ranks(0, 2)), *shared]] == [
         ("ddp", False, False, 1.0),
         ("fsdp2", True, True, 1.0),
@@ -64,12 +67,8 @@ ZERO2, FSDP2 = {"distributed": {"strategy": "zero2"}}, {"distributed": {"strateg
 NF4 = {"quantize": "nf4", "lora": {"rank": 4}, "dtype": "bfloat16"}
 REFUSED = {
     "'ddp': DeepSpeed offloads it": {"distributed": {"offload_optimizer": True}},
-    r"\(fsdp2 moves it together with the weights": {
-        "distributed": {"strategy": "fsdp2", "offload_optimizer": True}
-    },
-    "offload_params with strategy 'zero2' does nothing": {
-        "distributed": {"strategy": "zero2", "offload_params": True}
-    },
+    r"\(fsdp2 moves it together with the weights": {"distributed": {"strategy": "fsdp2", "offload_optimizer": True}},
+    "offload_params with strategy 'zero2' does nothing": {"distributed": {"strategy": "zero2", "offload_params": True}},
     "timeout_s": {"distributed": {"timeout_s": 0}},
     "strategy": {"distributed": {"strategy": "zero4"}},
     "muon with distributed.strategy 'zero2': it orthogonalises": ZERO2 | {"optim": {"name": "muon"}},
