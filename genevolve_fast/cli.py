@@ -21,6 +21,7 @@ from genevolve_fast.commands.opening import (
     open_ranks,
     open_world,
     policy_path,
+    refuse_ranks,
     set_threads,
     show_fields,
     subcommands,
@@ -276,6 +277,7 @@ def run_profile(args: argparse.Namespace) -> int:
     from genevolve_fast.train.profiled import profile_steps, write_profile
 
     config = load(args, EvolveConfig)
+    refuse_ranks(config, "profile")
     take_share(config)
     set_threads(config.threads)
     where, shape = device(), ModelShape.from_config(policy_path(config.policy))
@@ -307,6 +309,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from genevolve_fast.train.verify import verify
 
     config = load(args, EvolveConfig)
+    refuse_ranks(config, "verify")
     take_share(config)
     set_threads(config.threads)
     check_engine(config)
@@ -345,6 +348,7 @@ def run_demo(args: argparse.Namespace) -> int:
     if args.fields:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
+    refuse_ranks(config, "demo")
     take_share(config)
     set_threads(config.threads)
     folder = args.runs / config.name

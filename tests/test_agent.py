@@ -51,7 +51,7 @@ def test_replies_are_read_as_released():
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=60, **QUIET)
+@settings(max_examples=20, **QUIET)
 @given(replies())
 def test_malformed_replies(reply):
     survives(reply)

@@ -191,6 +191,7 @@ def test_a_row_says_everything_a_reader_needs(tmp_path):
     assert data["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_recorded_rows_are_kept_while_the_code_is_the_same(tmp_path, monkeypatch, capsys):
     file = tmp_path / "head.json"
 

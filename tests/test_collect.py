@@ -14,7 +14,7 @@ from genevolve_fast.protocols import JudgeError
 from genevolve_fast.sandbox.world import SandboxWorld, open_world
 from genevolve_fast.train.collect import Rollouts, judge_rollouts
 from genevolve_fast.train.config import EvolveConfig, parse_config
-from genevolve_fast.train.evolve import collect
+from genevolve_fast.train.evolve import collect, refuse_failed
 from genevolve_fast.train.run import Run, RunError
 from genevolve_fast.trajectory import Failed, Judged, Program, Trajectory, Turn
 
@@ -113,7 +113,22 @@ def run(tmp_path):
 def collected(run, world):
     config = parse_config(EvolveConfig, {"max_failed_share": 0.5})
     file = run.folder / "rollouts" / "step_000000.safetensors"
-    return collect(file, config, None, world, None, REQUESTS, 0, None, run.phase)  # nobody may sample: there is no engine
+    rollouts = collect(file, config, None, world, None, REQUESTS, 0, None, run.phase)  # there is no engine to sample
+    refuse_failed(rollouts, file, config, 0)
+    return rollouts
+
+
+def test_a_part_of_a_step_may_fail_whole_where_the_others_have_not(run):
+    """Each rank collects its own requests; the share that may fail is of all ranks'."""
+    config, file = parse_config(EvolveConfig, {"max_failed_share": 0.5}), run.folder / "rollouts" / "part.safetensors"
+    trajectories.save(file, ROLLOUTS.trajectories)
+    gone = world_with(image_judge=Counting(open_world(EMBEDDED).image_judge, down=True))
+    part = collect(file, config, None, gone, None, REQUESTS, 0, None, run.phase).trajectories
+    good = tuple(t.replace(outcome=Judged(reward=0.25, kscore=0.25, program=0.25)) for t in part)
+    assert all(isinstance(t.outcome, Failed) for t in part)
+    refuse_failed(Rollouts((*part, *good), {}, {}), file, config, 0)
+    with pytest.raises(RunError, match="5 of 8 rollouts failed"):
+        refuse_failed(Rollouts((*part, part[0], *good[1:]), {}, {}), file, config, 0)
 
 
 def test_a_judge_that_is_gone_for_good_costs_no_sampled_rollout(run):

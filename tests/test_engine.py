@@ -179,6 +179,7 @@ LONG = Sampling(temperature=1.0, top_p=1.0, max_tokens=200)
 SHORT = Sampling(temperature=1.0, top_p=1.0, max_tokens=5)
 
 
+@pytest.mark.slow
 def test_rows_enter_and_leave_between_steps(policy):
     async def main():
         engine, order = continuous(policy), []

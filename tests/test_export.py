@@ -141,6 +141,7 @@ def test_a_run_is_exported_with_the_final_weights(whole, tmp_path, capsys):
     assert "step 4 (final)" in said and f"genevolve-fast serve --model {tmp_path / 'out'}" in said
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_with_one_rounding(lora, tmp_path):
     folder, policy = lora
     exact = merged_state_dict(policy.model)
@@ -155,6 +156,7 @@ def test_an_adapter_is_merged_with_one_rounding(lora, tmp_path):
     assert equal(weights(tmp_path / "plain"), weights(tmp_path / "float32"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_chosen_by_step_by_score_and_by_age(whole, tmp_path):
     folder, _ = whole
     there = folder / "checkpoints"
@@ -451,6 +453,7 @@ def test_the_adapter_of_a_final_policy_that_was_not_kept_is_not_replaced_by_an_o
     assert "step 4 was not kept: --last exports that of step 3" in told(capsys, run, "-o", tmp_path / "o", "--adapter")
 
 
+@pytest.mark.slow
 def test_nothing_is_replaced_unasked_or_by_half(whole, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

@@ -46,6 +46,7 @@ def test_a_trajectory_keeps_messages_program_and_every_picture_by_content():
     assert [t.to_row() for t in rows] == list(step.rows(TABLE))
 
 
+@pytest.mark.slow
 def test_a_batch_goes_on_where_it_was_cut(tmp_path, capsys):
     folder = copied("trajectories", tmp_path / "t")
     whole = (folder / TABLE).read_bytes()
@@ -349,6 +350,7 @@ def test_names_are_capitals_within_a_sentence_and_quoted_words():
 # --- review -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_silent_or_unclear_reviewer_leaves_a_row_undecided_until_it_is_asked_again(server, tmp_path, capsys):
     source = tmp_path / "t"
     example(tmp_path)

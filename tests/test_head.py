@@ -591,6 +591,7 @@ def test_strided_inputs_tied_weights_and_nothing_to_learn():
         assert loss == 0 and not states.grad.any() and all(torch.isfinite(v) for v in stats.values())
 
 
+@pytest.mark.slow
 def test_log_probs_pass_gradcheck():
     for weight_grad in (False, True):
         h, w, y, options = head_inputs(6, 3, "softcap, scale, bias, temperature per row", weight_grad)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from genevolve_fast.cli import main
 from genevolve_fast.commands import opening
 from genevolve_fast.commands.opening import config_path, open_pool, open_world
 from genevolve_fast.experience.summarizer import ChatSummarizer
@@ -175,3 +176,12 @@ def test_a_replayed_pipeline_needs_no_place(monkeypatch, tmp_path):
     monkeypatch.setattr(opening, "device", lambda: torch.device("cuda"))
     replay = {"cache": str(tmp_path), "cache_mode": "replay"}
     assert opened(renderer=LOCAL | replay)[1].renderer.name == "qwen-image-edit"
+
+
+@pytest.mark.parametrize("command", ["demo", "profile", "verify"])
+def test_what_is_one_process_does_not_pass_over_ranks(command, tmp_path, monkeypatch, capsys):
+    run = [command, "--config", "demo", *(["--runs", str(tmp_path)] if command == "demo" else [])]
+    assert main([*run, "--set", "distributed.strategy=fsdp2"]) == 2
+    assert f"{command} is one process, and this is 1 with distributed.strategy 'fsdp2'" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(run) == 2 and "and this is 2 with distributed.strategy 'ddp'" in capsys.readouterr().err

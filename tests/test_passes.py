@@ -96,6 +96,7 @@ def test_tiles_change_no_gradient(case, tile_rows):
     assert distance(shared_gradient(policy, rollouts, images, max_tokens=90), want) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["graph", "recompute"])
 @pytest.mark.parametrize("scope", ["all", "decision"])
 def test_adapters_get_the_naive_gradient(case, checkpointing, scope):
@@ -133,6 +134,7 @@ def test_bf16_with_fp32_adapters_loses_its_rounding_only(case, checkpointing):
     assert distance(got, naive_gradient(policy.double(), rollouts, images, BF16)) < 0.03
 
 
+@pytest.mark.slow
 def test_without_experience_no_teacher_row_passes(case):
     policy, rollouts, images = case
     bare = [dataclasses.replace(r, experience_ids=()) for r in rollouts]
@@ -141,6 +143,7 @@ def test_without_experience_no_teacher_row_passes(case):
     assert distance(gradient(policy), want) < 1e-9 and metrics["tokens/teacher"] == 0
 
 
+@pytest.mark.slow
 def test_other_weights_make_a_pass_of_their_own(case):
     """The same weights as reference and as separate teacher: no KL, and the gradient of the riding teacher."""
     from genevolve_fast.policy.weights import FrozenCopy
@@ -266,6 +269,7 @@ def test_a_layer_saves_its_input_and_nothing_else(case, teacher):
     assert saved == len(micro.student) * per_row + images_only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.4, 1], ids=["nothing fits", "some layers", "all layers"])
 def test_offloaded_inputs_change_no_bit(case, share):
     policy, rollouts, images = case

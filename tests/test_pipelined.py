@@ -272,7 +272,7 @@ def test_the_next_step_is_sampled_while_this_one_trains_and_no_weights_change_me
     row = run.log(1, {"reward": 0.0})
     assert row["timing_s/wait_rollout"] > 0.1 and "timing_s/rollout" not in row
     marks = [json.loads(line) for line in (run.folder / "phases.jsonl").read_text().splitlines()]
-    assert [m["phase"] for m in marks if m["step"] == 1] == ["rollout", "wait_rollout"]
+    assert {m["phase"] for m in marks if m["step"] == 1} == {"rollout", "wait_rollout"}  # either thread may be first
 
 
 @pytest.mark.parametrize(("staleness", "age"), [(0, 1), (1, 2), (1, -1)])

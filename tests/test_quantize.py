@@ -149,6 +149,7 @@ def test_logits_are_those_of_the_dequantized_policy(dtype):
     assert torch.equal(base, logits(plain_of(policy))) and not torch.equal(base, logits(policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_loss_through_the_visits_has_the_same_gradient(checkpointing):
     gradients = []
@@ -261,6 +262,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_comes_back_to_the_bit(tmp_path
     assert same(bits(again), bits(policy)) and torch.equal(logits(again), logits(policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_engines_are_given_the_values_computed_with(merged):
     policy, plain = pair()

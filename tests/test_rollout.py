@@ -110,6 +110,7 @@ def test_rows_are_the_released_ones(server, tmp_path, name):
     assert Path(ours[0]["reference_images"][0]["local_path"]).is_file()
 
 
+@pytest.mark.slow
 def test_a_released_results_file_is_continued(server, tmp_path, capsys):
     released = json.loads((RELEASED / "results.json").read_text())
     folder = tmp_path / "out"
@@ -186,6 +187,7 @@ def test_hostile_ids_and_half_characters_stay_data(server, tmp_path):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_finished_rows_are_kept_and_failed_ones_run_again(server, tmp_path, capsys):
     source, folder = batch_of(tmp_path, 6), tmp_path / "out"
     server.faults(*[{"status": 500, "retry_after": 0}] * 3)
@@ -204,6 +206,7 @@ def test_finished_rows_are_kept_and_failed_ones_run_again(server, tmp_path, caps
     assert main(arguments(server, source, folder)) == 0 and server.seen() == []
 
 
+@pytest.mark.slow
 def test_duplicates_are_told_apart_by_position(server, tmp_path):
     source = write(tmp_path / "in", [{"id": "same", "prompt": REQUESTS[i].question} for i in (0, 0, 1)])
     server.faults(*[{}] * 3, {"status": 404})  # the first row's three replies, then one refusal
@@ -214,6 +217,7 @@ def test_duplicates_are_told_apart_by_position(server, tmp_path):
     assert [line["position"] for line in journal_of(tmp_path / "out")[1:]] == [0, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_longer_input_continues(server, tmp_path):
     folder = tmp_path / "out"
     assert main(arguments(server, batch_of(tmp_path, 4), folder, "--max-samples", "2")) == 0

@@ -189,6 +189,7 @@ def test_on_policy_the_trainer_has_the_engines_log_probs(sampled):
     policy.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["all", pytest.param("decision", marks=pytest.mark.slow)])
 def test_packed_gradient_equals_the_naive_one(policy, pictures, scope):
     batch, images = masked_batch(policy.double(), pictures)
@@ -205,6 +206,7 @@ def test_packed_gradient_equals_the_naive_one(policy, pictures, scope):
     assert (gradient(policy) - want).norm() > 0.1 * want.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True])
 def test_verify_replays_the_sets_too(policy, pictures, other):
     batch, images = masked_batch(policy, pictures)

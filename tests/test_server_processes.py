@@ -133,6 +133,7 @@ def test_a_server_that_dies_is_started_again_at_its_address_and_given_up_when_it
         servers.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_no_server_outlives_the_process_that_started_it(tmp_path, how):
     script = (

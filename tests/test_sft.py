@@ -190,6 +190,7 @@ def gradients(policy) -> list[torch.Tensor]:
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 def test_shares_of_ranks_add_up_to_the_whole_step(data, policy, tmp_path):
     """Each rank divides by the loss tokens of all ranks, so that their gradients add."""
     c = config(max_tokens_per_microbatch=900, batch_size=9)

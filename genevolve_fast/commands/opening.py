@@ -57,8 +57,8 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_policy(config, where=None):
-    """The policy that a configuration names, on `where`, or the GPU where there is one; 4-bit weights are made on the
-    way there."""
+    """The policy that a configuration names, its weights on `where`, or the GPU where there is one; 4-bit weights are
+    made on the way there."""
     import torch
 
     from genevolve_fast.policy.model import Policy
@@ -69,6 +69,8 @@ def open_policy(config, where=None):
     policy = Policy.from_pretrained(policy_path(config), getattr(torch, config.dtype))
     if config.quantize != "none":
         quantize(policy, config.quantize, where or device())
+    if where is not None:
+        policy.computes_on = device()
     return policy.to(where or device())
 
 
@@ -88,6 +90,18 @@ def open_ranks(config):
             leave(ranks)
             raise
     leave(ranks)
+
+
+def refuse_ranks(config, command: str) -> None:
+    """Raise ConfigError where `command`, which is one process, would pass over what several ranks are to share."""
+    from genevolve_fast.train.config import ConfigError
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 or config.distributed.shards:
+        raise ConfigError(
+            f"{command} is one process, and this is {world} with distributed.strategy {config.distributed.strategy!r}: "
+            "start it without a launcher and with --set distributed.strategy=ddp; evolve and sft run on several"
+        )
 
 
 def loaded_on(strategy):

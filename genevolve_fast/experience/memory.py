@@ -43,6 +43,12 @@ class ExperienceMemory:
     def __len__(self) -> int:
         return len(self.bundles)
 
+    def copy(self) -> ExperienceMemory:
+        """The same bundles; what either takes in later, the other does not."""
+        other = ExperienceMemory(self.embedder, self.capacity, self.similarity)
+        other.bundles, other._vectors = [*self.bundles], self._vectors
+        return other
+
     def insert(self, question: str, experience: Experience, *, gap: float, step: int) -> None:
         """Add a bundle, evicting one when the memory is full."""
         if len(self.bundles) >= self.capacity:

@@ -69,6 +69,13 @@ class _Entrance(torch.autograd.Function):
         return None, None
 
 
+def _entering(x: Tensor) -> Tensor:
+    """x that takes gradients, which end here where nothing before it does."""
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
+
+
 class Unit(nn.Module):
     """Modules whose weights are gathered together: `forward` runs a function while they are whole.
 
@@ -117,6 +124,7 @@ class Policy(nn.Module):
         self._route_attention(register())
         self.codec = codec
         self.offload: ActivationOffload | None = None
+        self.computes_on: torch.device | None = None
         self._kept_features: OrderedDict[str, ImageFeatures] = OrderedDict()  # the last used at the end
         self._kept_bytes = 0
         rotate = sys.modules[type(self.decoder).__module__].apply_rotary_pos_emb
@@ -240,7 +248,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where the passes run; between visits the weights may lie elsewhere."""
+        return self.computes_on or self.head_weight.device
 
     @property
     def vision_frozen(self) -> bool:
@@ -329,12 +338,15 @@ class Policy(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [n, d] of positions [3, n], in the dtype of the weights."""
-        cos, sin = self.decoder.rotary_emb(self.head_weight, self._axes(positions[:, None]))
+        like = torch.empty(0, dtype=self.head_weight.dtype, device=self.device)
+        cos, sin = self.decoder.rotary_emb(like, self._axes(positions[:, None]))
         return cos[0], sin[0]
 
     def embed(self, *both: Packed | None, features: ImageFeatures | None) -> tuple[Tensor | None, Tensor | None]:
         """[n, H] what enters the first layer of the student's and the teacher's rows; the teacher's has no graph."""
-        return self.entrance(self._embed_both, *both, features)
+        x, teacher_x = self.entrance(self._embed_both, *both, features)
+        # beyond the unit: what shards weights would gather a frozen embedding again for the backward
+        return None if x is None else _entering(x), teacher_x
 
     def _embed_both(self, student: Packed | None, teacher: Packed | None, features: ImageFeatures | None):
         x = None if student is None else self._embed_packed(student, features)
@@ -342,12 +354,8 @@ class Policy(nn.Module):
             return x, None if teacher is None else self._embed_packed(teacher, features)
 
     def _embed_packed(self, rows: Packed, features: ImageFeatures | None) -> Tensor:
-        """It takes gradients, which end here where nothing before it does."""
         image = features is not None and len(rows.image_rows) > 0
-        x = self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
-        if x.requires_grad or not torch.is_grad_enabled():
-            return x
-        return _Entrance.apply(x, torch.empty(0, device=x.device, requires_grad=True))
+        return self._embed(rows.ids, rows.image_rows, features.embeds[rows.feature_rows] if image else None)
 
     def add_deepstack(self, x: Tensor, layer: int, rows: Packed, features: ImageFeatures | None) -> Tensor:
         """x after `layer` with the vision tower's features of that depth added at its image rows."""

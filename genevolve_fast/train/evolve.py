@@ -44,7 +44,7 @@ from genevolve_fast.train.retention import check_metric
 from genevolve_fast.train.run import Run, RunError, peak_memory_gb
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
-from genevolve_fast.train.together import Together
+from genevolve_fast.train.together import Together, rollouts_file
 from genevolve_fast.train.update import TrainingRollout, accumulate_gradients
 from genevolve_fast.trajectory import Failed, Request, Trajectory
 
@@ -86,18 +86,28 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
     memory = new_memory(config, world)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume, ranks=ranks)
     kept, step = folder / "checkpoints", 0
-    if resume and (saved := checkpoints(kept)):
+    if resume and (saved := ranks.from_first(lambda: checkpoints(kept))):
         step = load_checkpoint(saved[-1], policy, optimizer, strategy, average)
         memory = ExperienceMemory.load(saved[-1] / "memory", world.embedder)
+    settled = memory  # as the last whole step left it
 
     def judged(step: int, version: int, phase: Phase) -> Rollouts:
         requests, file = sampler.mine(requests_of_step(pool, config, step), step)
-        return collect(file, config, policy, world, engine, {r.id: r for r in requests}, step, version, phase)
+        rollouts = collect(file, config, policy, world, engine, {r.id: r for r in requests}, step, version, phase)
+        if not sampler.parts:
+            refuse_failed(rollouts, file, config, step)
+        return rollouts
 
     def save() -> None:
         with run.phase("checkpoint", step):
-            beside = lambda path: memory.save(path / "memory")  # noqa: E731
+            beside = lambda path: settled.save(path / "memory")  # noqa: E731
             save_checkpoint(kept, step, policy, optimizer, beside, config.checkpoint, strategy, average)
+
+    def tell(metrics: Mapping[str, float]) -> dict[str, float]:
+        failures = summed(ranks.gather(world.incidents.take()))
+        return run.log(
+            step, {**metrics, **{f"failures/{f}": float(n) for f, n in failures.items()}, **sampler.metrics()}
+        )
 
     own = open_sampler(config.rollout.staleness, run, engine, judged, config.steps) if engine else None
     sampler = Together(own, folder, policy, strategy, stopping, parts)
@@ -116,8 +126,11 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
     try:
         while goes_on():
             rollouts = sampler.next(step)
+            if sampler.parts:  # a rank's own may all have failed where the others' have not
+                whole = rollouts_file(folder, step)
+                ranks.from_first(lambda: refuse_failed(rollouts, whole, config, step))  # noqa: B023
             with run.phase("experience", step):
-                groups = group_by_request(rollouts.trajectories)
+                groups, memory = group_by_request(rollouts.trajectories), settled.copy()
                 requests = {r.id: r for r in requests_of_step(pool, config, step)}
                 with stopping.anytime() if ranks.world == 1 else nullcontext():
                     experiences, compared = ranks.from_first(
@@ -156,17 +169,9 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
                     largest = max(1.0, metrics.get("tokens/largest_microbatch", 0.0))
                     metrics["perf/peak_bytes_per_token"] = max(ranks.gather(peak)) / largest
                 metrics["perf/train_seconds"] = time.perf_counter() - begin
-            if ranks.first:
-                keep_for_report(folder, step, rollouts, traces, experiences)
-            step += 1
-            sampler.wait(step)
-            with run.phase("sync", step):
-                sampler.sync(step)
-            metrics |= sampler.metrics() | rollout_metrics(rollouts.trajectories, groups)
-            metrics |= {
-                f"failures/{what}": float(n) for what, n in summed(ranks.gather(world.incidents.take())).items()
-            }
-            metrics |= {
+            ranks.from_first(lambda: keep_for_report(folder, step, rollouts, traces, experiences))  # noqa: B023
+            step, settled = step + 1, memory
+            metrics |= rollout_metrics(rollouts.trajectories, groups) | {
                 "experience/compared": compared,
                 "experience/memory": len(memory),
                 "experience/used": len(experiences),
@@ -174,20 +179,28 @@ def _evolve(config, policy, world, pool, folder: Path, resume: bool, strategy: S
                 "perf/max_memory_allocated_gb": max(ranks.gather(peak_memory_gb(policy.device))),
             }
             metrics["perf/throughput"] = sum(map(len, rollouts.trajectories)) / metrics["perf/train_seconds"]
-            row = run.log(step, metrics)
+            try:
+                sampler.wait(step)
+            except Preempted:  # of this step everything but its row is there
+                tell(metrics)
+                raise
+            with run.phase("sync", step):
+                sampler.sync(step)
+            row = tell(metrics)
             if step == 1:
                 check_metric(config.checkpoint.metric, row)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 save()
     except Preempted:
         policy.zero_grad(set_to_none=True)
-        if step and step not in map(step_of, checkpoints(kept)):
+        if step and not ranks.from_first(lambda: step in map(step_of, checkpoints(kept))):
             save()
         run.close()
         raise
     run.close()
     policy.eval()
     save_final(folder / "policy", policy, strategy=strategy)
+    stopping.pause()  # whoever called may have more to do, which nobody waits for now
     return folder / "policy"
 
 
@@ -284,6 +297,11 @@ def collect(
         with phase("judge", step):
             rollouts = judge_rollouts(rollouts, requests, world)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
+    return rollouts
+
+
+def refuse_failed(rollouts: Rollouts, path: Path, config: EvolveConfig, step: int) -> None:
+    """Raise RunError where more rollouts of a step failed than it may train without; `path` then keeps what is good."""
     failed = [t.outcome for t in rollouts.trajectories if isinstance(t.outcome, Failed)]
     most = config.max_failed_share * len(rollouts.trajectories)
     if len(failed) > most:
@@ -297,7 +315,6 @@ def collect(
             f"{config.max_failed_share}; the first: {failed[0].stage}: {failed[0].reason}. "
             "Mend it and run again with --resume"
         )
-    return rollouts
 
 
 def scoring_failed(t: Trajectory) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genevolve_fast.ops.head import NonFiniteError
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.weights import held_part
 from genevolve_fast.train.optim import Optimizer
 from genevolve_fast.train.run import RunError
 from genevolve_fast.train.strategies import Strategy
@@ -77,7 +78,7 @@ class FiniteSteps:
         )
 
     def _where(self, traces: Mapping[str, Any]) -> str:
-        """The first thing that is not finite: a weight, a rollout's log-probs, a gradient."""
+        """The first thing that is not finite: a weight, a rollout's log-probs, a gradient; of what this rank holds."""
         named = dict(self._policy.model.named_parameters())
         told, self._told = self._told, ""
         if name := _first(named):
@@ -85,13 +86,21 @@ class FiniteSteps:
         found = [told] if told else []
         if rollout := next((i for i, t in traces.items() if not _finite(torch.as_tensor(t.logps))), None):
             found.append(f"first bad rollout {rollout}")
-        if name := _first({n: p.grad for n, p in named.items() if p.grad is not None}):
+        grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+        if name := _first(grads):
             found.append(f"first bad gradient {name}")
-        return ", ".join(found) or "every weight and gradient is finite alone"
+        alone = "every weight and gradient is finite alone"
+        return ", ".join(found) or (alone if grads else "every weight is finite, gradients lie in DeepSpeed's buffers")
 
 
 def _first(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, t in tensors.items() if not _finite(t.detach())), None)
+    return next((name for name, t in tensors.items() if not _finite(_here(t))), None)
+
+
+def _here(t: Tensor) -> Tensor:
+    """This rank's part: whole tensors would be an exchange, and ranks look at different numbers of them."""
+    part = held_part(t).detach()
+    return part.to_local() if hasattr(part, "to_local") else part
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -249,6 +249,11 @@ def build_optimizer(
     With `strategy` it is of this rank's part. Raises RunError for what this device or installation cannot do.
     """
     strategy = strategy or Strategy()
+    if config.release_gradients and strategy.ranks.world > 1:
+        raise RunError(
+            f"optim.release_gradients steps a layer before the {strategy.ranks.world} ranks have summed its gradient: "
+            "train on one, or set distributed.strategy fsdp2, which shares gradients and states instead"
+        )
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     if not named:
         raise RunError("nothing to train: all parameters are frozen")

@@ -65,7 +65,8 @@ class InTurn:
                 f"and rollout.staleness is {self.staleness}: remove rollouts/step_{step:06d}.safetensors of the run "
                 "and run again with --resume"
             )
-        self._ages = {"rollout/staleness/mean": sum(ages) / len(ages), "rollout/staleness/max": float(max(ages))}
+        if ages:  # a rank may have none
+            self._ages = {"rollout/staleness/mean": sum(ages) / len(ages), "rollout/staleness/max": float(max(ages))}
         return rollouts
 
 

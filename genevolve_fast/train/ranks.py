@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -42,15 +43,16 @@ class Ranks:
         """What the first rank makes. An exception there is raised everywhere."""
         if self.world == 1:
             return make()
+        failed: BaseException | None = None
         told: list[Any] = [None, None]
         if self.first:
             try:
                 told[0] = make()
             except (Exception, SystemExit) as error:
-                told[1] = error
+                failed, told[1] = error, sendable(error)
         dist.broadcast_object_list(told, 0, group=self.group)
         if told[1] is not None:
-            raise told[1]
+            raise failed or told[1]
         return told[0]
 
     def to_first(self, mine: T) -> list[T]:
@@ -84,6 +86,14 @@ class Ranks:
             dist.barrier(group=self.group)
 
 
+def sendable(error: BaseException | None) -> BaseException | None:
+    """An exception that other processes can be told: not all can be pickled and made again."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def launched() -> bool:
     """Whether torchrun or deepspeed started this process, as one of several or alone."""
     return "WORLD_SIZE" in os.environ
@@ -109,7 +119,8 @@ def join(timeout_s: float = 1800.0) -> Ranks:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"  # offloaded shards are summed on the host
+        dist.init_process_group(backend, timeout=patience)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import yaml
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
+from genevolve_fast.fields import describe
 from genevolve_fast.files import write_text
 from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.versions import note_versions
@@ -49,7 +51,7 @@ def refuse_another_run(folder: Path, config: BaseModel, resume: bool) -> None:
         return
     if not resume:
         raise RunError(f"{folder} already holds a run: continue it with --resume or --set another name=")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = _completed(yaml.safe_load(path.read_text(encoding="utf-8")), type(config))
     if changed := [c for c in _differences(before, _plain(config)) if not MAY_CHANGE.fullmatch(c)]:
         raise RunError(f"{folder} was started with another configuration ({', '.join(changed)})")
 
@@ -187,6 +189,18 @@ def _without_keys(value: Any) -> Any:
     if not isinstance(value, str) or "://" not in value:
         return value
     return _KEY.sub(r"\1***", _LOGIN.sub("***@", value))
+
+
+def _completed(saved: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """A saved configuration with the defaults of the fields that the release that wrote it did not know."""
+    for name, default, _ in describe(kind):
+        *sections, field = name.split(".")
+        section = saved
+        for each in sections:
+            section = section.setdefault(each, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(field, to_jsonable_python(default))
+    return saved
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

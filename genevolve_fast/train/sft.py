@@ -70,7 +70,7 @@ def sft(
 def _sft(config, policy, data, folder: Path, first, resume: bool, strategy: Strategy, stopping: Stopping) -> Path:
     ranks, kept = strategy.ranks, folder / "checkpoints"
     ranks.from_first(lambda: refuse_another_run(folder, config, resume))
-    saved = checkpoints(folder / "checkpoints") if resume else []
+    saved = ranks.from_first(lambda: checkpoints(kept)) if resume else []
     samples, opening = ranks.first_then_all(
         lambda: open_samples(config, policy, data, first, folder / "index", settled=bool(saved))
     )
@@ -132,13 +132,14 @@ def _sft(config, policy, data, folder: Path, first, resume: bool, strategy: Stra
                     save()
     except Preempted:
         policy.zero_grad(set_to_none=True)
-        if step and step not in map(step_of, checkpoints(kept)):
+        if step and not ranks.from_first(lambda: step in map(step_of, checkpoints(kept))):
             save()
         run.close()
         raise
     run.close()
     policy.eval()
     save_final(folder / "policy", policy, config.save_dtype and getattr(torch, config.save_dtype), strategy)
+    stopping.pause()  # whoever called may have more to do, which nobody waits for now
     return folder / "policy"
 
 

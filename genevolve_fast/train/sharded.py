@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def save_sharded(
         tensors |= {f"state/{name}/{key}": _kept(x, strategy) for key, x in state.items()}
         if average:
             tensors[f"average/{name}"] = _kept(mean, strategy)
-    dcp.save(tensors, checkpoint_id=folder, process_group=strategy.ranks.group)
+    with _as_exceptions():
+        dcp.save(tensors, checkpoint_id=folder, process_group=strategy.ranks.group)
 
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Optimizer, strategy: Strategy) -> None:
@@ -93,7 +95,7 @@ def _read(folder: Path, into: dict[str, Tensor]) -> None:
     """Fill these tensors, or this rank's parts of them."""
     import torch.distributed.checkpoint as dcp
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _as_exceptions():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process that is no news
         dcp.load(into, checkpoint_id=folder, no_dist=True)
 
@@ -116,7 +118,8 @@ def whole_tensors(
             weights[name] = weights[name] if copy is None else copy
         part = part["optimizer"]
     states = part["state"]
-    tensors = lambda i: {k: v for k, v in states.get(i, {}).items() if isinstance(v, Tensor)}  # noqa: E731
+    # DeepSpeed's Adam counts its steps without a tensor
+    tensors = lambda i: {k: torch.as_tensor(v) for k, v in states.get(i, {}).items()}  # noqa: E731
     return {name: (weights[name], tensors(i)) for i, name in enumerate(order)}
 
 
@@ -137,6 +140,18 @@ def _named(saved: str) -> str:
 def trained(policy: Policy) -> dict[str, nn.Parameter]:
     """Trained weights by their names in the model."""
     return {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _as_exceptions() -> Iterator[None]:
+    """Raise what failed, on whichever rank: torch wraps it in something that is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as wrapped:
+        error, _ = next(iter(wrapped.failures.values()))
+        raise error from wrapped
 
 
 def _kept(x: Tensor, strategy: Strategy) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
-from genevolve_fast.train.ranks import Ranks
+from genevolve_fast.train.ranks import Ranks, sendable
 
 
 class Preempted(SystemExit):
-    """The run was asked to end. asyncio lets it through at once, as it does no other exception."""
+    """The run was asked to end, an exit with status 0. asyncio lets it through at once, as it does no other exception.
 
-    def __init__(self) -> None:
-        super().__init__(0)
+    It takes no arguments, or it could not be pickled for other ranks.
+    """
 
 
 class Stopping:
@@ -44,7 +44,8 @@ class Stopping:
     def _ask(self, *_) -> None:
         first, self._asked = not self._asked, True
         if first:
-            print("SIGTERM: saving the last whole step and ending", flush=True)
+            with suppress(RuntimeError):  # the signal may have come in the midst of a print
+                print("SIGTERM: saving the last whole step and ending", flush=True)
         if self._anytime:
             self._anytime = False
             raise Preempted
@@ -74,18 +75,8 @@ class Stopping:
                 do()
         except (Exception, Preempted) as e:
             error = e
-        told = [e for e in self._ranks.gather(error if self._ranks.world == 1 else _sendable(error)) if e is not None]
+        told = [e for e in self._ranks.gather(error if self._ranks.world == 1 else sendable(error)) if e is not None]
         if any(isinstance(e, Preempted) for e in told):
             raise Preempted
         if told:
             raise error or told[0]
-
-
-def _sendable(error: BaseException | None) -> BaseException | None:
-    """An exception that other processes can be told: theirs may not know its class."""
-    import pickle
-
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

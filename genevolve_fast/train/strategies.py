@@ -6,10 +6,12 @@ over ranks, never averaged.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.weights import held_part
-from genevolve_fast.train.ranks import Ranks, RanksError
+from genevolve_fast.train.ranks import Ranks, RanksError, local_device
 
 _BUCKET = 16 << 20  # elements of gradients that are summed over ranks at once
 
@@ -56,7 +58,9 @@ class Strategy:
         """After the last backward of a step: sum what the ranks have."""
         if self.ranks.world == 1:
             return
-        trained = [p for p in policy.parameters() if p.requires_grad]
+        every = [p for p in policy.parameters() if p.requires_grad]
+        somewhere = self.ranks.most([int(p.grad is not None) for p in every])
+        trained = [p for p, reached in zip(every, somewhere, strict=True) if reached]  # AdamW passes over the others
         for p in trained:
             if p.grad is None:  # a rank without work
                 p.grad = torch.zeros_like(p)
@@ -92,8 +96,8 @@ class Strategy:
 
     def take(self, p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(a trained weight at full precision, its optimizer's tensors), whole or as DTensors."""
-        held, state = _slot(p, parts)
-        return held.detach(), {k: v for k, v in state.get(held, {}).items() if isinstance(v, Tensor)}
+        held, optimizer = _slot(p, parts)
+        return held.detach(), {k: v for k, v in optimizer.state.get(held, {}).items() if isinstance(v, Tensor)}
 
     def joined(self, p: nn.Parameter, part: Tensor) -> Tensor:
         """What a rank holds of something of a weight's shape, as a checkpoint writes it: whole, or as a DTensor."""
@@ -116,12 +120,14 @@ class Strategy:
     @torch.no_grad()
     def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
         """Put back what `take` took, whole or as `like` of it."""
-        held, states = _slot(p, parts)
+        held, optimizer = _slot(p, parts)
         held.copy_(_placed(weight, held))
         if held is not p:
             p.copy_(held)
         if state:
-            states[held] = {k: _placed(v, held) if v.shape == held.shape else v.clone() for k, v in state.items()}
+            optimizer.state[held] = {
+                k: _placed(v, held) if v.shape == held.shape else _counted(v, optimizer, held) for k, v in state.items()
+            }
 
 
 class Fsdp2(Strategy):
@@ -138,8 +144,11 @@ class Fsdp2(Strategy):
     def shard(self, policy: Policy) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        mesh = dist.init_device_mesh(where, (self.ranks.world,))
+        where = local_device()
+        if self._offload and where.type == "cpu":
+            raise RanksError("distributed.offload_params moves weights from a GPU to the host, and this one has no GPU")
+        mesh = dist.init_device_mesh(where.type, (self.ranks.world,))
+        _move_rest(policy, where)
         narrow = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         settings = dict(
             mesh=mesh, mp_policy=narrow, reshard_after_forward=True,
@@ -150,18 +159,27 @@ class Fsdp2(Strategy):
             fully_shard(unit, **settings)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no weighted sums
+        self._order_backward(policy)
         fully_shard(root, **settings)
         root()  # the units learn that they have one root: they share streams, and prefetch in the backward
-        if policy.has_vision and where == "cuda":
-            policy.model.model.visual.to("cuda")
+
+    @staticmethod
+    def _order_backward(policy: Policy) -> None:
+        """Gather the unit before beside a unit's backward. torch goes by the last forwards: it would gather the
+        prefix's last layer at the end of the first reply's backward, drop it, and none ahead in the prefix's own."""
+        policy.entrance.set_modules_to_backward_prefetch([policy.entrance])  # itself: nothing
+        for before, unit in pairwise(policy.units):
+            trained = any(p.requires_grad for p in before.parameters())
+            unit.set_modules_to_backward_prefetch([before if trained else unit])
 
     def norm(self, policy: Policy, limit: float | None) -> float | None:
         # torch's clip_grad_norm_ flattens DTensors, which uneven shards refuse
         parts = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
-        square = torch.stack([g.float().square().sum() for g in parts]).sum()
+        squares = [g.float().square().sum() for g in parts] or [torch.zeros(())]
+        square = torch.stack(squares).sum().to(policy.device)  # NCCL sums nothing on the host
         dist.all_reduce(square)
         norm = float(square.sqrt())
-        if limit is not None and math.isfinite(norm):
+        if limit is not None and parts and math.isfinite(norm):
             torch._foreach_mul_(parts, min(1.0, limit / (norm + 1e-6)))
         return norm
 
@@ -196,17 +214,21 @@ class Zero(Strategy):
             "offload_param": offload_params,
         }
         self.loss_scale = float(ranks.world)  # DeepSpeed averages over ranks
+        self._has_gradients = False
 
     def prepare(self, policy: Policy, parts: list[torch.optim.Optimizer]) -> None:
-        deepspeed = _deepspeed(policy.device)
+        where = local_device()
+        deepspeed = _deepspeed(where)
+        _move_rest(policy, where)
         (base,) = parts
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(policy_root := _Root(policy), [type(v) for v in policy.visits[:1]])
         else:
             policy_root = _Root(policy)
-        self.engine, *_ = deepspeed.initialize(
-            model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # it prints what memory it finds
+            self.engine, *_ = deepspeed.initialize(
+                model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
+            )
         self._base = base
 
     def _config(self, policy: Policy) -> dict[str, Any]:
@@ -219,6 +241,9 @@ class Zero(Strategy):
             zero |= dict(
                 stage3_param_persistence_threshold=0, stage3_max_live_parameters=0, stage3_max_reuse_distance=0
             )
+        narrow = policy.head_weight.dtype == torch.bfloat16
+        # in fp32 bf16 weights under stage 1 get another optimizer, which counts a gradient twice after two backwards
+        sums = "bf16" if narrow and self.stage == 1 else "fp32"
         return dict(
             train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=1,
@@ -226,8 +251,8 @@ class Zero(Strategy):
             zero_optimization=zero,
             zero_allow_untested_optimizer=True,
             zero_force_ds_cpu_optimizer=False,
-            bf16=dict(enabled=policy.head_weight.dtype == torch.bfloat16, check_grad_overflow=True),
-            data_types=dict(grad_accum_dtype="fp32"),
+            bf16=dict(enabled=narrow, check_grad_overflow=True),
+            data_types=dict(grad_accum_dtype=sums),
             steps_per_print=10**9,
         )
 
@@ -241,6 +266,7 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         self.engine()  # DeepSpeed counts micro-batches by forwards
         self.engine.backward(loss, scale_wrt_gas=False)
+        self._has_gradients = True
 
     def finish(self, policy: Policy) -> None:
         pass
@@ -250,6 +276,9 @@ class Zero(Strategy):
         return None  # DeepSpeed knows it in the step
 
     def step(self, parts: Sequence[Any]) -> float:
+        if not self._has_gradients:  # no rank has any, and DeepSpeed asks for some
+            return 0.0
+        self._has_gradients = False
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return norm if self.engine.was_step_applied() else math.inf
@@ -317,9 +346,8 @@ class Zero(Strategy):
         if self._base.state or "betas" not in self._base.defaults:
             return
         for flat in self._flats:
-            kind = int if type(self._base).__module__.startswith("deepspeed") else torch.tensor
             moments = {k: torch.zeros_like(flat) for k in ("exp_avg", "exp_avg_sq")}
-            self._base.state[flat] = {"step": kind(0.0)} | moments
+            self._base.state[flat] = {"step": _counted(torch.zeros(()), self._base, flat)} | moments
 
     def _link(self) -> None:
         """Let DeepSpeed find each weight's moments: it looks once, after the first group's first step."""
@@ -362,6 +390,14 @@ def open_strategy(
     if name.startswith("zero"):
         return Zero(ranks, int(name[-1]), offload_optimizer=offload_optimizer, offload_params=offload_params)
     return Strategy(ranks)
+
+
+def _move_rest(policy: Policy, where: torch.device) -> None:
+    """What no unit holds, and so nobody else moves, to where the passes run."""
+    policy.computes_on = where
+    policy.decoder.rotary_emb.to(where)
+    if policy.has_vision:
+        policy.model.model.visual.to(where)
 
 
 class _Root(nn.Module):
@@ -411,14 +447,18 @@ def _placed(x: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-def _slot(p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, dict[Tensor, Any]]:
-    """(what an optimizer steps for a weight: itself or its fp32 copy; the states of that optimizer)."""
+def _slot(p: nn.Parameter, parts: Sequence[Any]) -> tuple[Tensor, torch.optim.Optimizer]:
+    """(what an optimizer steps for a weight: itself or its fp32 copy; that optimizer)."""
     for part in parts:
+        optimizer = getattr(part, "optimizer", part)
         held = part.copy_of(p) if hasattr(part, "copy_of") else p
-        if held is not None and any(held is q for group in _groups(part) for q in group["params"]):
-            return held, part.state
+        if held is not None and any(held is q for group in optimizer.param_groups for q in group["params"]):
+            return held, optimizer
     raise KeyError("no optimizer steps this weight")
 
 
-def _groups(part: Any) -> list[dict[str, Any]]:
-    return part.param_groups if hasattr(part, "param_groups") else part.optimizer.param_groups
+def _counted(steps: Tensor, optimizer: torch.optim.Optimizer, held: Tensor) -> Tensor | int:
+    """How many steps a weight has seen, as its optimizer counts: beside the weight, or DeepSpeed's without a tensor."""
+    if type(optimizer).__module__.startswith("deepspeed"):
+        return int(steps)
+    return steps.to(held.device, copy=True)

@@ -77,10 +77,8 @@ class Together:
             stale.unlink()
 
     def wait(self, step: int) -> None:
-        """Until nothing is sampled."""
-        if self._sampler is not None:
-            self._sampler.wait(step)
-        self._ranks.wait()
+        """Until nothing is sampled. Raises Preempted."""
+        self._stopping.alone(lambda: self._sampler and self._sampler.wait(step), anytime=True)
 
     def sync(self, version: int) -> None:
         """Give the engine the weights as they are after `version` updates."""

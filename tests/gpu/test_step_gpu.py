@@ -83,6 +83,7 @@ def distance(got, want) -> float:
     return float((got - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 8], ids=["full", "lora"])
 @pytest.mark.parametrize("max_tokens", [10**6, 150, 1], ids=["one bundle", "streamed", "alone"])
 def test_gradient_against_naive_fp32(max_tokens, lora):
@@ -122,6 +123,7 @@ def deterministic():
         torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.4, 1.0], ids=["some layers", "all layers"])
 def test_offload_changes_no_bit(share):
     policy, rollouts = qwen3(), two_groups()
