@@ -143,13 +143,12 @@ def evolved(config: str, steps: int, sets: Sequence[str], ranks: int, threads: i
     options += [f"threads={threads}"] if threads else []
     with tempfile.TemporaryDirectory() as folder:
         flags = [part for option in options for part in ("--set", option)]
-        command = ["genevolve_fast.cli", "evolve", "--config", config, "--runs", folder, *flags]
+        own = threads == 1 and not torch.cuda.is_available()
+        command = [sys.executable, *(["-c", OWN_SECONDS] if own else ["-m", "genevolve_fast.cli"])]
+        command += ["evolve", "--config", config, "--runs", folder, *flags]
         if ranks > 1:
-            command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *command]
-        start = [sys.executable, "-m"]
-        if ranks == 1 and threads == 1 and not torch.cuda.is_available():
-            start, command = [sys.executable, "-c", OWN_SECONDS], command[1:]
-        command = [*start, *command]
+            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
+            command = [sys.executable, "-m", *launch, *command]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} exits with {done.returncode}: {done.stderr.strip()[-800:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -194,3 +195,26 @@ def test_a_real_run_is_recorded_with_the_plan_that_it_is_compared_with(tmp_path,
     assert "measured on" in told and f"rollout {run['seconds']['rollout']:.3g}" in told
     main([*shlex.split(run["plan"])[1:], "--rates", str(file), "--mean-tokens", str(run["settings"]["prefix"] + 1)])
     assert "measured on" not in capsys.readouterr().out, "another step than the one that was run"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_two_ranks_train_as_fast_as_the_plan_says_within_a_factor_of_two(strategy, measured, tmp_path):
+    from genevolve_fast.profile.plan import Settings
+    from genevolve_fast.profile.step_time import step_time
+    from genevolve_fast.sandbox.tiny_policy import start_path
+
+    file = Path(shutil.copy(measured, tmp_path / "rates.json"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*start, "benchmarks.collectives", "--file", str(file), "--repeats", "3"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    sets = ["--set", "rollout.prompts_per_step=4", "--set", f"distributed.strategy={strategy}"]
+    only = ["--only", "run", "--run-ranks", "2", "--threads", "1", "--steps", "3", *sets]
+    assert rates.main([*only, "--file", str(file)]) == 0
+    found = Rates.read(file)
+    (run,) = found.runs
+    settings = Settings(**{k: v for k, v in run.settings.items() if k in Settings.__dataclass_fields__})
+    assert settings.world == 2 and settings.strategy == strategy
+    made = step_time(ModelShape.from_config(start_path()), settings, found, found.devices[0])
+    hidden, exposed = made.training
+    print(f"{strategy}: predicted {hidden:.2f} to {exposed:.2f} s, measured {run.seconds['training']:.2f} s")
+    assert exposed / run.seconds["training"] > 0.5 and hidden / run.seconds["training"] < 2
