@@ -34,8 +34,10 @@ check: $(STAMP) ## ruff, unit tests, one shape per kernel: three minutes at most
 test: $(STAMP) ## everything: unit tests, kernels interpreted and compiled, csrc, a short demo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) tests --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreter
+	@# one interpreted test takes minutes on one core: beside the others, not after them
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels_interpreter > $(VENV)/interpreter.log 2>&1 & \
+	$(PYTEST) tests --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile; units=$$?; \
+	wait $$!; kernels=$$?; cat $(VENV)/interpreter.log; test $$units -eq 0 -a $$kernels -eq 0
 	$(PYTEST) tests/kernels_compile
 
 clean: ## remove .venv, builds and caches (runs/ stays)

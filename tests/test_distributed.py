@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from benchmarks.parity import (
     train,
 )
 from genevolve_fast.policy.model import Policy
-from genevolve_fast.policy.weights import Snapshot
+from genevolve_fast.policy.weights import Average, Snapshot
+from genevolve_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from genevolve_fast.train.config import OptimConfig
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer
@@ -225,6 +227,43 @@ def overflow_on_one_rank(rank: int) -> None:
 def test_a_gradient_that_is_not_finite_on_one_rank_is_dropped_on_all(tmp_path):
     """Skipped where that is allowed, with no trace in weights, moments or schedule; else every rank stops."""
     on_ranks(tmp_path, overflow_on_one_rank)
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def full_disk_of_one_rank(rank: int, folder: Path) -> None:
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("fsdp2", "zero2", "zero3"):
+        policy, kept = tiny(), folder / name
+        strategy = open_strategy(name, Ranks(rank, 2))
+        optimizer = sharded(policy, strategy, lr=1e-3)
+        average = Average(policy, 0.3)
+        save = partial(save_checkpoint, kept, policy=policy, optimizer=optimizer, strategy=strategy, average=average)
+        save(step=1)
+        for full in range(2):
+            if rank == full:  # a write beyond it fails as on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+            try:
+                save(step=2)
+            except RunError as error:
+                assert "no room to save in" in str(error) and "Older checkpoints are whole" in str(error)
+            else:
+                raise AssertionError(f"{name}: rank {rank} did not see that rank {full} could not write")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            strategy.ranks.wait()
+            assert [p.name for p in kept.iterdir()] == ["step_000001"]
+            strategy.ranks.wait()
+        assert load_checkpoint(kept / "step_000001", policy, optimizer, strategy, average) == 1
+        save(step=2)
+        assert load_checkpoint(kept / "step_000002", policy, optimizer, strategy, average) == 2
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_rank_leaves_the_checkpoints_and_every_rank_says_so(tmp_path):
+    on_ranks(tmp_path, full_disk_of_one_rank, tmp_path)
 
 
 # --- other ranks go on ------------------------------------------------------------------------------------------------

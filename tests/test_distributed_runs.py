@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from test_failures import small_disk
 
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.shards import FOLDER, in_shards
@@ -46,6 +47,7 @@ SFT = {
     "max_tokens_per_microbatch": 2048,
     "policy.path": "sandbox:start",
     "policy.freeze_vision": "true",
+    "save_dtype": "null",
     "data.recitations": 0,
     "optim.name": "adamw",
     "optim.lr": 1e-4,
@@ -54,39 +56,43 @@ SFT = {
 ENDS_WITHIN_S = 30.0
 
 
+def command_line(command: str, fields: dict, ranks: int) -> list[str]:
+    config = {"evolve": "demo", "sft": "sandbox_sft"}[command]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    argv = [sys.executable, *launcher, "-m", "genevolve_fast.cli", command, "--config", config]
+    return argv + [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+
+
 @contextmanager
 def started(runs: Path, command: str, fields: dict, *, ranks: int = 2, resume: bool = False) -> Iterator:
     """A launcher of `ranks` processes, or one process without; nothing of it is left behind."""
-    config = {"evolve": "demo", "sft": "sandbox_sft"}[command]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    argv = [sys.executable, *launcher, "-m", "genevolve_fast.cli", command, "--config", config, "--runs", str(runs)]
-    argv += [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    log = (runs / "log").open("a+")
-    process = subprocess.Popen(
-        [*argv, *(["--resume"] if resume else [])], cwd=ROOT, env=environment, stdout=log, stderr=log,
-        start_new_session=True,
-    )  # fmt: skip
+    mark = f"RUN_OF_THE_TEST={runs}-{time.time_ns()}"
+    environment = os.environ | dict([mark.split("=")])
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    argv = [*command_line(command, fields, ranks), "--runs", str(runs), *(["--resume"] if resume else [])]
+    with (runs / "log").open("a") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
         yield process
+        process.wait(120)
+        until = time.time() + 10
+        while (left := alive(mark)) and time.time() < until:
+            time.sleep(0.1)
+        assert not left, f"processes stayed behind\n{said(runs)}"
     finally:
-        log.close()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        left = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) == process.pid]
-        for pid in left:
+        for pid in alive(mark):
             os.kill(pid, signal.SIGKILL)
-        assert not left, "a process stayed behind"
+        process.wait()
 
 
-def session(pid: int) -> int | None:
-    """The session of a process that runs: a zombie has ended."""
-    try:
-        state, *_, sid = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:4]
-    except OSError:
-        return None
-    return None if state == "Z" else int(sid)
+def alive(mark: str) -> list[int]:
+    """Processes with this in their environment; the launcher gives each rank a session of its own."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(int(pid))
+    return found
 
 
 def run(runs: Path, command: str, fields: dict, **how) -> None:
@@ -276,4 +282,57 @@ def test_fine_tuning_that_is_asked_to_end_goes_on_at_the_next_sample(sft_alone, 
     fields = SFT | data | {"distributed.strategy": strategy}
     stop(tmp_path, "sft", fields, "update_actor", 2, ask_launcher, ranks)
     run(tmp_path, "sft", fields, ranks=ranks, resume=True)
+    assert same_metrics(measured(tmp_path), measured(sft_alone), 1e-4)
+
+
+# --- a rank that dies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_which_loses_no_more_than_its_step(two, tmp_path):
+    """Another rank in the midst of an update, then the one that writes in the midst of a checkpoint."""
+    fields = EVOLVE | {"distributed.strategy": "fsdp2"}
+    kill(tmp_path, fields, "update_actor", 1, rank=1)
+    assert len(measured(tmp_path)) == 1
+    kill(tmp_path, fields, "checkpoint", 3, rank=0)
+    assert len(measured(tmp_path)) == 3  # its row is there, its checkpoint perhaps
+    run(tmp_path, "evolve", fields, resume=True)
+    assert measured(tmp_path) == measured(two) and sampled(tmp_path) == sampled(two)
+    assert not list((tmp_path / "t" / "checkpoints").glob(".partial*"))
+
+
+def kill(runs: Path, fields: dict, phase: str, step: int, rank: int) -> None:
+    log = runs / "t" / "phases.jsonl"
+    before = log.stat().st_size if log.exists() else 0
+    with started(runs, "evolve", fields, resume=log.exists()) as process:
+        wait_for(runs, process, phase, step, before)
+        os.kill(workers(process)[rank], signal.SIGKILL)
+        assert process.wait(60) != 0, said(runs)
+    kept = [*map(step_of, checkpoints(runs / "t" / "checkpoints"))]
+    assert kept and step - 1 <= kept[-1] <= step
+    for checkpoint in checkpoints(runs / "t" / "checkpoints"):
+        assert len(weight_readers(checkpoint / FOLDER)) > 10 and (checkpoint / "trainer.pt").exists()
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_on_a_full_disk_stop_in_one_line_and_go_on_when_there_is_room(sft_alone, data, tmp_path):
+    """A disk of 44 MiB holds one sharded checkpoint of 27 MB."""
+    fields = SFT | data | {"distributed.strategy": "fsdp2", "checkpoint.every": 1}
+    script = """
+    if $RUN --runs $DISK; then echo it ended; exit 1; else echo status $?; fi
+    ls -A $DISK/t/checkpoints > $OUT/left
+    mount -o remount,size=200m $DISK
+    $RUN --runs $DISK --resume
+    mkdir $OUT/t && cp $DISK/t/metrics.jsonl $OUT/t/
+    ls -A $DISK/t/checkpoints > $OUT/at_the_end
+    """
+    done = small_disk(tmp_path / "disk", script, RUN=" ".join(command_line("sft", fields, 2)), OUT=tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    told = {line for line in done.stderr.splitlines() if line.startswith("genevolve-fast sft:")}
+    assert len(told) == 1 and "no room to save in" in told.pop() and "[rank" not in done.stderr
+    assert (tmp_path / "left").read_text().split() == ["step_000001"]
+    assert (tmp_path / "at_the_end").read_text().split()[-1] == "step_000005"
     assert same_metrics(measured(tmp_path), measured(sft_alone), 1e-4)
