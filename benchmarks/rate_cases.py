@@ -191,7 +191,8 @@ def optimizer(
 ) -> Iterator[Found]:
     """Parameters a second of clipping and stepping, as a run does it."""
     from genevolve_fast.train.config import OptimConfig
-    from genevolve_fast.train.optim import build_optimizer, gradient_norm
+    from genevolve_fast.train.optim import build_optimizer
+    from genevolve_fast.train.strategies import Strategy
 
     made = build_optimizer(policy, OptimConfig(implementation=implementation, bf16=bf16), 1000)
     learning = [p for p in policy.parameters() if p.requires_grad]
@@ -200,7 +201,7 @@ def optimizer(
     def step():
         for p, g in zip(learning, gradients, strict=True):
             p.grad = g
-        gradient_norm(policy, 1.0, error_if_nonfinite=True)
+        Strategy().norm(policy, 1.0)
         made.step()
 
     seconds = device.medians(step=step)["step"]

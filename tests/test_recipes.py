@@ -68,6 +68,7 @@ def test_a_recipe_differs_from_the_papers_run_only_where_it_says(name):
 def test_a_plan_counts_the_gpus_of_its_launcher():
     assert launched_gpus({}) == dict(nodes=1, gpus_per_node=1)
     assert launched_gpus({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == dict(nodes=2, gpus_per_node=8)
+    assert launched_gpus({"WORLD_SIZE": "16", "LOCAL_SIZE": "8"}) == dict(nodes=2, gpus_per_node=8), "deepspeed"
     assert launched_gpus({"WORLD_SIZE": "4"}) == dict(nodes=1, gpus_per_node=4)
 
 

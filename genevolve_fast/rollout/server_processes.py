@@ -23,8 +23,8 @@ MOST_DEATHS = 5  # one after the other, none of them healthy in between
 _LOOK_S = 0.25
 _LONGEST_WAIT_S = 30.0  # before a server that keeps dying is started again
 _TAIL_LINES = 15
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
-             "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK",
+             "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 
 
 def free_port() -> int:

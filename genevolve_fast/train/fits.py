@@ -12,6 +12,7 @@ import torch
 from genevolve_fast.profile.plan import CUDA_CONTEXT, Plan, Settings, gib, plan, savings
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.train.config import EvolveConfig
+from genevolve_fast.train.gpus import processes_here
 from genevolve_fast.train.run import RunError
 
 EXPERIENCE_TOKENS = 600  # of the block that a teacher reads: the length that the study of a step assumes
@@ -61,8 +62,7 @@ def settings_of(config: EvolveConfig, device: torch.device, **known) -> Settings
 
 def launched_gpus(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
     """Nodes and GPUs of each, as the launcher of this process counts them; one of one without a launcher."""
-    world = int(environment.get("WORLD_SIZE", "1"))
-    here = int(environment.get("LOCAL_WORLD_SIZE", str(world)))
+    world, here = int(environment.get("WORLD_SIZE", "1")), processes_here(environment)
     return dict(nodes=max(1, world // here), gpus_per_node=here)
 
 

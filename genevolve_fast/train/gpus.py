@@ -30,7 +30,7 @@ def shares(config: EvolveConfig, environment: Mapping[str, str] = os.environ) ->
     free = [i for i in range(len(names)) if i not in config.rollout_gpus]
     if not free:
         raise ConfigError(f"rollout_gpus takes all {len(names)} GPUs: none is left to train on")
-    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    processes = processes_here(environment)
     if config.trainer_gpus and len(config.trainer_gpus) != processes:
         raise ConfigError(
             f"trainer_gpus names {len(config.trainer_gpus)} GPUs for {processes} trainer processes on this machine: "
@@ -42,6 +42,12 @@ def shares(config: EvolveConfig, environment: Mapping[str, str] = os.environ) ->
     sampling = [names[i] for i in config.rollout_gpus]
     groups = tuple(tuple(sampling[i : i + tp]) for i in range(0, len(sampling), tp))
     return Shares(tuple(names[i] for i in config.trainer_gpus or free), groups)
+
+
+def processes_here(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes that the launcher started on this machine: torchrun and deepspeed have each a name for it."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((environment[n] for n in names if n in environment), "1"))
 
 
 def take_share(config: EvolveConfig) -> None:
