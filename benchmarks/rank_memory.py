@@ -26,7 +26,7 @@ from benchmarks.models import TOY, Model, random_policy, rollouts_of
 from benchmarks.on_ranks import on_ranks
 from genevolve_fast.ops import Objective
 from genevolve_fast.profile.meter import CLEAR, PeakBytes, resident
-from genevolve_fast.profile.plan import Plan, Settings, gib, plan
+from genevolve_fast.profile.plan import Plan, Settings, plan
 from genevolve_fast.profile.shapes import ModelShape
 from genevolve_fast.train.config import OptimConfig
 from genevolve_fast.train.optim import build_optimizer
@@ -139,12 +139,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--lora", type=int, default=0, help="rank; 0: all weights (default: %(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = p.parse_args(argv)
-    print(f"{'predicted / measured':10} {'held':>21} " + " ".join(f"{name:>21}" for name in PHASES))
+    print(f"predicted / measured, MiB\n\n| strategy | between steps | {' | '.join(PHASES)} |")
+    print("|" + "---|" * (2 + len(PHASES)), flush=True)
     for strategy in args.only:
         found, made = measured(strategy, args.lora, args.dtype), predicted(strategy, args.lora, args.dtype)
         pairs = [(sum(t.bytes for t in made.held), found["held"])]
         pairs += [(made.phase_bytes(name), found["peaks"][name]) for name in PHASES]
-        print(f"{strategy:10} " + " ".join(f"{gib(a):>9} / {gib(b):>9}" for a, b in pairs), flush=True)
+        cells = " | ".join(f"{a / 2**20:.0f} / {b / 2**20:.0f}" for a, b in pairs)
+        print(f"| `{strategy}` | {cells} |", flush=True)
     return 0
 
 

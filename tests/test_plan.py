@@ -64,10 +64,8 @@ def test_more_is_divided_and_less_is_held(settings):
     order = [sum(t.bytes for t in plan(EIGHT, on(settings, s)).held) for s in ("zero1", "zero2", "zero3")]
     assert order[0] >= order[1] >= order[2]
     g = {s: terms(plan(EIGHT, on(settings, s)))["gradients"] for s in STRATEGIES}
-    assert (
-        g["zero1"] == pytest.approx(8 * g["zero2"]) and g["zero2"] == g["zero3"] == 4 * trainable(EIGHT, settings) / 8
-    )
-    assert g["ddp"] == pytest.approx(8 * g["fsdp2"]) and g["zero1"] == (1 if settings.lora else 2) * g["ddp"]
+    assert g["zero2"] == g["zero3"] == 4 * trainable(EIGHT, settings) / 8, "in fp32"
+    assert g["ddp"] == g["zero1"] == pytest.approx(8 * g["fsdp2"]), "as they come"
     assert (
         plan(EIGHT, on(FULL, "zero2")).total < plan(EIGHT, on(FULL, "zero1")).total < plan(EIGHT, on(FULL, "ddp")).total
     )
@@ -136,6 +134,7 @@ def test_zero_adds_in_fp32_and_gathers_a_bucket():
     assert of(three.held)["ZeRO's bucket of gradients"] == bucket
     assert of(three.phases["backward"])["the bucket, cut for its ranks"] == bucket
     assert of(three.held)["gradients"] == math.ceil(4 * learns / 8)  # kept from the first step to the last
+    assert of(one.phases["backward"])["gradients"] == 2 * learns  # as they come: DeepSpeed has no sum of its own yet
     small = of(plan(EIGHT, on(LORA, "zero3")).phases["backward"])
     assert small["the bucket, cut for its ranks"] == min(4 * (16 << 20), 4 * EIGHT.lora_parameters(64))
 

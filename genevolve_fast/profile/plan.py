@@ -350,7 +350,7 @@ def _moved(shape: ModelShape, s: Settings) -> tuple[Term, ...]:
     if state_leaves(s):
         moved += _state(shape, s)[1 if s.implementation == "paged_8bit" else 0 :]
     if s.offload_optimizer or (s.strategy == "fsdp2" and s.offload_params):
-        width = gradient_bytes(s)
+        width = 4 if s.strategy in DEEPSPEED else gradient_bytes(s)
         size = s.part("state", width * trainable(shape, s))
         moved += (Term("gradients", size, _among(s, "state", f"{width} · trainable parameters")),)
     return moved
@@ -387,8 +387,8 @@ def _new_gradients(shape: ModelShape, s: Settings, rows: int) -> Term:
 
 
 def gradient_bytes(s: Settings) -> int:
-    """Of one parameter's gradient while micro-batches add to it; ZeRO adds in fp32."""
-    return 4 if s.strategy in DEEPSPEED else trained_bytes(s)
+    """Of one parameter's gradient while micro-batches add to it; ZeRO adds in fp32 where it divides them."""
+    return 4 if s.strategy in DEEPSPEED and "gradients" in DIVIDED[s.strategy] else trained_bytes(s)
 
 
 def layer_parameters(shape: ModelShape) -> int:
