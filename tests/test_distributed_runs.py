@@ -245,8 +245,13 @@ def ask_last_rank(process: subprocess.Popen) -> None:
     os.kill(workers(process)[1], signal.SIGTERM)
 
 
-def stop(runs: Path, command: str, fields: dict, phase: str, step: int, ask: Ask, ranks: int = 2) -> None:
-    """Start or go on, ask to end in a phase of a step, and see that the last whole step is kept."""
+def stop(
+    runs: Path, command: str, fields: dict, phase: str, step: int, ask: Ask, ranks: int = 2, late: int = 0
+) -> None:
+    """Start or go on, ask to end in a phase of a step, and see that the last whole step is kept.
+
+    `late` steps at most may pass before the launcher has told its ranks.
+    """
     log = runs / "t" / "phases.jsonl"
     before = log.stat().st_size if log.exists() else 0
     with started(runs, command, fields, ranks=ranks, resume=log.exists()) as process:
@@ -258,7 +263,8 @@ def stop(runs: Path, command: str, fields: dict, phase: str, step: int, ask: Ask
     # torchrun calls itself failed where it was asked itself
     assert code == 0 or (ranks > 1 and ask is ask_launcher), said(runs)
     whole = len(measured(runs))
-    assert whole == step and [*map(step_of, checkpoints(runs / "t" / "checkpoints"))][-1:] == [whole][:whole]
+    assert step <= whole <= step + late
+    assert [*map(step_of, checkpoints(runs / "t" / "checkpoints"))][-1:] == [whole][:whole]
     assert not (runs / "t" / "policy").exists() and not list((runs / "t" / "checkpoints").glob(".partial*"))
 
 
@@ -280,7 +286,7 @@ def test_a_run_that_is_asked_to_end_keeps_the_last_step_and_goes_on(request, tmp
 @pytest.mark.parametrize(("strategy", "ranks"), [("zero2", 2), ("ddp", 1)])
 def test_fine_tuning_that_is_asked_to_end_goes_on_at_the_next_sample(sft_alone, data, tmp_path, strategy, ranks):
     fields = SFT | data | {"distributed.strategy": strategy}
-    stop(tmp_path, "sft", fields, "update_actor", 2, ask_launcher, ranks)
+    stop(tmp_path, "sft", fields, "update_actor", 2, ask_launcher, ranks, late=2)
     run(tmp_path, "sft", fields, ranks=ranks, resume=True)
     assert same_metrics(measured(tmp_path), measured(sft_alone), 1e-4)
 

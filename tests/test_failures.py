@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -252,14 +253,14 @@ def test_the_final_policy_is_whole_or_the_old_one(tmp_path, longest_file):
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-def spoilt(policy, bad: set[int], per_step: int = 1):
+def spoilt(policy, bad: set[int], per_step: int = 1) -> ExitStack:
     """Makes the last hidden rows of the forwards of these steps NaN, as an overflow in a layer does."""
-    calls = iter(range(10**6))
-
-    def hook(module, given, out):
-        return out * math.nan if next(calls) // per_step in bad else out
-
-    return policy.decoder.norm.register_forward_hook(hook)
+    calls, norm = iter(range(10**6)), policy.decoder.norm
+    plain = norm.forward
+    norm.forward = lambda x: plain(x) * (math.nan if next(calls) // per_step in bad else 1)
+    undo = ExitStack()
+    undo.callback(norm.__dict__.pop, "forward")
+    return undo
 
 
 def test_a_step_that_is_not_finite_is_not_taken_and_named(policy):
@@ -406,11 +407,8 @@ def test_evolve_stops_or_skips_where_the_policy_gives_no_numbers(tmp_path, monke
         steps.append(len(batch))
         if len(steps) != 2:
             return real(policy, batch, *given, **named)
-        handle = policy.decoder.norm.register_forward_hook(lambda m, i, out: out * math.nan)
-        try:
+        with spoilt(policy, {0}, per_step=10**6):
             return real(policy, batch, *given, **named)
-        finally:
-            handle.remove()
 
     monkeypatch.setattr(module, "accumulate_gradients", overflows)
     fields = ["steps=3", "checkpoint.every=1", "pool_size=40", "rollout.prompts_per_step=4", "threads=1"]

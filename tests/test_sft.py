@@ -101,10 +101,10 @@ def test_learning_and_resuming(data, tmp_path):
         calls = iter(range(100))
         real = module.accumulate
 
-        def dies(*args):
+        def dies(*args, **named):
             if next(calls) == 5:
                 raise KeyboardInterrupt
-            return real(*args)
+            return real(*args, **named)
 
         patch.setattr(module, "accumulate", dies)
         with pytest.raises(KeyboardInterrupt):

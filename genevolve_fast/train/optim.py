@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Optimizer:
         for part, schedule, saved in zip(self._parts, self._schedules, states, strict=True):
             own = {"base_lrs", "_last_lr"}  # one a group, and DeepSpeed knows no empty groups
             schedule.load_state_dict({k: v for k, v in saved.items() if k not in own})
-            schedule._last_lr = [float(b) * self._factor(schedule.last_epoch) for b in schedule.base_lrs]
+            schedule._last_lr = [b * self._factor(schedule.last_epoch) for b in schedule.base_lrs]
             for group, lr in zip(_stepping(part).param_groups, schedule._last_lr, strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr)
@@ -340,6 +340,14 @@ def _torchao() -> Any:
     return torchao.optim
 
 
+@cache
+def _ask_cpuinfo_once() -> None:
+    """DeepSpeedCPUAdam asks at every construction and only for the vendor: a second for each weight of a layer."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+
+
 def _deepspeed() -> Callable[..., torch.optim.Optimizer]:
     """DeepSpeed's AdamW for parameters in host memory; it is compiled when it is first made, in a minute or two."""
     try:
@@ -349,6 +357,7 @@ def _deepspeed() -> Callable[..., torch.optim.Optimizer]:
             f"optim.implementation cpu needs deepspeed, which does not import ({error}): "
             "pip install 'genevolve-fast[deepspeed]'"
         ) from error
+    _ask_cpuinfo_once()
 
     def build(groups: Groups, **options: Any) -> torch.optim.Optimizer:
         try:
