@@ -21,16 +21,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.group import DeviceLost
 from benchmarks.models import MODELS, Model, random_policy, ready_gradients, shape_of, uneven_replies
 from benchmarks.run import DEVICE_LOST, OUT_OF_TIME
-from benchmarks.step import MEASURED, as_meant, versions
+from benchmarks.step import MEASURED, as_meant, measured, versions
 from benchmarks.step_cases import (
     OBJECTIVE,
     TEMPERATURE,
     TRL_BATCHES,
     Bench,
-    failure,
     gradients,
     group_lengths,
     short_rollouts,
@@ -253,27 +251,8 @@ def run(args: argparse.Namespace) -> int:
             left.append(case.name)
             continue
         more = dict(stands_for=case.model, command=f"{COMMAND} --kind {case.kind}", versions=versioned)
-        results.note(results.stamp(group, "shared", "") | more)
-        try:
-            measured = measure(bench, case)
-        except DeviceLost as e:
-            lost = results.stamp(group, "shared", "") | more | dict(status="failed", reason=str(e), fatal=True)
-            results.add([lost])
-            print(f"{e}\nRun the same command again: rows so far are kept, and this case is left out.")
+        if not measured(results, bench, group, more, lambda: measure(bench, case), line, args.debug):  # noqa: B023
             return DEVICE_LOST
-        except Exception as e:
-            if args.debug:
-                raise
-            measured = {"shared": failure(e)}
-            bench.forget()
-        finally:
-            results.note(None)
-        rows = [
-            results.stamp(group, impl, versioned["trl"] if impl.startswith("trl") else "") | more | row
-            for impl, row in measured.items()
-        ]
-        results.add(rows)
-        print("\n".join(map(line, rows)), flush=True)
     rows = results.rows if args.dry_run else as_meant(results.rows)
     for name, (value, n) in scores(rows, results.code).items():
         if args.record:

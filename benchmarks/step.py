@@ -18,7 +18,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -203,27 +203,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         command = f"{COMMAND} --section {case.section} --case '{case.name}'"
         more = dict(stands_for=case.model, command=command, versions=versioned)
-        results.note(results.stamp(group, "shared", "") | more)
-        try:
-            measured = case.measure(bench)
-        except DeviceLost as e:
-            lost = results.stamp(group, "shared", "") | more | dict(status="failed", reason=str(e), fatal=True)
-            results.add([lost])
-            print(f"{e}\nRun the same command again: rows so far are kept, and this case is left out.")
+        if not measured(results, bench, group, more, lambda: case.measure(bench), line, args.debug):  # noqa: B023
             return DEVICE_LOST
-        except Exception as e:
-            if args.debug:
-                raise
-            measured = {"shared": failure(e)}
-            bench.forget()
-        finally:
-            results.note(None)
-        rows = [
-            results.stamp(group, impl, versioned["trl"] if impl.startswith("trl") else "") | more | row
-            for impl, row in measured.items()
-        ]
-        results.add(rows)
-        print("\n".join(map(line, rows)), flush=True)
     rows = [r for r in results.rows if r["code"] == results.code]
     print_formulas([r for r in rows if r["mode"] in {c.section for c in chosen_cases(args)}])
     for name, (value, n) in scores(rows if args.dry_run else as_meant(rows), results.code).items():
@@ -234,6 +215,34 @@ def run(args: argparse.Namespace) -> int:
     if left:
         print(f"out of time, left: {'; '.join(left)}")
     return OUT_OF_TIME if left else 0
+
+
+def measured(
+    results: Results, bench: Bench, group: Row, more: Row, measure: Callable[[], dict[str, Row]], line, debug: bool
+) -> bool:
+    """Measure a case and keep its rows, or why there are none; False where the device is lost."""
+    results.note(results.stamp(group, "shared", "") | more)
+    try:
+        found = measure()
+    except DeviceLost as e:
+        lost = results.stamp(group, "shared", "") | more | dict(status="failed", reason=str(e), fatal=True)
+        results.add([lost])
+        print(f"{e}\nRun the same command again: rows so far are kept, and this case is left out.")
+        return False
+    except Exception as e:
+        if debug:
+            raise
+        found = {"shared": failure(e)}
+        bench.forget()
+    finally:
+        results.note(None)
+    trl = more["versions"]["trl"]
+    rows = [
+        results.stamp(group, impl, trl if impl.startswith("trl") else "") | more | row for impl, row in found.items()
+    ]
+    results.add(rows)
+    print("\n".join(map(line, rows)), flush=True)
+    return True
 
 
 def as_meant(rows: Sequence[Row]) -> list[Row]:

@@ -55,11 +55,13 @@ def test_what_a_strategy_says_of_itself():
         Fsdp2(Ranks(0, 2)),
         *(Zero(Ranks(0, 2), n, offload_optimizer=False, offload_params=False) for n in (2, 3)),
     ]
-    assert [(s.name, s.in_step, s.sharded_weights, s.loss_scale) for s in [Strategy(Ranks(0, 2)), *shared]] == [
-        ("ddp", False, False, 1.0),
-        ("fsdp2", True, True, 1.0),
-        ("zero2", True, False, 2.0),
-        ("zero3", True, True, 2.0),
+    assert [
+        (type(s).__name__, s.in_step, s.sharded_weights, s.loss_scale) for s in [Strategy(Ranks(0, 2)), *shared]
+    ] == [
+        ("Strategy", False, False, 1.0),
+        ("Fsdp2", True, True, 1.0),
+        ("Zero", True, False, 2.0),
+        ("Zero", True, True, 2.0),
     ]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from benchmarks.on_ranks import on_ranks
 from genevolve_fast.ops import Objective, SamplingMask, linear_grpo_sdl, linear_logprob
 
 D = torch.float64
@@ -245,31 +243,7 @@ def close(mine, want, tolerance):
     assert error <= tolerance * want.abs().max().clamp(min=1), float(error)
 
 
-def worker(rank, function, arguments, address, failures):
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed insists
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        function(rank, *arguments)
-    except Exception:
-        failures.put(f"rank {rank}: {traceback.format_exc()}")
-        raise
-    dist.barrier()
-    time.sleep(0.2)  # the other rank has the barrier's last message too
-    os._exit(0)  # gloo's threads now and then abort an orderly end
-
-
-def on_two_ranks(tmp_path, function, *arguments):
-    context = mp.get_context("spawn")
-    failures = context.Queue()
-    address = f"file://{tmp_path}/rendezvous"
-    ranks = [context.Process(target=worker, args=(r, function, arguments, address, failures)) for r in range(2)]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(120)
-    told = "" if failures.empty() else failures.get()
-    assert all(p.exitcode == 0 for p in ranks), told or [p.exitcode for p in ranks]
+on_two_ranks = partial(on_ranks, seconds=120)
 
 
 @pytest.mark.slow

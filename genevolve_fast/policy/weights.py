@@ -117,7 +117,7 @@ class Snapshot:
         """Drop what was computed from the weights that just left: image features, FSDP2's gathered copies."""
         if any(".visual." in name for name in self._students):
             self._policy.forget_images()
-        for module in self._policy.units:
+        for module in {*self._policy.units, *self._policy.modules()}:
             if hasattr(module, "reshard"):
                 module.reshard()
 
@@ -203,4 +203,6 @@ def _exchange(a: Tensor, b: Tensor) -> None:
 
 
 def _nbytes(x: Tensor) -> int:
+    """Of what this rank holds: a DTensor counts the whole."""
+    x = x.to_local() if hasattr(x, "to_local") else x
     return x.numel() * x.element_size()

@@ -189,8 +189,9 @@ def load_checkpoint(
         if average:
             load_sharded_average(path / FOLDER, policy, average, strategy)
     elif strategy.in_step:
-        for name, (weight, state) in whole_tensors(path / "policy", saved["optimizer"], policy).items():
-            strategy.put(trained(policy)[name], weight, state, optimizer.parts)
+        read, weights = whole_tensors(path / "policy", saved["optimizer"], policy), trained(policy)
+        for name, (weight, state) in read.items():
+            strategy.put(weights[name], weight, state, optimizer.parts)
         optimizer.load_schedules(saved["optimizer"]["schedules"])
         if average:
             load_whole_average(path / TEACHER, policy, average, strategy)

@@ -221,7 +221,7 @@ class Schedule:
         if self.shape is not None:
             costs = [sequence_cost(self.shape, *pair) for pair in zip(lengths, loss_tokens, strict=True)]
         budget, packs = self.config.max_tokens_per_microbatch, []
-        for share in shares(costs, self.world):
+        for share in assign(costs, self.world):
             fitted = plan_microbatches([lengths[i] for i in share], budget)
             packs.append([[share[i] for i in members] for members in fitted])
         sizes = [sum(lengths[i] for i in members) for own in packs for members in own]
@@ -241,11 +241,6 @@ class Schedule:
         seen = min(early * size, len(self.opening or ()))
         epoch, within = divmod(step - early, math.ceil(len(self.samples) / size))
         return seen + epoch * len(self.samples) + min(within * size, len(self.samples))
-
-
-def shares(costs: Sequence[float], world: int) -> list[list[int]]:
-    """Each rank's part of a step's samples, as indices in increasing order, balanced by cost; no sample is split."""
-    return assign(costs, world)
 
 
 def batch_order(config: SftConfig, samples: int, step: int) -> np.ndarray:

@@ -128,7 +128,7 @@ def load_whole_average(file: Path, policy: Policy, average: Average, strategy: S
     saved = load_file(file)
     with torch.no_grad():
         for name, p in trained(policy).items():
-            strategy.cut(p, strategy.placed(p, saved[name]), average.part(name))
+            strategy.cut(p, saved[name], average.part(name))
 
 
 def _named(saved: str) -> str:

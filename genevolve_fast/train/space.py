@@ -24,7 +24,7 @@ def checkpoint_bytes(policy: Policy, optimizer: Optimizer, beside: int = 0) -> i
     """
     if optimizer.shared:  # master weights and two moments in fp32, over all ranks
         count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
-        return int(1.01 * (12 * count + beside)) + BESIDE
+        return int(1.01 * (16 if beside else 12) * count) + BESIDE  # `beside` is this rank's part of the average
     trained = [p for p in policy.parameters() if p.requires_grad]
     written = trained if has_adapters(policy) else policy.parameters()
     states = sum(_tensor_bytes(optimizer.state_dict()["parts"])) or 2 * sum(p.nbytes for p in trained)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from genevolve_fast.policy.model import Policy
+from genevolve_fast.policy.visits import Visit
 from genevolve_fast.policy.weights import held_part
 from genevolve_fast.train.ranks import Ranks, RanksError, local_device
 
@@ -31,7 +32,6 @@ class Strategy:
     in_step: all ranks must call the policy's units equally often, because a unit's call is an exchange.
     """
 
-    name = "ddp"
     in_step = False
     sharded_weights = False
     gathers_to_save = False  # `take` makes whole tensors, of which each rank writes some
@@ -56,7 +56,7 @@ class Strategy:
 
     def finish(self, policy: Policy) -> None:
         """After the last backward of a step: sum what the ranks have."""
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or self.in_step:  # in step every backward has summed its own
             return
         every = [p for p in policy.parameters() if p.requires_grad]
         somewhere = self.ranks.most([int(p.grad is not None) for p in every])
@@ -104,12 +104,8 @@ class Strategy:
         return part
 
     def cut(self, p: nn.Parameter, whole: Tensor, part: Tensor) -> None:
-        """Fill `part` from what `joined` made of it."""
-        part.copy_(whole)
-
-    def placed(self, p: nn.Parameter, whole: Tensor) -> Tensor:
-        """A whole tensor as `cut` takes it."""
-        return _placed(whole, p)
+        """Fill `part` from what `joined` made of it, or from a whole tensor."""
+        part.copy_(_placed(whole, part))
 
     def like(self, p: nn.Parameter, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Room to read a tensor of a weight into."""
@@ -133,7 +129,6 @@ class Strategy:
 class Fsdp2(Strategy):
     """torch's fully_shard, a unit of the policy at a time; a frozen vision tower stays whole on every rank."""
 
-    name = "fsdp2"
     in_step = True
     sharded_weights = True
 
@@ -175,16 +170,13 @@ class Fsdp2(Strategy):
     def norm(self, policy: Policy, limit: float | None) -> float | None:
         # torch's clip_grad_norm_ flattens DTensors, which uneven shards refuse
         parts = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
-        squares = [g.float().square().sum() for g in parts] or [torch.zeros(())]
-        square = torch.stack(squares).sum().to(policy.device)  # NCCL sums nothing on the host
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in parts] or [torch.zeros(())]
+        square = torch.stack(norms).square().sum().to(policy.device)  # NCCL sums nothing on the host
         dist.all_reduce(square)
         norm = float(square.sqrt())
         if limit is not None and parts and math.isfinite(norm):
             torch._foreach_mul_(parts, min(1.0, limit / (norm + 1e-6)))
         return norm
-
-    def finish(self, policy: Policy) -> None:
-        pass  # every backward has summed its own
 
     @contextmanager
     def whole(self, policy: Policy) -> Iterator[None]:
@@ -206,13 +198,9 @@ class Zero(Strategy):
 
     def __init__(self, ranks: Ranks, stage: int, *, offload_optimizer: bool, offload_params: bool) -> None:
         super().__init__(ranks)
-        self.name = f"zero{stage}"
         self.stage = stage
         self.sharded_weights = stage == 3
-        self._offload = {
-            "offload_optimizer": offload_optimizer,
-            "offload_param": offload_params,
-        }
+        self._offload = {"offload_optimizer": offload_optimizer, "offload_param": offload_params}
         self.loss_scale = float(ranks.world)  # DeepSpeed averages over ranks
         self._has_gradients = False
 
@@ -221,13 +209,12 @@ class Zero(Strategy):
         deepspeed = _deepspeed(where)
         _move_rest(policy, where)
         (base,) = parts
+        root = _Root(policy)
         if self.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(policy_root := _Root(policy), [type(v) for v in policy.visits[:1]])
-        else:
-            policy_root = _Root(policy)
+            deepspeed.utils.set_z3_leaf_modules(root, [Visit])  # a visit is gathered whole, not linear by linear
         with redirect_stdout(io.StringIO()):  # it prints what memory it finds
             self.engine, *_ = deepspeed.initialize(
-                model=policy_root, optimizer=base, config=self._config(policy), dist_init_required=False
+                model=root, optimizer=base, config=self._config(policy), dist_init_required=False
             )
         self._base = base
 
@@ -268,9 +255,6 @@ class Zero(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
         self._has_gradients = True
 
-    def finish(self, policy: Policy) -> None:
-        pass
-
     def norm(self, policy: Policy, limit: float | None) -> float | None:
         self.engine.optimizer.clip_grad = limit or 0.0
         return None  # DeepSpeed knows it in the step
@@ -290,9 +274,6 @@ class Zero(Strategy):
         state = {k: safe_get_full_optimizer_state(p, k) for k in self._state_keys()}
         steps = torch.tensor(float(self._steps()))
         return safe_get_full_fp32_param(p), state | {"step": steps}
-
-    def like(self, p: nn.Parameter, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype)
 
     @torch.no_grad()
     def put(self, p: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor], parts: Sequence[Any]) -> None:
@@ -320,14 +301,8 @@ class Zero(Strategy):
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts)[: p.ds_numel].view(p.ds_shape)
 
-    def placed(self, p: nn.Parameter, whole: Tensor) -> Tensor:
-        return whole
-
     def cut(self, p: nn.Parameter, whole: Tensor, part: Tensor) -> None:
-        if self.stage < 3:
-            part.copy_(whole)
-            return
-        part.copy_(self._part(p, whole))
+        part.copy_(self._part(p, whole) if self.stage == 3 else whole)
 
     def _part(self, p: nn.Parameter, whole: Tensor) -> Tensor:
         """This rank's part [n] of something of a weight's shape, zeros where the ranks have more room than it."""

@@ -84,6 +84,10 @@ def build(folder: Path):
 class LoopbackHub:
     """The server as a process on a free port."""
 
+    module = "tests.loopback.hub"
+    flags: tuple[str, ...] = ()
+    patience_s = 30
+
     def __init__(self, folder: Path) -> None:
         self.port, self.folder = free_port(), folder
         self.url = f"http://127.0.0.1:{self.port}"
@@ -91,9 +95,9 @@ class LoopbackHub:
     def __enter__(self) -> LoopbackHub:
         import httpx
 
-        command = [sys.executable, "-m", "tests.loopback.hub", "--port", str(self.port), "--folder", str(self.folder)]
-        self._process = subprocess.Popen(command, cwd=ROOT)
-        deadline = time.monotonic() + 30
+        command = [sys.executable, "-m", self.module, "--port", str(self.port), "--folder", str(self.folder)]
+        self._process = subprocess.Popen([*command, *self.flags], cwd=ROOT)
+        deadline = time.monotonic() + self.patience_s
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 httpx.get(f"{self.url}/health", timeout=5, trust_env=False)

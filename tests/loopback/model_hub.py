@@ -10,14 +10,11 @@ import argparse
 import base64
 import hashlib
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from tests.loopback.web import ROOT, free_port
+from tests.loopback.hub import LoopbackHub
 
 SMALL = 1 << 20  # bytes of a file that goes into the commit itself
 
@@ -112,33 +109,11 @@ def build(folder: Path, token: str) -> FastAPI:
     return app
 
 
-class LoopbackModelHub:
-    """The server as a process on a free port."""
-
+class LoopbackModelHub(LoopbackHub):
     token = "hf_loopback"
-
-    def __init__(self, folder: Path) -> None:
-        self.port, self.folder = free_port(), folder
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> LoopbackModelHub:
-        import httpx
-
-        command = [sys.executable, "-m", "tests.loopback.model_hub", "--port", str(self.port)]
-        command += ["--folder", str(self.folder), "--token", self.token]
-        self._process = subprocess.Popen(command, cwd=ROOT)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
-                return self
-            except httpx.TransportError:
-                time.sleep(0.05)
-        raise RuntimeError("the hub did not start")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+    module = "tests.loopback.model_hub"
+    flags = ("--token", token)
+    patience_s = 60
 
 
 if __name__ == "__main__":
