@@ -17,6 +17,8 @@ from genevolve_fast.files import replacing
 
 Role = Literal["system", "user", "assistant", "tool"]
 Verdict = Literal["pass", "partial", "fail", "not applicable"]
+StageName = Literal["plan", "sketch", "inspect", "refine"]
+STAGES: tuple[StageName, ...] = ("plan", "sketch", "inspect", "refine")
 
 FORMAT_VERSION = 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -141,6 +143,17 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Tokens [start, stop) of one stage of a cycle in process-driven generation: its text, or (`drawn`) its draft."""
+
+    name: StageName
+    cycle: int
+    start: int
+    stop: int
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
 class Message:
     role: str
     content: str
@@ -215,6 +228,7 @@ class Trajectory:
     request_stop: int
     turns: tuple[Turn, ...]
     images: tuple[ImageRecord, ...] = ()
+    stages: tuple[Stage, ...] = ()
     messages: tuple[Message, ...] = ()
     program: Program | None = None
     termination: str = ""
@@ -301,6 +315,16 @@ class Trajectory:
             )
             check(not self.loss_mask[image.start : image.stop].any(), f"{image.img_id}: placeholder tokens carry loss")
             last = image.stop
+        last = 0
+        for stage in self.stages:
+            check(stage.name in STAGES, f"unknown stage {stage.name!r}")
+            check(
+                last <= stage.start < stage.stop <= n, f"{stage.name} of cycle {stage.cycle} overlaps or leaves the ids"
+            )
+            check(
+                bool(assistant[stage.start : stage.stop].all()) or stage.drawn, f"{stage.name} is not the policy's text"
+            )
+            last = stage.stop
         return self
 
     def _check_sampling_mask(self, check: Callable[[bool, str], None]) -> None:
@@ -334,7 +358,7 @@ def _to_json(t: Trajectory) -> dict[str, Any]:
     for name in ("ids", "loss_mask", "rollout_logps", "mask_ids", "mask_counts"):
         del out[name]
     out["outcome"] = None if t.outcome is None else {"type": type(t.outcome).__name__} | dataclasses.asdict(t.outcome)
-    for name in ("turns", "images", "messages", "diagnostics", "incidents"):
+    for name in ("turns", "images", "stages", "messages", "diagnostics", "incidents"):
         out[name] = [dataclasses.asdict(x) for x in out[name]]
     out["program"] = None if t.program is None else dataclasses.asdict(t.program)
     return out
@@ -351,6 +375,7 @@ def _from_json(row: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Traject
 
     row["turns"] = build(Turn, row["turns"])
     row["images"] = build(ImageRecord, row["images"])
+    row["stages"] = build(Stage, row.get("stages", []))
     row["messages"] = build(Message, row["messages"])
     row["diagnostics"] = build(Diagnostic, row["diagnostics"])
     row["incidents"] = build(Incident, row.get("incidents", []))

@@ -43,8 +43,9 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
         "rollout",
     },
     "evaluate": {"agent", "data", "train"},
+    "process": {"agent", "batch", "data", "ops", "policy", "profile", "render", "reward", "rollout", "train"},
     "integrations": {"ops", "policy"},
-    "sandbox": {"agent", "data", "experience", "policy", "train"},
+    "sandbox": {"agent", "data", "experience", "policy", "process", "train"},
 }
 MODEL_FILES = {"experience/qwen_embedder.py", "render/local.py"}  # torch inside their functions, in rooms without it
 OPTIONAL = {"flash_attn"}  # of the operations: imported where it is asked for, never when they are
