@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from grouped import mixed_batch
+from warm_ranks import on_two_ranks
 
 from benchmarks.on_ranks import on_ranks
 from benchmarks.parity import (
@@ -150,7 +151,7 @@ def sharded(policy: Policy, strategy: Strategy, lr: float):
 @pytest.mark.slow
 def test_a_unit_is_gathered_once_each_way_for_student_and_teacher(tmp_path):
     """Embedding, layers and head; the prefix once, then every reply. A frozen embedding has no way back."""
-    on_ranks(tmp_path, count_gathers, tmp_path / "counted.pt")
+    on_two_ranks(tmp_path, count_gathers, tmp_path / "counted.pt")
     counted = torch.load(tmp_path / "counted.pt", weights_only=True)
     layers, wrong = len(tiny().visits), {}
     for case in CASES:

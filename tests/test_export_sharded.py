@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from warm_ranks import on_two_ranks
 
 from benchmarks.export import logits_of, start
-from benchmarks.on_ranks import on_ranks
 from genevolve_fast.cli import main
 from genevolve_fast.policy import export
 from genevolve_fast.policy.export import ExportError, export_sharded
@@ -216,7 +216,7 @@ def test_a_report_of_such_a_run_reads_its_tokenizer(runs, tmp_path, capsys):
 def test_what_two_ranks_wrote_is_exported_to_the_bit(tmp_path, strategy):
     base, run = tmp_path / "base", tmp_path / "run"
     start(tied=True).save_pretrained(base)
-    on_ranks(tmp_path, checkpoint, str(base), str(run), strategy)
+    on_two_ranks(tmp_path, checkpoint, str(base), str(run), strategy)
     assert len(list((run / "checkpoints" / STEP / FOLDER).glob("*.distcp"))) == 2
     assert main(["export", str(run), "--last", "-o", str(tmp_path / "out")]) == 0
     assert equal(tensors(tmp_path / "out"), load_file(run / "memory.safetensors"))
@@ -228,7 +228,7 @@ def test_bf16_weights_of_fp32_copies_are_exported_as_both(tmp_path, strategy, bf
     """Untied head, two ranks: as trained the bits in memory; --dtype float32 gives the copies."""
     base, run = tmp_path / "base", tmp_path / "run"
     start(tied=False).save_pretrained(base, torch.bfloat16)
-    on_ranks(tmp_path, checkpoint, str(base), str(run), strategy, bf16)
+    on_two_ranks(tmp_path, checkpoint, str(base), str(run), strategy, bf16)
     assert main(["export", str(run), "--last", "-o", str(tmp_path / "plain")]) == 0
     plain, memory = tensors(tmp_path / "plain"), load_file(run / "memory.safetensors")
     assert equal(plain, memory) and "lm_head.weight" in plain

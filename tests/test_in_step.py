@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm_ranks import on_two_ranks
 
 from benchmarks import parity
-from benchmarks.on_ranks import on_ranks
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.commands import opening
 from genevolve_fast.ops import Objective
@@ -97,7 +97,7 @@ def test_every_strategy_steps_as_one_process_does_or_not_at_all(tmp_path, names)
     """Without any gradient, with NaN on one rank, and with bf16 weights, where DeepSpeed takes other ways."""
     if "zero1" in names:
         pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
-    on_ranks(tmp_path, _on_rank, names, str(tmp_path))
+    on_two_ranks(tmp_path, _on_rank, names, str(tmp_path))
     alone = {second: steps(Strategy(), second) for second in ("tied", "nan", "bf16")}
     assert [[taken for _, taken, _, _ in rows] for rows in alone.values()] == [
         [True] * 3,

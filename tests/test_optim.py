@@ -9,6 +9,7 @@ import torch
 from test_head import Gemms
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from warm_ranks import on_two_ranks
 
 from benchmarks.memory import body_of
 from genevolve_fast.policy.adapters import add_lora
@@ -249,8 +250,6 @@ def sharded(rank: int, fields: dict) -> None:
 @slow
 @pytest.mark.parametrize("fields", [{"bf16": "master"}, {"bf16": "stochastic"}, {}])
 def test_shards_of_fsdp2_are_stepped_as_the_whole(tmp_path, fields):
-    from test_shards import on_two_ranks
-
     on_two_ranks(tmp_path, sharded, fields)
 
 
@@ -278,8 +277,6 @@ def sharded_eight_bit(rank: int) -> None:
 
 @slow
 def test_eight_bit_moments_of_shards(tmp_path):
-    from test_shards import on_two_ranks
-
     on_two_ranks(tmp_path, sharded_eight_bit)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from warm_ranks import on_two_ranks
 
-from benchmarks.on_ranks import on_ranks
 from genevolve_fast.cli import main
 from genevolve_fast.train.config import ConfigError, DistributedConfig, EvolveConfig, SftConfig, parse_config
 from genevolve_fast.train.ranks import Ranks, RanksError, join, launched
@@ -129,4 +129,4 @@ def exchanges(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_exchange_what_they_have(tmp_path):
-    on_ranks(tmp_path, exchanges, tmp_path)
+    on_two_ranks(tmp_path, exchanges, tmp_path)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
+from warm_ranks import on_two_ranks
 
-from benchmarks.on_ranks import on_ranks
 from genevolve_fast.ops import Objective, SamplingMask, linear_grpo_sdl, linear_logprob
 
 D = torch.float64
@@ -241,9 +239,6 @@ def count_gathers(run) -> int:
 def close(mine, want, tolerance):
     error = (mine.detach().double() - want.detach().double()).abs().max()
     assert error <= tolerance * want.abs().max().clamp(min=1), float(error)
-
-
-on_two_ranks = partial(on_ranks, seconds=120)
 
 
 @pytest.mark.slow

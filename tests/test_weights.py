@@ -11,7 +11,7 @@ import pytest
 import torch
 from rollouts import demonstrated
 from safetensors.torch import load_file
-from test_shards import on_two_ranks
+from warm_ranks import on_two_ranks
 
 from genevolve_fast.commands.opening import open_world
 from genevolve_fast.ops import Objective
