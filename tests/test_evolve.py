@@ -107,20 +107,21 @@ def test_the_report_is_one_file(uninterrupted, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["rollout", "judge", "update_actor", "checkpoint"])
-def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, phase):
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_killed_in_each_phase_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     log = tmp_path / "t" / "phases.jsonl"
-    at = {"step": 2 if phase == "checkpoint" else 1, "phase": phase}
-    until = time.time() + 240
-    while time.time() < until and process.poll() is None:
-        lines = log.read_text().splitlines() if log.exists() else []
-        if any({k: json.loads(line)[k] for k in at} == at for line in lines if line.endswith("}")):
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert len(measured(tmp_path)) < 3 if (tmp_path / "t" / "metrics.jsonl").exists() else True
+    for step, phase in ((1, "rollout"), (1, "judge"), (1, "update_actor"), (2, "checkpoint")):
+        before = log.stat().st_size if log.exists() else 0
+        line = command(tmp_path) + ["--resume"] * (before > 0)
+        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        at, until = {"step": step, "phase": phase}, time.time() + 240
+        while time.time() < until and process.poll() is None:
+            lines = log.read_bytes()[before:].decode().splitlines() if log.exists() else []
+            if any({k: json.loads(line)[k] for k in at} == at for line in lines if line.endswith("}")):
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        assert len(measured(tmp_path)) < 3 if (tmp_path / "t" / "metrics.jsonl").exists() else True
     run(tmp_path, "--resume")
     assert measured(tmp_path) == measured(uninterrupted)
     assert not list((tmp_path / "t" / "checkpoints").glob(".partial*"))

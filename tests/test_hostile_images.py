@@ -37,13 +37,14 @@ def test_pictures_of_services_are_read_as_carefully(service, way):
 
 @pytest.mark.slow
 def test_every_picture(service, tmp_path):
+    """As references all of them, over each protocol every second one; the benchmark does all ways with all."""
     from loopback.hostile_images import cases
 
     everything = cases()
     with PeakMemory() as memory:
         assert as_references(everything, tmp_path) == {}
         for path in WAYS.values():
-            assert as_answers(everything, service, path) == {}
+            assert as_answers(everything[::2], service, path) == {}
     assert memory.growth < MEMORY_LIMIT
 
 

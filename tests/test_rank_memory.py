@@ -9,7 +9,7 @@ from benchmarks import rank_memory
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("strategy", rank_memory.STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_a_rank_holds_what_the_plan_says(strategy):
     found, made = rank_memory.measured(strategy), rank_memory.predicted(strategy)
     held = sum(t.bytes for t in made.held)
