@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
 from loopback.scenes import LoopbackScenes
 
+from genevolve_fast.cli import main
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.net.asking import JsonChat, Lane
 from genevolve_fast.net.chat import ChatEndpoint
@@ -187,9 +189,9 @@ def test_what_cannot_be_painted_is_a_typed_failure():
         asyncio.run(StrokeRenderer().render(Program("a lighthouse at dusk"), [], 0))
 
     class Needy(StrokeRenderer):
-        min_references = 2
+        min_references = 1
 
-    with pytest.raises(ValueError, match="needs 2 references"):
+    with pytest.raises(ValueError, match="a first draft has none"):
         RendererPainter(Needy())
 
 
@@ -197,3 +199,61 @@ def test_categories_are_those_of_the_sandbox():
     for r in requests("train", 0, 60):
         assert category_of(r.graph) == r.category
     assert category_of(parse("a ring, a cross and a circle")) == "complex" and Rejected("x").reason == "x"
+
+
+def test_the_command_builds_rows_of_a_file_of_requests(server, tmp_path, capsys):
+    file = tmp_path / "asked.jsonl"
+    asked = requests("train", 3, 9, CATEGORIES)
+    file.write_text(
+        "".join(json.dumps({"id": r.id, "text": r.text}) + "\n" for r in asked) + '{"id": "x", "text": "joy"}\n'
+    )
+    second = [f"text_to_image.{field}" for field in ("kind=text-to-image", f"urls=[{server.address}]")]
+    flags = ["--requests", str(file), "--model", "rules", "--base-url", server.url, "--out", str(tmp_path / "d")]
+    flags += ["--renderer", "qwen-service", "--service-url", server.address, "--chat-set", "attempts=1"]
+    flags += [f"--{name}-set={value}" for name in ("renderer",) for value in second]
+    server.faults({"status": 404}, {"status": 404})
+    assert main(["process-data", *flags, "--chat-set", "reasks=0"]) == 0
+    told = capsys.readouterr()
+    assert "process/client_error" in told.out and "unreadable" in told.err
+    assert main(["process-data", *flags]) == 0  # what failed is read and built now
+    data = open_processes(tmp_path / "d")
+    assert len(data) >= 7 and {p.subset for p in data} == {"multi_turn", "instruction_conflict", "image_alignment"}
+    counts = server.seen()
+    assert counts["pictures"] and counts["plan"] and counts["seen"]
+    assert main(["process-data", *flags]) == 0 and server.seen() == counts  # nothing is asked again
+
+
+FILE = ["--requests", "FILE"]
+SERVED = ["--model", "m", "--base-url", "http://h/v1", "--renderer", "canvas"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--model", "m"], "--model would do nothing without --requests"),
+        (FILE, "--requests needs --model, --base-url, --renderer"),
+        ([*FILE, "--split", "train"], "--split would do nothing with --requests"),
+        (["--requests", "nowhere.jsonl", *SERVED], "cannot be read"),
+        ([*FILE, *SERVED, "--base-url", "h"], "base_url must be a URL"),
+        ([*FILE, *SERVED, "--api-key-env", "NO_SUCH"], "NO_SUCH"),
+    ],
+)
+def test_the_command_refuses_what_cannot_work(tmp_path, capsys, flags, told):
+    file = tmp_path / "asked.txt"
+    file.write_text("a red circle\n")
+    asked = [str(file) if flag == "FILE" else flag for flag in flags]
+    assert main(["process-data", "--out", str(tmp_path / "d"), *asked]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "d").exists()
+    (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
+    real = [
+        "--model",
+        "m",
+        "--base-url",
+        "http://h/v1",
+        "--renderer",
+        "canvas",
+        "--requests",
+        str(tmp_path / "bad.jsonl"),
+    ]
+    assert main(["process-data", "--out", str(tmp_path / "d"), *real]) == 2
+    assert "line 1: a request is an object" in capsys.readouterr().err

@@ -6,7 +6,7 @@ A model that cannot be reached, or never gives usable JSON, is an EngineError wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from genevolve_fast.process.states import Vocabulary
 from genevolve_fast.process.trace import Correction, Plan
 from genevolve_fast.process.verdict import Found, Verdict, compare
 from genevolve_fast.protocols import EngineError, Renderer
+from genevolve_fast.resumable import Ledger, Tally, work_off
 from genevolve_fast.trajectory import Program, Reference, image_hash, json_text
 
 MAX_TEXT = 600  # characters of one stage's text
@@ -175,8 +176,8 @@ class RendererPainter:
     """
 
     def __init__(self, renderer: Renderer) -> None:
-        if renderer.min_references > 1:
-            raise ValueError(f"{renderer.name} needs {renderer.min_references} references, a process has one draft")
+        if renderer.min_references:
+            raise ValueError(f"{renderer.name} draws nothing without a reference, and a first draft has none")
         self._renderer = renderer
 
     async def layout(self, graph: SceneGraph, seed: int) -> SceneGraph:
@@ -205,6 +206,44 @@ def chat_workshop(chat: JsonChat, renderer: Renderer, words: Vocabulary, seer: J
         words=words,
         tell_places=False,
     )
+
+
+async def read_requests(
+    texts: Mapping[str, str],
+    reader: ChatReader,
+    ledger: Ledger,
+    tally: Tally,
+    *,
+    parallel: int = 4,
+    progress: Callable[[Tally], None] = lambda tally: None,
+) -> list[SceneRequest]:
+    """Requests with their graphs, by id; what the ledger holds is not asked again, what tells no object is left out."""
+
+    async def read(id: str) -> tuple[str, str]:
+        try:
+            ledger.add(id, {"request": (await reader.request(id, texts[id])).to_json()})
+        except GraphError as error:
+            ledger.add(id, {"unreadable": str(error)[:300]})
+            return "unreadable", str(error)[:300]
+        except EngineError as error:  # asked again by the next call
+            return error.kind, str(error)[:300]
+        return tally.good, ""
+
+    todo = [id for id in texts if id not in ledger.done]
+    await work_off(todo, read, tally, parallel=parallel, progress=progress)
+    found = [ledger.done[id] for id in texts if id in ledger.done]
+    return [SceneRequest.from_json(piece["request"]) for piece in found if "request" in piece]
+
+
+def words_of(graphs: Iterable[SceneGraph]) -> Vocabulary:
+    """Names and attribute values that occur in `graphs`: what an object of them could have been instead."""
+    names: dict[str, None] = {}
+    values: dict[str, dict[str, None]] = {}
+    for node in (node for graph in graphs for node in graph.objects):
+        names[node.name] = None
+        for key, value in node.attributes.items():
+            values.setdefault(key, {})[value] = None
+    return Vocabulary(tuple(names), {key: tuple(found) for key, found in values.items()})
 
 
 def category_of(graph: SceneGraph) -> str:

@@ -3,7 +3,7 @@
 `python -m tests.loopback.scenes --port P` answers POST /v1/chat/completions as OpenAI-compatible servers do, by the
 rules of the sandbox, in the JSON that process/chat_workshop.py asks for; POST /faults with a list of faults, one for
 each of the next calls ({} for a good answer): {"status": 429} or {"spoil": "fenced" | "trailing" | "prose" | "cut" |
-"twice", "text": any}; GET /seen for what was asked.
+"twice", "text": any}; GET /seen for what was asked; POST /generate, the released rendering service's contract.
 """
 
 from __future__ import annotations
@@ -79,6 +79,22 @@ def build():
     def shown():
         return seen
 
+    @app.post("/generate")
+    async def generate(request: Request):
+        from genevolve_fast.net.pictures import png_bytes
+        from genevolve_fast.sandbox.stroke_data import StrokeRenderer
+        from genevolve_fast.trajectory import Program
+
+        body = await request.json()
+        seen["pictures"] += 1
+        before = [picture_of(url) for url in body.get("image_urls") or []]
+        drawn = await StrokeRenderer().render(Program(body["prompt"]), before, body["seed"])
+        return {"success": True, "image": base64.b64encode(png_bytes(drawn)).decode()}
+
+    def picture_of(url: str):
+        data = base64.b64decode(url.partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
         body = await request.json()
@@ -90,8 +106,7 @@ def build():
         system, content = (m["content"] for m in body["messages"][:2])
         picture = None
         if not isinstance(content, str):
-            data = base64.b64decode(content[1]["image_url"]["url"].partition(",")[2])
-            picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            picture = picture_of(content[1]["image_url"]["url"])
             content = content[0]["text"]
         said = await asyncio.to_thread(answer, system, json.loads(content), picture)
         text = fault.get("text") or SPOILT.get(fault.get("spoil"), str)(json.dumps(said))
