@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -31,8 +31,8 @@ _PATCH, _MERGE = 16, 2
 _PIECES = r"[^A-Za-z0-9 ]+(?: [^A-Za-z0-9 ]+)*| ?[A-Za-z]+| ?[0-9]+| +"
 
 
-def train_tokenizer(texts: Iterable[str]):
-    """A byte-level BPE of about VOCABULARY entries trained on `texts`; tags and chat markers are single ids."""
+def train_tokenizer(texts: Iterable[str], tags: Sequence[str] = TAG_TOKENS, vocabulary: int = VOCABULARY):
+    """A byte-level BPE of about `vocabulary` entries trained on `texts`; `tags` and chat markers are single ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,16 +45,16 @@ def train_tokenizer(texts: Iterable[str]):
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAG_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAG_TOKENS),
+        vocab_size=vocabulary - len(tags),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         min_frequency=4,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAG_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 

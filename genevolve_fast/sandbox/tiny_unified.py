@@ -1,0 +1,44 @@
+"""The sandbox's unified model: Qwen3's decoder at under a million parameters, its tokenizer learnt from processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from genevolve_fast.process.trace import TAGS
+from genevolve_fast.process.unified.codec import LatentCodec
+from genevolve_fast.process.unified.model import Unified, new_unified
+from genevolve_fast.sandbox.tiny_policy import SPECIAL_TOKENS, train_tokenizer
+
+VOCABULARY = 600
+
+
+def tiny_codec(texts: Iterable[str], size: int, patch: int) -> LatentCodec:
+    """A tokenizer of `texts` (requests and stages), for square pictures of `size` pixels in patches of `patch`."""
+    return LatentCodec(train_tokenizer(texts, TAGS, VOCABULARY), size, patch)
+
+
+def tiny_config(codec: LatentCodec, hidden: int = 128, layers: int = 4, heads: int = 4, predicts: str = "picture"):
+    """Qwen3Config of the tiny unified model for this codec."""
+    from transformers import Qwen3Config
+
+    ids = {t: codec.tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    return Qwen3Config(
+        vocab_size=len(codec.tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        tie_word_embeddings=True,
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        predicts=predicts,
+    )
+
+
+def new_tiny(codec: LatentCodec, seed: int = 0, **shape) -> Unified:
+    """A randomly initialised tiny unified model; the same seed gives the same weights."""
+    return new_unified(codec, tiny_config(codec, **shape), seed)
