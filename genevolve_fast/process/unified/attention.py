@@ -1,6 +1,6 @@
 """Generalised causal attention: text sees what stands before it, an image's rows see each other and all before.
 
-A noised copy of an image is to its sequence what a reply is to a prompt: it reads the rows before the image and its own,
+A noised copy of an image is to its sequence what a reply is to a prompt: it reads the rows before the image and its own
 and nobody reads it. Each block of rows is one or two unmasked attentions and each text a causal one, merged by
 log-sum-exp as in `ops.prefix_attention`; no mask is ever made.
 """

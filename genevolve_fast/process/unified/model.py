@@ -39,8 +39,8 @@ class Flow(nn.Module):
     def velocity(self, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """z0 - z1 [n, numbers] as the rows' last hidden states [n, H] predict it.
 
-        With `predicts` "picture" the head gives z1 and the velocity follows, (z_t - z1) / t: patches of flat shapes have
-        few dimensions, noise has them all (arXiv 2511.13720).
+        With `predicts` "picture" the head gives z1 and the velocity follows, (z_t - z1) / t: patches of flat shapes
+        have few dimensions, noise has them all (arXiv 2511.13720).
         """
         head = self.leave(hidden)
         return head if self.predicts == "velocity" else (z - head) / t.clamp(min=_EARLIEST)[:, None]

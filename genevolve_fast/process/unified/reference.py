@@ -1,4 +1,4 @@
-"""The loss of one process in plain torch, with whole masks and one sequence a draft: what the packed pass must equal."""
+"""The loss of one process in plain torch, with whole masks and one sequence a draft: what the packed pass equals."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ class Sketcher:
         return self.drawn
 
     def _prompt(self, request: str) -> list[int]:
-        return self.codec.encode(f"<|im_start|>user\n{request}") + self.codec.encode("<|im_end|>\n<|im_start|>assistant\n")
+        asks, answers = f"<|im_start|>user\n{request}", "<|im_end|>\n<|im_start|>assistant\n"
+        return self.codec.encode(asks) + self.codec.encode(answers)  # as trace.Interleaved does
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
