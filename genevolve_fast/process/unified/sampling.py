@@ -12,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from genevolve_fast.policy.model import ImageFeatures
 from genevolve_fast.process.trace import MAX_CYCLES
-from genevolve_fast.process.unified.latents import to_pictures
+from genevolve_fast.process.unified.latents import to_latents, to_pictures
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.sequences import shifted
+from genevolve_fast.train.collect import stable_seed
 
 MAX_DRAFTS = 2 * MAX_CYCLES  # a sketch and a corrected draft a cycle
 
@@ -80,8 +81,8 @@ class Sketcher:
         self.numbers = policy.flow.leave.out_features
 
     @torch.no_grad()
-    def draw(self, requests: Sequence[str], *, steps: Sequence[int] | None = None) -> list[Drawn]:
-        """One process a request. `steps`: of each request's drafts, instead of the setting."""
+    def draw(self, requests: Sequence[str], seeds: Sequence[int], steps: Sequence[int] | None = None) -> list[Drawn]:
+        """One process a request, its noise drawn from its seed. `steps`: of each request's drafts, not the setting."""
         if not requests:
             return []
         prompts = [self._prompt(r) for r in requests]
@@ -89,7 +90,7 @@ class Sketcher:
         self.steps = list(steps) if steps is not None else [self.drawing.steps] * len(requests)
         self.cache = _Cache(self.policy, len(requests), max(map(len, prompts)) + self.drawing.max_text)
         self.position = torch.zeros(len(requests), dtype=torch.int64, device=self.policy.device)
-        self.generators = [torch.Generator().manual_seed(self.drawing.seed + 7919 * n) for n in range(len(requests))]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         alive = list(range(len(requests)))
         logits = self._read(alive, prompts)
         while alive:
@@ -182,8 +183,6 @@ class Sketcher:
     def _look(self, rows: list[int], latents: Tensor) -> Tensor:
         """Keep the drafts as pixels, read them as any clean image, and close it; logits behind the closing marker."""
         pictures = to_pictures(latents, self.codec.patch, self.codec.size)
-        from genevolve_fast.process.unified.latents import to_latents
-
         for i, picture in zip(rows, pictures, strict=True):
             self.drawn[i].drafts.append(picture)
             self.drawn[i].ids += [self.codec.image_pad_id] * latents.shape[1] + [self.codec.closes_image_id]
@@ -235,10 +234,13 @@ class Sketcher:
 def draw(
     policy: Unified, requests: Sequence[str], drawing: Drawing, *, steps: Sequence[int] | None = None, batch: int = 64
 ) -> list[Drawn]:
-    """One process a request, `batch` of them at a time."""
+    """One process a request, `batch` of them at a time; what a request gets does not depend on the others.
+
+    `steps`: Euler steps of each request's drafts, instead of drawing.steps.
+    """
+    seeds = [stable_seed("draw", drawing.seed, n, request) for n, request in enumerate(requests)]
     out: list[Drawn] = []
     for first in range(0, len(requests), batch):
         part = slice(first, first + batch)
-        sketcher = Sketcher(policy, drawing)
-        out += sketcher.draw(requests[part], steps=None if steps is None else steps[part])
+        out += Sketcher(policy, drawing).draw(requests[part], seeds[part], None if steps is None else steps[part])
     return out

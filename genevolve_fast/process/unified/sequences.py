@@ -57,6 +57,9 @@ class Noise:
         times = torch.randn(drafts, generator=generator).sigmoid()
         return cls(shifted(times, shift), torch.randn(drafts * patches, numbers, generator=generator))
 
+    def to(self, device: torch.device) -> Noise:
+        return Noise(self.times.to(device), self.z0.to(device))
+
 
 def shifted(times: Tensor, shift: float) -> Tensor:
     return shift * times / (1 + (shift - 1) * times)
