@@ -47,8 +47,12 @@ def free_cells(scene: Scene) -> list[tuple[int, int]]:
 # --- the judge --------------------------------------------------------------------------------------------------------
 
 
-def test_every_drawn_scene_passes_also_under_noise():
-    for request, scene, random in drawn(500):
+HOW_MANY = [112, pytest.param(500, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_every_drawn_scene_passes_also_under_noise(count):
+    for request, scene, random in drawn(count):
         pixels = draw(scene)
         assert judge(request, pixels).correct, request.text
         assert judge(request, noisy(pixels, random)).correct, request.text
@@ -86,9 +90,10 @@ def changed(request: SceneRequest, scene: Scene, random: np.random.Generator):
             yield "wrong direction", scene
 
 
-def test_every_scene_with_one_thing_changed_fails_also_under_noise():
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_every_scene_with_one_thing_changed_fails_also_under_noise(count):
     seen = set()
-    for request, scene, random in drawn(500):
+    for request, scene, random in drawn(count):
         for what, wrong in changed(request, scene, random):
             seen.add((request.category, what))
             verdict = judge(request, draw(wrong))

@@ -193,6 +193,11 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
 
 
+def places(value: str) -> tuple[str, ...]:
+    """The places that the attribute PLACE of a group lists."""
+    return tuple(value.replace(" and ", ", ").split(", "))
+
+
 def listed(parts: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     parts = list(parts)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from genevolve_fast.process.scene_graph import Node, Relation, SceneGraph, plural
+from genevolve_fast.process.scene_graph import PLACE, Node, Relation, SceneGraph, places, plural
 
 _SIDE = 0.5  # of the distance between two objects that must lie in a relation's direction, as GenEval asks
 _CLEAR = 0.1  # of both objects' size that the centres must be apart at least, as GenEval asks
@@ -34,7 +34,7 @@ class Found:
 class Verdict:
     """By object id: `present` (at least one), `counts` (as many as asked), `attributes` (all of all of them).
 
-    relations: in the graph's order. surplus: found objects that nothing asks for. clean: nothing unreadable.
+    relations: in the graph's order. surplus: found objects that nothing asks for. clean: nothing is unreadable.
     matched: which found objects stand for an id. faults: all that is wrong, in words.
     """
 
@@ -42,7 +42,7 @@ class Verdict:
     counts: Mapping[str, bool]
     attributes: Mapping[str, bool]
     relations: tuple[bool, ...]
-    surplus: int = 0
+    surplus: tuple[Found, ...] = ()
     clean: bool = True
     matched: Mapping[str, tuple[Found, ...]] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def compare(graph: SceneGraph, found: Sequence[Found], smear: str = "", *, exact
         faults += [f"{Node('', f.name, _seen(f)).text()} was not asked for" for f in surplus]
     if smear:
         faults.append(smear)
-    return Verdict(present, counts, attributes, relations, len(surplus), not smear, matched, tuple(faults))
+    return Verdict(present, counts, attributes, relations, tuple(surplus), not smear, matched, tuple(faults))
 
 
 def holds(relation: Relation, subjects: Sequence[Found], objects: Sequence[Found]) -> bool:
@@ -114,7 +114,12 @@ def _stands(kind: str, a: Found, b: Found) -> bool:
 
 
 def _has(node: Node, found: Found) -> bool:
-    return all(found.attributes.get(key) == value for key, value in node.attributes.items())
+    return all(_agrees(key, value, found) for key, value in node.attributes.items())
+
+
+def _agrees(key: str, value: str, found: Found) -> bool:
+    seen = found.attributes.get(key)
+    return seen in places(value) if key == PLACE else seen == value
 
 
 def _match(nodes: Sequence[Node], found: Sequence[Found]) -> dict[str, tuple[Found, ...]]:
@@ -129,7 +134,7 @@ def _match(nodes: Sequence[Node], found: Sequence[Found]) -> dict[str, tuple[Fou
     def take(fits, most: int | None) -> None:
         for node in choosy:
             fitting = [f for f in left if f.name == node.name and fits(node, f)]
-            fitting.sort(key=lambda f: -sum(f.attributes.get(k) == v for k, v in node.attributes.items()))
+            fitting.sort(key=lambda f: -sum(_agrees(k, v, f) for k, v in node.attributes.items()))
             for f in fitting[: None if most is None else max(0, node.count - len(matched[node.id]))]:
                 matched[node.id].append(f)
                 left[:] = [other for other in left if other is not f]
@@ -141,7 +146,7 @@ def _match(nodes: Sequence[Node], found: Sequence[Found]) -> dict[str, tuple[Fou
 
 
 def _seen(found: Found) -> dict[str, str]:
-    return {k: v for k, v in found.attributes.items() if k != "place"}
+    return {k: v for k, v in found.attributes.items() if k != PLACE}
 
 
 def _are(count: int, name: str) -> str:
@@ -149,10 +154,10 @@ def _are(count: int, name: str) -> str:
 
 
 def _difference(node: Node, found: Found) -> str:
-    wrong = {k: v for k, v in node.attributes.items() if found.attributes.get(k) != v}
+    wrong = {k: v for k, v in node.attributes.items() if not _agrees(k, v, found)}
     told = [
         f"at {found.attributes.get(k, 'another place')}, not at {v}"
-        if k == "place"
+        if k == PLACE
         else f"{found.attributes.get(k, f'of no clear {k}')}, not {v}"
         for k, v in wrong.items()
     ]

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import numpy as np
 
-from genevolve_fast.process.scene_graph import PLACE, Node, Relation, SceneGraph, SceneRequest
+from genevolve_fast.process.scene_graph import (
+    NUMBERS,
+    PLACE,
+    GraphError,
+    Node,
+    Relation,
+    SceneGraph,
+    SceneRequest,
+    places,
+    plural,
+)
 from genevolve_fast.process.verdict import Found, Verdict, compare
 
 SIZE = 32
@@ -71,6 +82,14 @@ def place_name(cell: Cell) -> str:
     return f"row {cell[0] + 1} column {cell[1] + 1}"
 
 
+_CELLS = {place_name((r, c)): (r, c) for r in range(GRID) for c in range(GRID)}
+
+
+def place_cell(place: str) -> Cell:
+    """Raises KeyError for what is no place."""
+    return _CELLS[place]
+
+
 def figure_mask(shape: str) -> np.ndarray:
     """bool [7, 7]."""
     return np.array([[c == "#" for c in line] for line in _FIGURES[shape]])
@@ -92,21 +111,27 @@ def sample_scene(graph: SceneGraph, random: np.random.Generator) -> Scene:
     Figures share no edge of their cells where there is room. Raises ValueError where no placing was found.
     """
     chosen = [(n, n.attributes.get("colour") or str(random.choice(list(COLOURS)))) for n in graph.objects]
-    for attempt in range(400):
-        cells = _place(graph, random, spread=attempt < 200)
-        if cells is not None:
-            return Scene(tuple(Figure(n.id, n.name, c, cell) for n, c in chosen for cell in cells[n.id]))
+    if unknown := [s for n in graph.objects for s in places(n.attributes.get(PLACE, "")) if s and s not in _CELLS]:
+        raise ValueError(f"no such place: {', '.join(unknown)}")
+    attempts = 1 if all(PLACE in n.attributes for n in graph.objects) else 40
+    for spread in (True, False):
+        for _ in range(attempts):
+            cells = _place(graph, random, spread)
+            if cells is not None:
+                return Scene(tuple(Figure(n.id, n.name, c, cell) for n, c in chosen for cell in cells[n.id]))
     raise ValueError(f"no placing found for {graph.text()!r}")
 
 
 def _place(graph: SceneGraph, random: np.random.Generator, spread: bool) -> dict[str, list[Cell]] | None:
-    free = {(r, c) for r in range(GRID) for c in range(GRID)}
+    """Cells of every object; those whose place is told come first, and may share an edge."""
+    free = set(_CELLS.values())
     cells: dict[str, list[Cell]] = {}
-    for node in graph.objects:
+    for node in sorted(graph.objects, key=lambda n: PLACE not in n.attributes):
+        told = [_CELLS[spot] for spot in places(node.attributes.get(PLACE, "")) if spot]
         cells[node.id] = []
-        for _ in range(node.count):
-            fitting = sorted(c for c in free if _fits(graph, node, c, cells))
-            if not fitting:
+        for n in range(node.count):
+            fitting = sorted(c for c in (told[n : n + 1] if told else free) if _fits(graph, node, c, cells))
+            if not fitting or (told and fitting[0] in _taken(cells)):
                 return None
             cell = fitting[int(random.integers(len(fitting)))]
             cells[node.id].append(cell)
@@ -115,9 +140,11 @@ def _place(graph: SceneGraph, random: np.random.Generator, spread: bool) -> dict
     return cells
 
 
-def _fits(graph: SceneGraph, node: Node, cell: Cell, cells: dict[str, list[Cell]]) -> bool:
-    if node.attributes.get(PLACE, place_name(cell)) != place_name(cell):
-        return False
+def _taken(cells: Mapping[str, list[Cell]]) -> set[Cell]:
+    return {cell for mine in cells.values() for cell in mine}
+
+
+def _fits(graph: SceneGraph, node: Node, cell: Cell, cells: Mapping[str, list[Cell]]) -> bool:
     for r in graph.relations:
         if node.id not in (r.subject, r.object) or not (r.subject in cells and r.object in cells):
             continue
@@ -132,6 +159,67 @@ def _plainly(relation: Relation, a: Cell, b: Cell) -> bool:
     down, right = a[0] - b[0], a[1] - b[1]
     along, across = (right, down) if relation.kind in ("left of", "right of") else (down, right)
     return (along if relation.kind in ("right of", "below") else -along) > abs(across)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_COUNTED = {w: n for n, w in enumerate(NUMBERS) if n} | {"an": 1}
+_NAMED = {s: s for s in SHAPES} | {plural(s): s for s in SHAPES}
+_PLACES = r"row [1-4] column [1-4]"
+_PHRASE = re.compile(
+    rf"(?P<count>the|{'|'.join(_COUNTED)}) (?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<name>{'|'.join(_NAMED)})\b"
+    rf"(?: at (?P<place>{_PLACES}(?:(?:, | and ){_PLACES})*))?"
+)
+_JOINT = re.compile(r" (left of|right of|above|below) |, | and ")
+
+
+class UnreadableText(GraphError):
+    """A text is not in the words in which graphs are told."""
+
+
+def parse(text: str) -> SceneGraph:
+    """The graph that a text in the words of `SceneGraph.text` tells. Raises UnreadableText."""
+    nodes: list[Node] = []
+    relations: list[Relation] = []
+    text, at, kind, before = text.strip().rstrip("."), 0, None, ""
+    while True:
+        match = _PHRASE.match(text, at)
+        if not match:
+            raise UnreadableText(f"this tells no figure: {text[at : at + 60]!r}")
+        id = _told(match, nodes)
+        if kind:
+            relations.append(Relation(before, kind, id))
+        if match.end() == len(text):
+            break
+        joint = _JOINT.match(text, match.end())
+        if not joint:
+            raise UnreadableText(f"no words of a scene: {text[match.end() : match.end() + 60]!r}")
+        at, kind, before = joint.end(), joint[1], id
+    try:
+        return SceneGraph(tuple(nodes), tuple(relations)).validate()
+    except GraphError as error:
+        raise UnreadableText(str(error)) from None
+
+
+def _told(match: re.Match[str], nodes: list[Node]) -> str:
+    """The id of a figure told, a new one unless it is `the` one told before."""
+    attributes = {k: match[k] for k in ("colour", PLACE) if match[k]}
+    name, word = _NAMED[match["name"]], match["count"]
+    plain = {k: v for k, v in attributes.items() if k != PLACE}
+    if word == "the":
+        for node in nodes:
+            if (
+                node.name == name
+                and plain.items() <= node.attributes.items()
+                and (node.count > 1) == (name != match["name"])
+            ):
+                return node.id
+        raise UnreadableText(f"{match[0]!r} was not told before")
+    count = _COUNTED[word]
+    if (count > 1) != (match["name"] != name) or (PLACE in attributes and len(places(attributes[PLACE])) != count):
+        raise UnreadableText(f"{match[0]!r} does not agree in number")
+    nodes.append(Node(chr(ord("a") + len(nodes)), name, attributes, count))
+    return nodes[-1].id
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -159,10 +247,12 @@ def requests(split: Split, seed: int, count: int, categories: Sequence[str] = CA
 
 def held_out(graph: SceneGraph) -> bool:
     """Whether the graph is a held-out composition, or two of its figures are a held-out pair."""
+    return meets_held_out_pair(graph) or graph.key in _held_out_keys()
+
+
+def meets_held_out_pair(graph: SceneGraph) -> bool:
     pairs = itertools.combinations([n for n in graph.objects if "colour" in n.attributes], 2)
-    if any(_pair(a, b) in _held_out_pairs() for a, b in pairs):
-        return True
-    return graph.key in _held_out_keys()
+    return any(_pair(a, b) in _held_out_pairs() for a, b in pairs)
 
 
 def _stream(split: str, seed: int, category: str) -> Iterator[SceneGraph]:
