@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from genevolve_fast.process.trace import Correction, Cycle, Inspection, Plan, Process, interleave
-from genevolve_fast.process.unified.attention import Blocks, GeneralisedAttention, ImageBlock, TextBlock
+from genevolve_fast.process.unified.attention import (
+    Blocks,
+    GeneralisedAttention,
+    ImageBlock,
+    MaskedAttention,
+    TextBlock,
+)
 from genevolve_fast.process.unified.latents import to_latents, to_pictures
 from genevolve_fast.process.unified.loss import forward, losses
 from genevolve_fast.process.unified.model import Unified
@@ -79,14 +85,23 @@ def split(noise: Noise, trajectory, batch, before: int) -> Noise:
     return Noise(noise.times[before : before + own], noise.z0[rows])
 
 
+def parts(batch, dtype=torch.float32):
+    return GeneralisedAttention(batch.blocks, torch.device("cpu"))
+
+
+def masked(batch, dtype=torch.float32):
+    return MaskedAttention(batch.blocks, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("way", [parts, masked])
 @pytest.mark.parametrize("predicts", ["picture", "velocity"])
-def test_the_packed_pass_equals_one_plain_sequence_a_draft_in_values_and_gradients(codec, trajectories, predicts):
+def test_the_packed_pass_equals_one_plain_sequence_a_draft_in_values_and_gradients(codec, trajectories, predicts, way):
     policy = model(codec, predicts).double()
     batch = pack_processes(trajectories, PIXELS, codec)
     noise = in_double(noise_for(batch))
     assert batch.drafts == 1 + 3 + 2  # the sketch that was wrong on purpose is read, never drawn
 
-    packed = losses(policy, batch, noise)
+    packed = losses(policy, batch, noise, way(batch, torch.float64))
     (0.25 * packed.nll + packed.squares).backward()
     got = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad(set_to_none=True)
@@ -118,16 +133,17 @@ def test_single_precision_agrees_with_the_reference_as_far_as_it_reaches(codec, 
     assert got.squares.item() == pytest.approx(want.squares.item(), rel=1e-5)
 
 
-def test_nothing_is_seen_that_stands_later_in_another_sequence_or_in_a_noised_copy(codec, trajectories):
+@pytest.mark.parametrize("way", [parts, masked])
+def test_nothing_is_seen_that_stands_later_in_another_sequence_or_in_a_noised_copy(codec, trajectories, way):
     """What must not be seen is changed, and every row that must not see it keeps its bits."""
     policy = model(codec)
     batch = pack_processes(trajectories, PIXELS, codec)
     noise = noise_for(batch)
     with torch.no_grad():
-        hidden, velocity = forward(policy, batch, noise)
+        hidden, velocity = forward(policy, batch, noise, way(batch))
 
         def changed(batch, noise):
-            h, v = forward(policy, batch, noise)
+            h, v = forward(policy, batch, noise, way(batch))
             return (h != hidden).any(1), (v != velocity).any(1).view(batch.drafts, -1).any(1)
 
         # another noise in copy 2: that copy alone
@@ -169,7 +185,8 @@ def test_rows_of_an_image_see_each_other_and_text_is_causal(codec, trajectories)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_of_blocks_equals_attention_under_their_mask(dtype):
+@pytest.mark.parametrize("masks", [True, False])
+def test_attention_of_blocks_equals_attention_under_their_mask(dtype, masks):
     blocks = Blocks(
         (TextBlock(0, 5, 0), TextBlock(9, 12, 0), TextBlock(12, 20, 12)),
         (ImageBlock(5, 9, ((0, 9),)), ImageBlock(20, 24, ((0, 5), (20, 24))), ImageBlock(24, 28, ((12, 20), (24, 28)))),
@@ -178,7 +195,8 @@ def test_attention_of_blocks_equals_attention_under_their_mask(dtype):
     q = torch.randn(1, 4, 28, 8, generator=generator, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(1, 2, 28, 8, generator=generator, dtype=dtype, requires_grad=True) for _ in "kv")
     weight = torch.randn(1, 4, 28, 8, generator=generator, dtype=dtype)
-    got = GeneralisedAttention(blocks, q.device)(q, k, v, 0.3, 0)
+    attend = MaskedAttention(blocks, q.device, dtype) if masks else GeneralisedAttention(blocks, q.device)
+    got = attend(q, k, v, 0.3, 0)
     grads = torch.autograd.grad((got * weight).sum(), (q, k, v))
     want = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=blocks.mask(), scale=0.3, enable_gqa=True

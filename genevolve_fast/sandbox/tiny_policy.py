@@ -28,18 +28,23 @@ TAG_TOKENS = (
 )
 _PATCH, _MERGE = 16, 2
 # A JSON skeleton such as `": {"` becomes one piece: punctuation may run across single spaces, words keep their space.
-_PIECES = r"[^A-Za-z0-9 ]+(?: [^A-Za-z0-9 ]+)*| ?[A-Za-z]+| ?[0-9]+| +"
+PIECES = r"[^A-Za-z0-9 ]+(?: [^A-Za-z0-9 ]+)*| ?[A-Za-z]+| ?[0-9]+| +"
 
 
-def train_tokenizer(texts: Iterable[str], tags: Sequence[str] = TAG_TOKENS, vocabulary: int = VOCABULARY):
-    """A byte-level BPE of about `vocabulary` entries trained on `texts`; `tags` and chat markers are single ids."""
+def train_tokenizer(
+    texts: Iterable[str], tags: Sequence[str] = TAG_TOKENS, vocabulary: int = VOCABULARY, pieces: str = PIECES
+):
+    """A byte-level BPE of about `vocabulary` entries trained on `texts`; `tags` and chat markers are single ids.
+
+    No entry reaches beyond what `pieces`, a regular expression, matches at once.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from genevolve_fast.process.trace import TAGS
 from genevolve_fast.process.unified.codec import LatentCodec
 from genevolve_fast.process.unified.model import Unified, new_unified
-from genevolve_fast.sandbox.tiny_policy import SPECIAL_TOKENS, train_tokenizer
+from genevolve_fast.sandbox.tiny_policy import PIECES, SPECIAL_TOKENS, train_tokenizer
 
 VOCABULARY = 600
+# A cell and a verdict that finds nothing are one piece each: a model this small spends its depth on drawing.
+_STROKES = r" ?row [0-9] column [0-9]|plan: none| draft: none|"
 
 
 def tiny_codec(texts: Iterable[str], size: int, patch: int) -> LatentCodec:
     """A tokenizer of `texts` (requests and stages), for square pictures of `size` pixels in patches of `patch`."""
-    return LatentCodec(train_tokenizer(texts, TAGS, VOCABULARY), size, patch)
+    return LatentCodec(train_tokenizer(texts, TAGS, VOCABULARY, _STROKES + PIECES), size, patch)
 
 
 def tiny_config(codec: LatentCodec, hidden: int = 128, layers: int = 4, heads: int = 4, predicts: str = "picture"):

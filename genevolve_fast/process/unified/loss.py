@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from genevolve_fast.ops import linear_logprob
+from genevolve_fast.policy.attention import Attend
 from genevolve_fast.policy.model import ImageFeatures
-from genevolve_fast.process.unified.attention import GeneralisedAttention
+from genevolve_fast.process.unified.attention import generalised_attention
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.sequences import Noise, UnifiedBatch
 
@@ -21,8 +22,8 @@ class Losses(NamedTuple):
     squares: Tensor
 
 
-def forward(policy: Unified, batch: UnifiedBatch, noise: Noise) -> tuple[Tensor, Tensor]:
-    """(last hidden states [clean rows, H], velocities [noised rows, numbers])."""
+def forward(policy: Unified, batch: UnifiedBatch, noise: Noise, attend: Attend | None = None) -> tuple[Tensor, Tensor]:
+    """(last hidden states [clean rows, H], velocities [noised rows, numbers]); `attend`: not the one that suits."""
     flow, z, t = policy.flow, *mixed(batch, noise)
     clean = batch.latents.to(z.dtype)
     embeds = flow.embed(
@@ -30,7 +31,7 @@ def forward(policy: Unified, batch: UnifiedBatch, noise: Noise) -> tuple[Tensor,
         torch.cat([batch.places, batch.places[batch.copied]]),
         torch.cat([t.new_zeros(len(clean)), t]),
     )
-    attend = GeneralisedAttention(batch.blocks, batch.ids.device)
+    attend = attend or generalised_attention(batch.blocks, z.device, z.dtype)
     hidden = policy.hidden(batch.ids, batch.positions, attend, batch.image_rows, ImageFeatures(embeds, ()))[0]
     border = batch.clean.num_tokens
     return hidden[:border], flow.velocity(hidden[border:], z, t)
@@ -43,9 +44,9 @@ def mixed(batch: UnifiedBatch, noise: Noise) -> tuple[Tensor, Tensor]:
     return t[:, None] * noise.z0 + (1 - t[:, None]) * z1, t
 
 
-def losses(policy: Unified, batch: UnifiedBatch, noise: Noise) -> Losses:
+def losses(policy: Unified, batch: UnifiedBatch, noise: Noise, attend: Attend | None = None) -> Losses:
     """The two sums of `L = ce_weight · CE + MSE`; only rows that predict a text target reach the text head."""
-    hidden, velocity = forward(policy, batch, noise)
+    hidden, velocity = forward(policy, batch, noise, attend)
     logps = linear_logprob(hidden[batch.clean.rows], policy.head_weight, batch.clean.targets).logps
     target = noise.z0 - batch.latents[batch.copied].to(noise.z0.dtype)
     return Losses(-logps.sum(), (velocity - target).square().sum())

@@ -86,5 +86,10 @@ def new_unified(codec: LatentCodec, config: Qwen3Config, seed: int) -> Unified:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UnifiedModel(config)
-        nn.init.zeros_(model.flow.leave.weight)
+        flow = model.flow
+        nn.init.zeros_(flow.leave.weight)
+        # as large as a noisy patch: where a row stands and how noisy it is must not drown in it
+        nn.init.normal_(flow.place.weight, std=0.2)
+        nn.init.normal_(flow.time[0].weight, std=config.hidden_size**-0.5)
+        nn.init.normal_(flow.time[2].weight, std=0.05)
     return Unified(model.float(), codec)
