@@ -9,7 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, export, generate, plan, render, rollout, score, serve_render, wise
+from genevolve_fast.commands import (
+    bench,
+    data,
+    export,
+    generate,
+    plan,
+    process,
+    render,
+    rollout,
+    score,
+    serve_render,
+    wise,
+)
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -185,6 +197,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     render.add(command)
     serve_render.add(command)
     data.add(command)
+    process.add(command)
 
     p = command(
         "report",
