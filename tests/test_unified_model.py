@@ -71,7 +71,7 @@ def model(codec, predicts: str = "picture") -> Unified:
 
 def noise_for(batch, seed: int = 0) -> Noise:
     generator = torch.Generator().manual_seed(seed)
-    return Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, shift=1.0)
+    return Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
 
 
 def in_double(noise: Noise) -> Noise:

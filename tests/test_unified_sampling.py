@@ -40,7 +40,7 @@ def policy():
     optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(160):
-        noise = Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, shift=3.0)
+        noise = Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
         sums = losses(policy, batch, noise)
         (sums.nll / batch.text_targets + sums.squares / noise.z0.numel()).backward()
         optimizer.step()
@@ -63,7 +63,7 @@ def nearest(draft) -> str:
 
 
 def test_a_trained_model_plans_draws_inspects_and_ends_by_itself(policy):
-    for n, drawn in enumerate(draw(policy, REQUESTS, Drawing(steps=8, shift=3.0))):
+    for n, drawn in enumerate(draw(policy, REQUESTS, Drawing(steps=8))):
         cycles = process(n).cycles
         texts = [str(cycles[0].plan), *(f"{a.inspection}{b.plan}" for a, b in pairwise(cycles))]
         assert drawn.texts == [*texts, str(cycles[-1].inspection)] and drawn.ended

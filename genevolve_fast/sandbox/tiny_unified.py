@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from genevolve_fast.process.trace import TAGS
+import numpy as np
+
+from genevolve_fast.process.trace import TAGS, Process
 from genevolve_fast.process.unified.codec import LatentCodec
+from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.process.unified.model import Unified, new_unified
+from genevolve_fast.resumable import BatchError
 from genevolve_fast.sandbox.tiny_policy import PIECES, SPECIAL_TOKENS, train_tokenizer
 
 VOCABULARY = 600
@@ -39,6 +43,24 @@ def tiny_config(codec: LatentCodec, hidden: int = 128, layers: int = 4, heads: i
         pad_token_id=ids["<|endoftext|>"],
         predicts=predicts,
     )
+
+
+def texts_of(process: Process) -> Iterator[str]:
+    """Everything that is written of a process."""
+    yield process.request
+    for cycle in process.cycles:
+        yield f"{cycle.plan}{cycle.inspection}{cycle.correction or ''}"
+
+
+def model_for(config: UnifiedConfig, processes: Sequence[Process], pixels: Mapping[str, np.ndarray]) -> Unified:
+    """Random weights as the model section says; the tokenizer is learnt from the first rows."""
+    m, first = config.model, processes[:4000]
+    size = len(pixels[first[0].result])
+    if size % m.patch_size:
+        raise BatchError(f"model.patch_size {m.patch_size} does not divide pictures of {size} pixels")
+    codec = tiny_codec((text for p in first for text in texts_of(p)), size, m.patch_size)
+    shape = dict(hidden=m.hidden, layers=m.layers, heads=m.heads, predicts=m.predicts)
+    return new_tiny(codec, config.seed, **shape)
 
 
 def new_tiny(codec: LatentCodec, seed: int = 0, **shape) -> Unified:

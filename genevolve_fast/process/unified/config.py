@@ -35,6 +35,9 @@ class ModelConfig(_Section):
 
 class FlowConfig(_Section):
     ce_weight: float = Field(0.25, ge=0, description="λ of L = λ · CE(text) + MSE(velocity)")
+    times: Literal["uniform", "logistic_normal"] = Field(
+        "uniform", description="Of the noised drafts; `logistic_normal` hardly trains the first steps out of noise"
+    )
     shift: float = Field(1.0, gt=0, description="Above 1 moves the times of training and drawing towards noise")
     stages: list[StageName] = Field(
         list(STAGES), description="Stages whose texts are learnt; image markers and the end always are"

@@ -244,3 +244,10 @@ def draw(
         part = slice(first, first + batch)
         out += Sketcher(policy, drawing).draw(requests[part], seeds[part], None if steps is None else steps[part])
     return out
+
+
+def strip(drafts: Sequence[np.ndarray], scale: int = 4) -> np.ndarray:
+    """The drafts beside each other, each pixel `scale` wide, with a grey line between them."""
+    large = [d.repeat(scale, 0).repeat(scale, 1) for d in drafts]
+    line = np.full((large[0].shape[0], scale, 3), 128, dtype=np.uint8)
+    return np.concatenate([part for d in large for part in (line, d)][1:], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from genevolve_fast.process.unified.attention import Blocks, ImageBlock, TextBlo
 from genevolve_fast.process.unified.codec import LatentCodec
 from genevolve_fast.process.unified.latents import to_latents
 from genevolve_fast.trajectory import ImageRecord, InvariantError, Trajectory
+
+Times = Literal["uniform", "logistic_normal"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,15 @@ class Noise:
     z0: Tensor
 
     @classmethod
-    def draw(cls, drafts: int, patches: int, numbers: int, generator: torch.Generator, shift: float) -> Noise:
-        """Times are logistic-normal, moved towards noise by `shift` > 1 as in BAGEL (arXiv 2403.03206)."""
-        times = torch.randn(drafts, generator=generator).sigmoid()
-        return cls(shifted(times, shift), torch.randn(drafts * patches, numbers, generator=generator))
+    def draw(
+        cls, drafts: int, patches: int, numbers: int, generator: torch.Generator, times: Times, shift: float
+    ) -> Noise:
+        """Logistic-normal or uniform times, moved towards noise by `shift` > 1 as in BAGEL (arXiv 2403.03206)."""
+        if times == "uniform":
+            t = torch.rand(drafts, generator=generator)
+        else:
+            t = torch.randn(drafts, generator=generator).sigmoid()
+        return cls(shifted(t, shift), torch.randn(drafts * patches, numbers, generator=generator))
 
     def to(self, device: torch.device) -> Noise:
         return Noise(self.times.to(device), self.z0.to(device))

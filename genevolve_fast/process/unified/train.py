@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +26,10 @@ from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.trajectory import Trajectory
 
-
-@dataclass(frozen=True)
-class ProcessRows:
-    """Processes to learn from and the uint8 [h, w, 3] pixels of their drafts by pixel hash."""
-
-    processes: Sequence[Process]
-    pixels: Mapping[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.processes)
+Pixels = Mapping[str, np.ndarray]  # uint8 [h, w, 3] of drafts by pixel hash
 
 
-def one_pass(process: Process, codec: LatentCodec, pixels: Mapping[str, np.ndarray]) -> Trajectory:
+def one_pass(process: Process, codec: LatentCodec, pixels: Pixels) -> Trajectory:
     """The request and the picture that the process ended with, drawn at once."""
     out = Interleaved(codec, process.request)
     out.draft("sketch", 0, process.result, codec.image_grid(pixels[process.result]))
@@ -47,7 +37,7 @@ def one_pass(process: Process, codec: LatentCodec, pixels: Mapping[str, np.ndarr
     return out.trajectory(process.id)
 
 
-def trajectory_of(process: Process, config: UnifiedConfig, codec: LatentCodec, pixels) -> Trajectory:
+def trajectory_of(process: Process, config: UnifiedConfig, codec: LatentCodec, pixels: Pixels) -> Trajectory:
     """What one row is to learn from."""
     if config.target == "one_pass":
         return one_pass(process, codec, pixels)
@@ -56,19 +46,25 @@ def trajectory_of(process: Process, config: UnifiedConfig, codec: LatentCodec, p
 
 
 def train_unified(
-    config: UnifiedConfig, policy: Unified, rows: ProcessRows, folder: Path, *, resume: bool = False
+    config: UnifiedConfig,
+    policy: Unified,
+    processes: Sequence[Process],
+    pixels: Pixels,
+    folder: Path,
+    *,
+    resume: bool = False,
 ) -> Path:
-    """Train `policy`; returns the folder of the final model (`folder/policy`).
+    """Train `policy` on processes and their drafts; returns the folder of the final model (`folder/policy`).
 
     On SIGTERM the last whole step is saved and Preempted raised. Raises RunError like `sft`.
     """
     strategy = Strategy()
     stopping = Stopping(strategy.ranks)
     with stopping.listening():
-        return _train(config, policy, rows, folder, resume, strategy, stopping)
+        return _train(config, policy, processes, pixels, folder, resume, strategy, stopping)
 
 
-def _train(config, policy: Unified, rows: ProcessRows, folder: Path, resume: bool, strategy, stopping) -> Path:
+def _train(config, policy: Unified, processes, pixels, folder: Path, resume: bool, strategy, stopping) -> Path:
     refuse_another_run(folder, config, resume)
     kept = folder / "checkpoints"
     saved = checkpoints(kept) if resume else []
@@ -85,7 +81,7 @@ def _train(config, policy: Unified, rows: ProcessRows, folder: Path, resume: boo
             stopping.pause()
             with run.phase("update_actor", step):
                 begin = time.perf_counter()
-                told = accumulate(config, policy, rows, step, finite)
+                told = accumulate(config, policy, processes, pixels, step, finite)
                 norm, taken = finite.step(step, optimizer, strategy, config.optim.max_grad_norm, {"loss": told["loss"]})
                 seconds = time.perf_counter() - begin
             step += 1
@@ -126,20 +122,22 @@ def batch_of(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def accumulate(
-    config: UnifiedConfig, policy: Unified, rows: ProcessRows, step: int, finite: FiniteSteps
+    config: UnifiedConfig, policy: Unified, processes: Sequence[Process], pixels: Pixels, step: int, finite: FiniteSteps
 ) -> dict[str, float]:
     """Gradients of a step's loss; its numbers. Text counts by token and drafts by number, over the whole step."""
-    chosen = [rows.processes[i] for i in batch_of(len(rows), config.batch_size, config.seed, step)]
-    trajectories = [trajectory_of(p, config, policy.codec, rows.pixels) for p in chosen]
+    chosen = [processes[i] for i in batch_of(len(processes), config.batch_size, config.seed, step)]
+    trajectories = [trajectory_of(p, config, policy.codec, pixels) for p in chosen]
     patches, numbers = policy.flow.place.num_embeddings, policy.flow.leave.out_features
     tokens = sum(t.num_loss_tokens for t in trajectories)
     drafts = sum(len(drawn_images(t)) for t in trajectories)
     costs = [sum(numbers_of(t)) for t in trajectories]
     nll = squares = 0.0
     for n, members in enumerate(plan_microbatches(costs, config.max_tokens_per_microbatch)):
-        batch = pack_processes([trajectories[i] for i in members], rows.pixels, policy.codec, policy.device)
+        batch = pack_processes([trajectories[i] for i in members], pixels, policy.codec, policy.device)
         generator = torch.Generator().manual_seed(stable_seed("noise", config.seed, step, n))
-        noise = Noise.draw(batch.drafts, patches, numbers, generator, config.flow.shift).to(policy.device)
+        noise = Noise.draw(batch.drafts, patches, numbers, generator, config.flow.times, config.flow.shift).to(
+            policy.device
+        )
         try:
             sums = losses(policy, batch, noise)
         except NonFiniteError as error:
