@@ -11,9 +11,9 @@ import numpy as np
 
 from genevolve_fast.process.scene_graph import GraphError, SceneGraph, SceneRequest
 from genevolve_fast.process.states import (
-    Change,
     Vocabulary,
     Where,
+    carried,
     contradictions,
     corruptions,
     increment_units,
@@ -22,7 +22,9 @@ from genevolve_fast.process.states import (
     missing,
     part,
     placed_before,
+    renamed,
     rewrites,
+    settled,
     without_places,
 )
 from genevolve_fast.process.trace import MAX_CYCLES, Correction, Cycle, Inspection, Plan, Process, Subset
@@ -155,7 +157,8 @@ async def instruction_conflict(request: SceneRequest, shop: Workshop, seed: int,
             await row.take(attempt, told)
             continue
         draft = await row.drawn(attempt, told)
-        full, right = await row.mended(told)
+        shown = settled(told, await row.judge_plan(told, draft))
+        full, right = await row.mended(shown)
         if not right.objects:
             raise Rejected("nothing of the plan is right", told.text())
         correction = await shop.author.correction(row.told(right), told, faults)
@@ -206,7 +209,7 @@ async def _own_draft(request, row: _Row, random, attempts: Sequence[Attempt], so
         if faults := contradictions(told, request.graph, row.shop.where):
             raise Rejected("plan contradicts request", faults[0])
         if attempt.draft is not None and not (await row.shop.judge.judge(told, attempt.draft)).correct:
-            full, right = await row.mended(told)
+            full, right = await row.mended(carried(told, row.state))
             await row.mend_draft(attempt.plan, right, attempt.draft, told)
             await row.complete(full, random)
             return await row.finish(request.graph, source=source)
@@ -293,8 +296,9 @@ class _Row:
         return plan
 
     async def read(self, plan: Plan) -> SceneGraph:
+        """What a plan describes, under the ids of the request."""
         try:
-            return await self.shop.reader.read(plan.description)
+            return renamed(await self.shop.reader.read(plan.description), self.graph)
         except GraphError as error:
             raise Rejected("unreadable plan", str(error)) from None
 
@@ -308,20 +312,27 @@ class _Row:
 
     async def take(self, attempt: Attempt, told: SceneGraph) -> None:
         """A sampled cycle whose plan is right; its draft is drawn anew where it contradicts the plan."""
-        draft, laid = await self.drawn(attempt, told), self.state
-        laid = await self.layout(placed_before(Change("", told), laid)) if laid.objects else await self.layout(told)
-        await self._sound(attempt.plan, told, draft, laid)
+        draft = await self.drawn(attempt, told)
+        await self._sound(attempt.plan, told, draft, settled(told, await self.judge_plan(told, draft)))
 
     async def drawn(self, attempt: Attempt, told: SceneGraph) -> np.ndarray:
-        if attempt.draft is not None and (await self.shop.judge.judge(told, attempt.draft)).correct:
+        if attempt.draft is not None and (await self._judge(told, attempt.draft)).correct:
             return attempt.draft
-        laid = await self.layout(told)
+        try:
+            laid = await self.layout(carried(told, self.state))
+        except Rejected:  # what stands already leaves no room for it
+            laid = await self.layout(told)
         return await self.shop.painter.paint(laid, self._text(attempt.plan), self.before, self.seed)
 
-    async def _sound(self, plan: Plan, told: SceneGraph, draft: np.ndarray, state: SceneGraph) -> None:
+    async def judge_plan(self, told: SceneGraph, draft: np.ndarray) -> Verdict:
+        """Raises Rejected for a draft that contradicts its plan."""
         verdict = await self._judge(told, draft)
         if not verdict.correct:
             raise Rejected("draft contradicts plan", verdict.faults[0])
+        return verdict
+
+    async def _sound(self, plan: Plan, told: SceneGraph, draft: np.ndarray, state: SceneGraph) -> None:
+        verdict = await self.judge_plan(told, draft)
         reason = await self.shop.author.reason(told, verdict) if self.reasons else ""
         self._add(Cycle(plan, self._keep(draft), Inspection(reason=reason)), told, None, state)
 
@@ -329,9 +340,6 @@ class _Row:
         self, plan, told: SceneGraph, draft, inspection: Inspection, correction: Correction, right: SceneGraph
     ):
         """A cycle that went wrong: what is learned of it is to see the fault and to mend it."""
-        verdict = await self._judge(told, draft)
-        if inspection.plan and not verdict.correct:
-            raise Rejected("draft contradicts plan", verdict.faults[0])
         corrected = await self.shop.painter.paint(right, correction.text, draft, self.seed)
         after = await self._judge(self.told(right), corrected)
         if not after.correct:

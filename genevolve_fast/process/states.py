@@ -17,7 +17,7 @@ from genevolve_fast.process.scene_graph import (
     listed,
     places,
 )
-from genevolve_fast.process.verdict import Found, holds
+from genevolve_fast.process.verdict import Found, Verdict, holds
 
 Box = tuple[float, float, float, float]
 Where = Callable[[str], Box]  # the box of a place
@@ -132,6 +132,44 @@ def mended(plan: SceneGraph, request: SceneGraph, where: Where | None = None) ->
         }
         graph = replace(graph, objects=tuple(_plain(n) if n.id in wrong else n for n in graph.objects))
     return graph, counts
+
+
+def renamed(plan: SceneGraph, request: SceneGraph) -> SceneGraph:
+    """The plan with the ids of the objects of the request that it means."""
+    meant, names, taken = matching(plan, request), {}, set()
+    for node in plan.objects:
+        id = meant.get(node.id, f"other {node.id}")
+        names[node.id] = id if id not in taken else f"{id} {node.id}"
+        taken.add(names[node.id])
+    return SceneGraph(
+        tuple(replace(n, id=names[n.id]) for n in plan.objects),
+        tuple(Relation(names[r.subject], r.kind, names[r.object]) for r in plan.relations),
+    )
+
+
+def carried(graph: SceneGraph, state: SceneGraph) -> SceneGraph:
+    """What `graph` leaves open of objects that `state` has already, as it is there."""
+    nodes = []
+    for node in graph.objects:
+        known = dict(state[node.id].attributes) if node.id in state else {}
+        if PLACE in known and len(places(known[PLACE])) != node.count:
+            del known[PLACE]
+        nodes.append(replace(node, attributes=known | dict(node.attributes)))
+    return replace(graph, objects=tuple(nodes))
+
+
+def settled(graph: SceneGraph, seen: Verdict) -> SceneGraph:
+    """What `graph` leaves open as a picture shows it."""
+    nodes = []
+    for node in graph.objects:
+        found = seen.matched.get(node.id, ())
+        known: dict[str, str] = {}
+        if len(found) == node.count:
+            known = {k: v for k, v in found[0].attributes.items() if all(f.attributes.get(k) == v for f in found)}
+            if all(PLACE in f.attributes for f in found):
+                known[PLACE] = listed(f.attributes[PLACE] for f in found)
+        nodes.append(replace(node, attributes=known | dict(node.attributes)))
+    return replace(graph, objects=tuple(nodes))
 
 
 def without_places(graph: SceneGraph) -> SceneGraph:

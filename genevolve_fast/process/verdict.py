@@ -73,7 +73,7 @@ def compare(graph: SceneGraph, found: Sequence[Found], smear: str = "", *, exact
     present, counts, attributes, faults = {}, {}, {}, []
     for node in graph.objects:
         mine = matched[node.id]
-        wrong = [f for f in mine if not _has(node, f)]
+        wrong = [f for f in mine if not has(node, f)]
         present[node.id] = bool(mine)
         counts[node.id] = len(mine) == node.count if exact or node.count > 1 else bool(mine)
         attributes[node.id] = bool(mine) and not wrong
@@ -113,7 +113,8 @@ def _stands(kind: str, a: Found, b: Found) -> bool:
     return along > _CLEAR * sizes and along > _SIDE * math.hypot(dx, dy)
 
 
-def _has(node: Node, found: Found) -> bool:
+def has(node: Node, found: Found) -> bool:
+    """Whether a found object has every attribute that is asked; a place is one of those that a group lists."""
     return all(_agrees(key, value, found) for key, value in node.attributes.items())
 
 
@@ -139,9 +140,9 @@ def _match(nodes: Sequence[Node], found: Sequence[Found]) -> dict[str, tuple[Fou
                 matched[node.id].append(f)
                 left[:] = [other for other in left if other is not f]
 
-    take(_has, 1)
+    take(has, 1)
     take(lambda node, f: True, 1)
-    take(_has, None)
+    take(has, None)
     return {id: tuple(mine) for id, mine in matched.items()}
 
 
