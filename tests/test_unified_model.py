@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 
 import numpy as np
 import pytest
@@ -71,16 +72,16 @@ def model(codec, predicts: str = "picture") -> Unified:
 
 def noise_for(batch, seed: int = 0) -> Noise:
     generator = torch.Generator().manual_seed(seed)
-    return Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
+    return Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
 
 
 def in_double(noise: Noise) -> Noise:
     return Noise(noise.times.double(), noise.z0.double())
 
 
-def split(noise: Noise, trajectory, batch, before: int) -> Noise:
-    """The noise of one trajectory's drafts, which `before` others precede."""
-    own = len(drawn_images(trajectory))
+def split(noise: Noise, trajectory, batch, before: int, copies: int = 1) -> Noise:
+    """The noise of one trajectory's copies, which `before` others precede."""
+    own = len(drawn_images(trajectory)) * copies
     rows = slice(before * batch.patches, (before + own) * batch.patches)
     return Noise(noise.times[before : before + own], noise.z0[rows])
 
@@ -94,12 +95,14 @@ def masked(batch, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("way", [parts, masked])
-@pytest.mark.parametrize("predicts", ["picture", "velocity"])
-def test_the_packed_pass_equals_one_plain_sequence_a_draft_in_values_and_gradients(codec, trajectories, predicts, way):
+@pytest.mark.parametrize(("predicts", "copies"), [("picture", 1), ("velocity", 2)])
+def test_the_packed_pass_equals_one_plain_sequence_a_copy_in_values_and_gradients(
+    codec, trajectories, predicts, copies, way
+):
     policy = model(codec, predicts).double()
-    batch = pack_processes(trajectories, PIXELS, codec)
+    batch = pack_processes(trajectories, PIXELS, codec, copies=copies)
     noise = in_double(noise_for(batch))
-    assert batch.drafts == 1 + 3 + 2  # the sketch that was wrong on purpose is read, never drawn
+    assert batch.noised == copies * (1 + 3 + 2)  # the sketch that was wrong on purpose is read, never drawn
 
     packed = losses(policy, batch, noise, way(batch, torch.float64))
     (0.25 * packed.nll + packed.squares).backward()
@@ -110,9 +113,9 @@ def test_the_packed_pass_equals_one_plain_sequence_a_draft_in_values_and_gradien
     before = 0
     for t in trajectories:
         one = reference_losses(
-            policy, t, [PIXELS[i.sha256] for i in t.images], split(noise, t, batch, before), torch.float64
+            policy, t, [PIXELS[i.sha256] for i in t.images], split(noise, t, batch, before, copies), torch.float64
         )
-        before += len(drawn_images(t))
+        before += copies * len(drawn_images(t))
         nll, squares = nll + one.nll, squares + one.squares
     (0.25 * nll + squares).backward()
     assert packed.nll.item() == pytest.approx(nll.item(), rel=1e-9)
@@ -144,7 +147,7 @@ def test_nothing_is_seen_that_stands_later_in_another_sequence_or_in_a_noised_co
 
         def changed(batch, noise):
             h, v = forward(policy, batch, noise, way(batch))
-            return (h != hidden).any(1), (v != velocity).any(1).view(batch.drafts, -1).any(1)
+            return (h != hidden).any(1), (v != velocity).any(1).view(batch.noised, -1).any(1)
 
         # another noise in copy 2: that copy alone
         z0 = noise.z0.clone()
@@ -232,3 +235,46 @@ def test_a_saved_model_is_the_same_model(codec, trajectories, tmp_path):
     batch = pack_processes(trajectories, PIXELS, codec)
     a, b = losses(policy, batch, noise_for(batch)), losses(again, batch, noise_for(batch))
     assert (a.nll, a.squares) == (b.nll, b.squares)
+
+
+@pytest.mark.slow
+def test_33k_rows_in_one_pass_equal_their_sequences_one_after_another(capsys):
+    """As many rows as a published step packs, masks nowhere: long processes of ten drafts of 64 rows each."""
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(20)]
+    pixels = {image_hash(p): p for p in pictures}
+    shas = list(pixels)
+    fault = Inspection(draft="the square is green")
+    processes = []
+    for n in range(24):
+        cycles = []
+        for k in range(5):
+            plan = Plan("add a circle " * 5, "a scene of circles " * (5 + k))
+            cycles.append(Cycle(plan, shas[(n + k) % 20], fault, Correction("paint it"), shas[(n + 7 * k + 1) % 20]))
+        processes.append(process(f"p{n}", *cycles))
+    codec = tiny_codec([f"{c.plan}{c.inspection}{c.correction}" for p in processes for c in p.cycles], 32, 4)
+    policy = new_tiny(codec, 0, hidden=64, layers=2, heads=2)
+    trajectories = [interleave(p, codec, pixels) for p in processes]
+    batch = pack_processes(trajectories, pixels, codec)
+    assert batch.ids.shape[1] >= 33_000 and batch.blocks.longest > 512
+    noise = noise_for(batch)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    packed = losses(policy, batch, noise)
+    (packed.nll + packed.squares).backward()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    got = {n: p.grad.clone() for n, p in policy.named_parameters()}
+    policy.zero_grad()
+    nll = squares = 0.0
+    for n, t in enumerate(trajectories):
+        one = pack_processes([t], pixels, codec)
+        sums = losses(policy, one, split(noise, t, batch, 10 * n))
+        (sums.nll + sums.squares).backward()
+        nll, squares = nll + sums.nll.item(), squares + sums.squares.item()
+    assert packed.nll.item() == pytest.approx(nll, rel=1e-5)
+    assert packed.squares.item() == pytest.approx(squares, rel=1e-5)
+    for name, p in policy.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-3, atol=2e-4 * scale, msg=name)
+    with capsys.disabled():
+        print(f"\n{batch.ids.shape[1]} rows in one pass: {peak:.0f} MiB above what was there before")

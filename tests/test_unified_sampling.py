@@ -40,7 +40,7 @@ def policy():
     optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(160):
-        noise = Noise.draw(batch.drafts, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
+        noise = Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
         sums = losses(policy, batch, noise)
         (sums.nll / batch.text_targets + sums.squares / noise.z0.numel()).backward()
         optimizer.step()

@@ -84,7 +84,7 @@ def test_micro_batches_sum_to_the_loss_of_the_whole_step(tmp_path):
         train_unified(c, model_for(c, PROCESSES, PIXELS), PROCESSES, PIXELS, folder)
         rows += metrics(folder)
     assert rows[0]["loss/text"] == pytest.approx(rows[1]["loss/text"], rel=1e-5)
-    assert rows[0]["num_tokens"] == rows[1]["num_tokens"] and rows[0]["drafts"] == rows[1]["drafts"] > 5
+    assert rows[0]["num_tokens"] == rows[1]["num_tokens"] and rows[0]["noised_drafts"] == rows[1]["noised_drafts"] > 5
     assert all(r["loss"] == pytest.approx(0.25 * r["loss/text"] + r["loss/flow"]) for r in rows)
 
 
@@ -135,7 +135,9 @@ def test_commands_train_draw_and_refuse(tmp_path, capsys):
     model = ["--model", str(tmp_path / "tiny" / "policy")]
     main(["process-draw", *model, "--out", str(tmp_path / "drawn"), "--steps", "1", "a red circle"])
     (line,) = map(json.loads, (tmp_path / "drawn" / "drawn.jsonl").read_text().splitlines())
-    assert line["request"] == "a red circle" and len(list((tmp_path / "drawn").glob("*_draft_*"))) == line["drafts"]
+    assert (
+        line["request"] == "a red circle" and len(list((tmp_path / "drawn").glob("*_draft_*"))) == line["noised_drafts"]
+    )
     assert main(["process-draw", *model, "--out", data, "--steps", "0", "a"]) == 2
     assert main(["process-train", "--set", "steps=1"]) == 2
     assert "data is empty" in capsys.readouterr().err

@@ -35,6 +35,7 @@ class ModelConfig(_Section):
 
 class FlowConfig(_Section):
     ce_weight: float = Field(0.25, ge=0, description="λ of L = λ · CE(text) + MSE(velocity)")
+    copies: int = Field(4, ge=1, description="Noised copies of each draft in a step, each at a time of its own")
     times: Literal["uniform", "logistic_normal"] = Field(
         "uniform", description="Of the noised drafts; `logistic_normal` hardly trains the first steps out of noise"
     )

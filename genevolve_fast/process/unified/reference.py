@@ -18,7 +18,7 @@ def reference_losses(
 ) -> Losses:
     """`pictures` of all its images in order; `noise` of those that are drawn, in order.
 
-    Each drawn image is a sequence of its own: what stands before it, and the noised image as its last rows.
+    Each noised copy is a sequence of its own: what stands before it, and the noised image as its last rows.
     """
     numbers = policy.flow.leave.out_features
     latents = [to_latents([p], policy.codec.patch).to(dtype) for p in pictures]
@@ -31,7 +31,10 @@ def reference_losses(
     nll = -logits.log_softmax(-1)[torch.arange(len(targets)), ids[targets]].sum()
     squares = torch.zeros((), dtype=dtype)
     z0s = noise.z0.to(dtype).view(len(noise.times), -1, numbers)
-    for image, t, z0 in zip(drawn_images(trajectory), noise.times.to(dtype), z0s, strict=True):
+    drawn = drawn_images(trajectory)
+    copies = len(noise.times) // len(drawn)
+    noised = [image for image in drawn for _ in range(copies)]
+    for image, t, z0 in zip(noised, noise.times.to(dtype), z0s, strict=True):
         index = trajectory.images.index(image)
         z1 = latents[index]
         z = t * z0 + (1 - t) * z1

@@ -1,4 +1,4 @@
-"""Processes to packed batches: clean rows as they are read, and behind them a noised copy of each draft to draw."""
+"""Processes to packed batches: clean rows as they are read, and behind them noised copies of each draft to draw."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class UnifiedBatch:
     blocks: Blocks
 
     @property
-    def drafts(self) -> int:
+    def noised(self) -> int:
+        """Noised copies."""
         return len(self.copied) // self.patches
 
     @property
@@ -49,21 +50,21 @@ class UnifiedBatch:
 
 @dataclass(frozen=True)
 class Noise:
-    """What the drafts of a batch are mixed with: times [drafts] in 0..1 and z0 [noised rows, numbers]."""
+    """What the noised copies of a batch are mixed with: times [copies] in 0..1 and z0 [noised rows, numbers]."""
 
     times: Tensor
     z0: Tensor
 
     @classmethod
     def draw(
-        cls, drafts: int, patches: int, numbers: int, generator: torch.Generator, times: Times, shift: float
+        cls, copies: int, patches: int, numbers: int, generator: torch.Generator, times: Times, shift: float
     ) -> Noise:
         """Logistic-normal or uniform times, moved towards noise by `shift` > 1 as in BAGEL (arXiv 2403.03206)."""
         if times == "uniform":
-            t = torch.rand(drafts, generator=generator)
+            t = torch.rand(copies, generator=generator)
         else:
-            t = torch.randn(drafts, generator=generator).sigmoid()
-        return cls(shifted(t, shift), torch.randn(drafts * patches, numbers, generator=generator))
+            t = torch.randn(copies, generator=generator).sigmoid()
+        return cls(shifted(t, shift), torch.randn(copies * patches, numbers, generator=generator))
 
     def to(self, device: torch.device) -> Noise:
         return Noise(self.times.to(device), self.z0.to(device))
@@ -78,9 +79,9 @@ def drawn_images(trajectory: Trajectory) -> tuple[ImageRecord, ...]:
     return tuple(i for i in trajectory.images if i.start and trajectory.loss_mask[i.start - 1])
 
 
-def numbers_of(trajectory: Trajectory) -> tuple[int, int]:
-    """(rows, rows with noised copies): what a sequence costs in a batch."""
-    return len(trajectory), sum(i.stop - i.start for i in drawn_images(trajectory))
+def rows_of(trajectory: Trajectory, copies: int = 1) -> int:
+    """Rows that a trajectory takes in a batch, its noised copies among them."""
+    return len(trajectory) + copies * sum(i.stop - i.start for i in drawn_images(trajectory))
 
 
 def pack_processes(
@@ -88,8 +89,9 @@ def pack_processes(
     pixels: Mapping[str, np.ndarray],
     codec: LatentCodec,
     device: torch.device | str = "cpu",
+    copies: int = 1,
 ) -> UnifiedBatch:
-    """Lay the trajectories end to end; `pixels` maps pixel hash to uint8 [h, w, 3].
+    """Lay the trajectories end to end; `pixels` maps pixel hash to uint8 [h, w, 3], each draft has noised `copies`.
 
     Raises InvariantError for a trajectory without any image, ImageMismatchError where pixels are missing.
     """
@@ -110,7 +112,7 @@ def pack_processes(
             texts.append(TextBlock(position, begin, start))
             images.append(ImageBlock(begin, end, ((start, end),)))
             count, position = end - begin, end
-            if image in drawn:
+            for _ in range(copies if image in drawn else 0):
                 noised.append(ImageBlock(rows, rows + count, ((start, begin), (rows, rows + count))))
                 copied.append(np.arange(image_rows_before, image_rows_before + count))
                 rows += count

@@ -16,7 +16,7 @@ from genevolve_fast.process.unified.codec import LatentCodec
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.process.unified.loss import losses
 from genevolve_fast.process.unified.model import Unified
-from genevolve_fast.process.unified.sequences import Noise, drawn_images, numbers_of, pack_processes
+from genevolve_fast.process.unified.sequences import Noise, drawn_images, pack_processes, rows_of
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.collect import stable_seed
 from genevolve_fast.train.finite import FiniteSteps
@@ -129,13 +129,14 @@ def accumulate(
     trajectories = [trajectory_of(p, config, policy.codec, pixels) for p in chosen]
     patches, numbers = policy.flow.place.num_embeddings, policy.flow.leave.out_features
     tokens = sum(t.num_loss_tokens for t in trajectories)
-    drafts = sum(len(drawn_images(t)) for t in trajectories)
-    costs = [sum(numbers_of(t)) for t in trajectories]
+    copies = config.flow.copies
+    noised = copies * sum(len(drawn_images(t)) for t in trajectories)
+    costs = [rows_of(t, copies) for t in trajectories]
     nll = squares = 0.0
     for n, members in enumerate(plan_microbatches(costs, config.max_tokens_per_microbatch)):
-        batch = pack_processes([trajectories[i] for i in members], pixels, policy.codec, policy.device)
+        batch = pack_processes([trajectories[i] for i in members], pixels, policy.codec, policy.device, copies)
         generator = torch.Generator().manual_seed(stable_seed("noise", config.seed, step, n))
-        noise = Noise.draw(batch.drafts, patches, numbers, generator, config.flow.times, config.flow.shift).to(
+        noise = Noise.draw(batch.noised, patches, numbers, generator, config.flow.times, config.flow.shift).to(
             policy.device
         )
         try:
@@ -144,7 +145,7 @@ def accumulate(
             finite.note(error)
             nll = float("nan")
             break
-        ce, mse = sums.nll / max(1, tokens), sums.squares / max(1, drafts * patches * numbers)
+        ce, mse = sums.nll / max(1, tokens), sums.squares / max(1, noised * patches * numbers)
         (config.flow.ce_weight * ce + mse).backward()
         nll, squares = nll + float(ce.detach()), squares + float(mse.detach())
     return {
@@ -153,5 +154,5 @@ def accumulate(
         "loss/flow": squares,
         "num_tokens": float(sum(costs)),
         "text_tokens": float(tokens),
-        "drafts": float(drafts),
+        "noised_drafts": float(noised),
     }
