@@ -135,9 +135,7 @@ def test_commands_train_draw_and_refuse(tmp_path, capsys):
     model = ["--model", str(tmp_path / "tiny" / "policy")]
     main(["process-draw", *model, "--out", str(tmp_path / "drawn"), "--steps", "1", "a red circle"])
     (line,) = map(json.loads, (tmp_path / "drawn" / "drawn.jsonl").read_text().splitlines())
-    assert (
-        line["request"] == "a red circle" and len(list((tmp_path / "drawn").glob("*_draft_*"))) == line["noised_drafts"]
-    )
+    assert line["request"] == "a red circle" and len(list((tmp_path / "drawn").glob("*_draft_*"))) == line["drafts"]
     assert main(["process-draw", *model, "--out", data, "--steps", "0", "a"]) == 2
     assert main(["process-train", "--set", "steps=1"]) == 2
     assert "data is empty" in capsys.readouterr().err

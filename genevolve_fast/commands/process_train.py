@@ -98,7 +98,10 @@ def run_process_draw(args: argparse.Namespace) -> int:
         lines.append(
             {"request": request, "texts": d.texts, "drafts": len(d.drafts), "steps": d.steps, "ended": d.ended}
         )
-        print(f"{request}\n" + "".join(f"  {text}\n" for text in d.texts) + f"  {len(d.drafts)} drafts", flush=True)
+        print(
+            f"{request}\n" + "".join(f"  {' '.join(text.split())}\n" for text in d.texts) + f"  {len(d.drafts)} drafts",
+            flush=True,
+        )
     write_text(args.out / "drawn.jsonl", "".join(json_text(line) + "\n" for line in lines))
     print(f"written to {args.out}")
     return int(not all(d.drafts for d in drawn))
