@@ -77,6 +77,7 @@ def run_process_train(args: argparse.Namespace) -> int:
 def run_process_draw(args: argparse.Namespace) -> int:
     """Exit status 1 where a request got no draft."""
     from genevolve_fast.files import write_bytes, write_text
+    from genevolve_fast.net.harmless import one_line
     from genevolve_fast.net.pictures import png_bytes
     from genevolve_fast.process.unified.model import Unified
     from genevolve_fast.process.unified.sampling import Drawing, draw, strip
@@ -99,7 +100,7 @@ def run_process_draw(args: argparse.Namespace) -> int:
             {"request": request, "texts": d.texts, "drafts": len(d.drafts), "steps": d.steps, "ended": d.ended}
         )
         print(
-            f"{request}\n" + "".join(f"  {' '.join(text.split())}\n" for text in d.texts) + f"  {len(d.drafts)} drafts",
+            f"{request}\n" + "".join(f"  {one_line(text, 600)}\n" for text in d.texts) + f"  {len(d.drafts)} drafts",
             flush=True,
         )
     write_text(args.out / "drawn.jsonl", "".join(json_text(line) + "\n" for line in lines))
