@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,8 +107,10 @@ def build(settings: Settings, folder: Path) -> Processes:
         else:
             build = lambda r=r: image_alignment(r, shop, settings.data_seed, negative=True)  # noqa: E731
             jobs.append(Job(f"image_alignment-{r.id}", "image_alignment", r.category, build))
-    _, tally = asyncio.run(build_rows(folder, jobs, {"rows": settings.rows, "seed": settings.data_seed}))
+    _, tally = asyncio.run(build_rows(folder, jobs, {"seed": settings.data_seed}))
     print(tally.line(), flush=True)
+    if tally.stopped:
+        sys.exit(_UNFINISHED)
     return open_processes(folder)
 
 
@@ -259,11 +264,27 @@ def curve(path: Path, points: int = 40) -> dict[str, list]:
 
 
 def one(settings: Settings, out: Path, seed: int, arm: str) -> None:
+    """Train, and draw where that can be: one pass waits for the drafts of the process."""
     train(settings, out, seed, arm)
-    if arm == "process" or all(
-        _chunk(out / f"process_{seed}", n).exists() for n in range(0, settings.requests, _CHUNK)
-    ):
+    if arm == "process" or is_drawn(settings, out, seed, "process"):
         draw_arm(settings, out, seed, arm)
+
+
+def is_drawn(settings: Settings, out: Path, seed: int, arm: str) -> bool:
+    return all(_chunk(out / f"{arm}_{seed}", n).exists() for n in range(0, settings.requests, _CHUNK))
+
+
+@contextmanager
+def stopping_at(deadline: float) -> Iterator[None]:
+    """SIGTERM for this process then: training saves its last whole step, other parts are whole or not there."""
+    timer = threading.Timer(max(0.0, deadline - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if deadline < math.inf:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -275,21 +296,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--small", action="store_true", help="everything in miniature, of no meaning")
     p.add_argument("--record", action="store_true", help="write the scoreboard and the curves")
     p.add_argument("--one", metavar="SEED:ARM", help=argparse.SUPPRESS)
+    p.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     settings = Settings.small() if args.small else Settings()
     if args.record and args.small:
         p.error("--small measures nothing that could be recorded")
     keep_settings(args.out, settings)
-    if args.minutes:
-        timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
+    deadline = args.deadline or (time.time() + 60 * args.minutes if args.minutes else math.inf)
     if args.one:
         seed, arm = args.one.split(":")
-        one(settings, args.out, int(seed), arm)
+        with stopping_at(deadline):
+            one(settings, args.out, int(seed), arm)
         return 0
-    build(settings, args.out / "rows")
-    if not all_parts(args, settings):
+    with stopping_at(deadline):
+        build(settings, args.out / "rows")
+    if not all_parts(args, settings, deadline):
         print("not finished: the same command goes on", flush=True)
         return _UNFINISHED
     result = summary(settings, args.out, args.seeds)
@@ -307,25 +328,27 @@ def keep_settings(out: Path, settings: Settings) -> None:
     write_text(path, json.dumps(now, indent=1) + "\n")
 
 
-def all_parts(args: argparse.Namespace, settings: Settings) -> bool:
-    """Train and draw in processes of their own; whether all is there. The process goes first: it sets the steps."""
-    for arm in ("process", "one_pass"):
+def all_parts(args: argparse.Namespace, settings: Settings, deadline: float) -> bool:
+    """Train and draw in processes of their own, then draw what had to wait; whether all is there."""
+    for _ in range(2):
+        left = [(a, s) for a in ("process", "one_pass") for s in args.seeds if not is_drawn(settings, args.out, s, a)]
         with ThreadPoolExecutor(args.jobs) as pool:
-            ran = [pool.submit(_part, args, seed, arm) for seed in args.seeds]
-            if any(r.result() for r in ran):
-                return False
-    return all(
-        _chunk(args.out / f"{arm}_{s}", n).exists()
-        for arm in ARMS for s in args.seeds for n in range(0, settings.requests, _CHUNK)
-    )  # fmt: skip
+            done = [pool.submit(_part, args, seed, arm, deadline) for arm, seed in left]
+            for part in done:
+                part.result()
+    return all(is_drawn(settings, args.out, s, a) for a in ARMS for s in args.seeds)
 
 
-def _part(args: argparse.Namespace, seed: int, arm: str) -> int:
+def _part(args: argparse.Namespace, seed: int, arm: str, deadline: float) -> None:
+    if time.time() >= deadline:
+        return
     command = [sys.executable, "-m", "benchmarks.process_gain", "--out", str(args.out), "--one", f"{seed}:{arm}"]
     command += ["--small"] if args.small else []
-    command += ["--minutes", str(args.minutes)] if args.minutes else []
+    command += ["--deadline", str(deadline)] if deadline < math.inf else []
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
+    if code not in (0, -signal.SIGTERM):
+        raise SystemExit(f"{arm} of seed {seed} failed with status {code}")
 
 
 def tell(result: dict) -> None:
