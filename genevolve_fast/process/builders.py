@@ -151,8 +151,6 @@ async def instruction_conflict(request: SceneRequest, shop: Workshop, seed: int,
     for attempt in (await sampler.sample(request, seed))[:MAX_CYCLES]:
         told = await row.read(attempt.plan)
         faults = contradictions(told, request.graph, shop.where)
-        if not shop.allowed(told):
-            raise Rejected("held-out composition", told.text())
         if not faults:
             await row.take(attempt, told)
             continue
@@ -298,9 +296,12 @@ class _Row:
     async def read(self, plan: Plan) -> SceneGraph:
         """What a plan describes, under the ids of the request."""
         try:
-            return renamed(await self.shop.reader.read(plan.description), self.graph)
+            told = renamed(await self.shop.reader.read(plan.description), self.graph)
         except GraphError as error:
             raise Rejected("unreadable plan", str(error)) from None
+        if not self.shop.allowed(told):
+            raise Rejected("held-out composition", told.text())
+        return told
 
     async def grow(self, state: SceneGraph, asked: SceneGraph) -> None:
         """A sound cycle to `state`, which must be part of what is `asked` at that time."""

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,13 +75,11 @@ class Job:
 
 @dataclass
 class BuildTally(Tally):
-    """How many rows were built, and how many not and why."""
+    """How many rows were built (or requests read), and how many not and why."""
 
     good: ClassVar[str] = "kept"
     hopeless: ClassVar[tuple[str, ...]] = ("connect", "client_error")
     items: ClassVar[str] = "rows"
-
-    rejected: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         return f"{self.succeeded} rows built, {self.failures()}, {self.seconds:.1f} s"

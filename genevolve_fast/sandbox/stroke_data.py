@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from genevolve_fast.process.author import GraphAuthor
 from genevolve_fast.process.builders import Immediate, Workshop
 from genevolve_fast.process.scene_graph import PLACE, SceneGraph, listed, places
-from genevolve_fast.process.states import Vocabulary
+from genevolve_fast.process.states import Vocabulary, without_places
+from genevolve_fast.protocols import RenderError
 from genevolve_fast.sandbox.strokes import (
     CELL,
     COLOURS,
@@ -20,11 +22,13 @@ from genevolve_fast.sandbox.strokes import (
     Split,
     UnreadableText,
     draw,
+    judge_graph,
     meets_held_out_pair,
     parse,
     place_cell,
     sample_scene,
 )
+from genevolve_fast.trajectory import Program
 
 WORDS = Vocabulary(SHAPES, {"colour": tuple(COLOURS)})
 
@@ -96,3 +100,40 @@ def workshop(split: Split = "train", tell_places: bool = True) -> Workshop:
         allowed=lambda graph: split != "train" or not meets_held_out_pair(graph),
         tell_places=tell_places,
     )
+
+
+class StrokeRenderer:
+    """protocols.Renderer: draws the scene that a prompt's last line tells, what a reference shows of it where it is."""
+
+    name = "strokes"
+    min_references = 0
+    max_references = 1
+
+    async def render(self, program: Program, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """uint8 [32, 32, 3]. Raises RenderError for a prompt that tells no scene."""
+        line = program.gen_prompt.strip().splitlines()[-1]
+        try:
+            graph = parse(line.removeprefix("The whole scene then: "))
+            if references:
+                graph = _where_seen(graph, references[0])
+            return draw(_sampled(graph, seed))
+        except ValueError as error:
+            raise RenderError(f"the prompt cannot be drawn: {error}", "bad_arguments") from None
+
+
+def _where_seen(graph: SceneGraph, picture: np.ndarray) -> SceneGraph:
+    seen = judge_graph(without_places(graph), picture)
+    nodes = []
+    for node in graph.objects:
+        spots = [f.attributes[PLACE] for f in seen.matched[node.id]][: node.count]
+        known = {PLACE: listed(spots)} if spots and PLACE not in node.attributes else {}
+        nodes.append(replace(node, attributes={**node.attributes, **known}))
+    return replace(graph, objects=tuple(nodes))
+
+
+def _sampled(graph: SceneGraph, seed: int) -> Scene:
+    random = np.random.default_rng(seed)
+    try:
+        return sample_scene(graph, random)
+    except ValueError:  # what stands where it is leaves no room for the rest
+        return sample_scene(without_places(graph), random)

@@ -112,6 +112,8 @@ def text_of(content) -> str:
 class LoopbackChat:
     """The server as a process on a free port; it can be killed and started again on the same port."""
 
+    module = "tests.loopback.chat"
+
     def __init__(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -124,7 +126,7 @@ class LoopbackChat:
     def start(self, wait_s: float = 30.0) -> LoopbackChat:
         import httpx
 
-        command = [sys.executable, "-m", "tests.loopback.chat", "--port", str(self.port)]
+        command = [sys.executable, "-m", self.module, "--port", str(self.port)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=self._log, stderr=self._log
