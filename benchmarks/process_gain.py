@@ -58,8 +58,10 @@ class Settings:
     hidden: int = 128
     layers: int = 4
     patch_size: int = 8
-    lr: float = 2e-3
-    shift: float = 1.0
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    copies: int = 4
+    shift: float = 2.0
     ce_weight: float = 0.25
     data_seed: int = 0
     held_out_seed: int = 20_251_128
@@ -77,8 +79,8 @@ class Settings:
                 model=dict(
                     hidden=self.hidden, layers=self.layers, heads=max(2, self.hidden // 32), patch_size=self.patch_size
                 ),
-                flow=dict(shift=self.shift, ce_weight=self.ce_weight),
-                optim=dict(lr=self.lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
+                flow=dict(copies=self.copies, shift=self.shift, ce_weight=self.ce_weight),
+                optim=dict(name=self.optimizer, lr=self.lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
                 checkpoint=dict(every=max(1, min(100, self.steps // 2)), keep_last=1),
             ),
         )  # fmt: skip
