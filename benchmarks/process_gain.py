@@ -141,7 +141,8 @@ def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
     spent = [d.steps for d in drawn(settings, out, seed, "process")] if arm == "one_pass" else []
     for first in todo:
         texts = [r.text for r in asked[first : first + _CHUNK]]
-        drawing = Drawing(steps=settings.euler, shift=settings.shift, seed=seed * 1000 + first)
+        drafts = {} if arm == "process" else {"max_drafts": 1}
+        drawing = Drawing(steps=settings.euler, shift=settings.shift, seed=seed * 1000 + first, **drafts)
         if arm == "one_pass":
             steps = [n or settings.euler for n in spent[first : first + _CHUNK]]
             made = draw(policy, texts, drawing, steps=steps)

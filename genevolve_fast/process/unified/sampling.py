@@ -154,7 +154,9 @@ class Sketcher:
         hidden = self._pass(index, padded, at, causal=True)
         self.cache.length[index] += counts
         self.position[index] += counts
-        return hidden[torch.arange(len(rows)), counts - 1] @ self.policy.head_weight.T
+        logits = hidden[torch.arange(len(rows)), counts - 1] @ self.policy.head_weight.T
+        logits[:, self.codec.image_pad_id] = float("-inf")  # a placeholder without a picture
+        return logits
 
     # --- images -------------------------------------------------------------------------------------------------------
 
