@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ _PLAN = re.compile(r"<ins>.*?</ins><des>(.*?)</des>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. Chosen on training requests of another seed; the held-out ones are drawn once, at the end."""
+    """What is compared. Chosen with --tune, on training requests of another seed; the held-out ones are for the end."""
 
     rows: int = 12_000
     steps: int = 2000
@@ -64,7 +64,8 @@ class Settings:
     shift: float = 2.0
     ce_weight: float = 0.25
     data_seed: int = 0
-    held_out_seed: int = 20_251_128
+    drawn_seed: int = 20_251_128
+    split: str = "held_out"
 
     @classmethod
     def small(cls) -> Settings:
@@ -86,8 +87,9 @@ class Settings:
         )  # fmt: skip
 
 
-def held_out(settings: Settings) -> list[SceneRequest]:
-    return requests("held_out", settings.held_out_seed, settings.requests, COUNTED)
+def asked(settings: Settings) -> list[SceneRequest]:
+    """What both arms draw."""
+    return requests(settings.split, settings.drawn_seed, settings.requests, COUNTED)
 
 
 # --- the parts, each kept ---------------------------------------------------------------------------------------------
@@ -133,14 +135,14 @@ def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
     from genevolve_fast.process.unified.model import Unified
     from genevolve_fast.process.unified.sampling import Drawing, draw
 
-    folder, asked = out / f"{arm}_{seed}", held_out(settings)
-    todo = [n for n in range(0, len(asked), _CHUNK) if not _chunk(folder, n).exists()]
+    folder, wanted = out / f"{arm}_{seed}", asked(settings)
+    todo = [n for n in range(0, len(wanted), _CHUNK) if not _chunk(folder, n).exists()]
     if not todo:
         return
     policy = Unified.from_pretrained(folder / "policy").eval()
     spent = [d.steps for d in drawn(settings, out, seed, "process")] if arm == "one_pass" else []
     for first in todo:
-        texts = [r.text for r in asked[first : first + _CHUNK]]
+        texts = [r.text for r in wanted[first : first + _CHUNK]]
         drafts = {} if arm == "process" else {"max_drafts": 1}
         drawing = Drawing(steps=settings.euler, shift=settings.shift, seed=seed * 1000 + first, **drafts)
         if arm == "one_pass":
@@ -156,7 +158,7 @@ def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
                     [{"texts": m.texts, "drafts": len(m.drafts), "steps": m.steps, "ended": m.ended} for m in made]
                 ),
             )
-        print(f"{arm} {seed}: {first + len(texts)} of {len(asked)} requests drawn", flush=True)
+        print(f"{arm} {seed}: {first + len(texts)} of {len(wanted)} requests drawn", flush=True)
 
 
 def _chunk(folder: Path, first: int) -> Path:
@@ -225,14 +227,15 @@ def two_level(differences: np.ndarray, samples: int = 10_000) -> Share:
 
 
 def summary(settings: Settings, out: Path, seeds: Sequence[int]) -> dict:
-    asked, judge = held_out(settings), PixelJudge()
+    wanted, judge = asked(settings), PixelJudge()
     made = {(arm, s): drawn(settings, out, s, arm) for arm in ARMS for s in seeds}
     scores = {
-        key: score(asked, {r.id: m.picture for r, m in zip(asked, of, strict=True)}, judge) for key, of in made.items()
+        key: score(wanted, {r.id: m.picture for r, m in zip(wanted, of, strict=True)}, judge)
+        for key, of in made.items()
     }
     result: dict = {"settings": asdict(settings), "seeds": list(seeds), "categories": {}, "gains": {}, "parts": {}}
     for category in COUNTED:
-        which = [n for n, r in enumerate(asked) if r.category == category]
+        which = [n for n, r in enumerate(wanted) if r.category == category]
         right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in ARMS}
         gain = two_level(right["process"] - right["one_pass"])
         result["gains"][category] = asdict(gain)
@@ -297,13 +300,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--jobs", type=int, default=1, help="models trained at a time (default: %(default)s)")
     p.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     p.add_argument("--small", action="store_true", help="everything in miniature, of no meaning")
+    p.add_argument("--tune", action="store_true", help="draw training requests of another seed, to choose settings by")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, repeatable")
     p.add_argument("--record", action="store_true", help="write the scoreboard and the curves")
     p.add_argument("--one", metavar="SEED:ARM", help=argparse.SUPPRESS)
     p.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     settings = Settings.small() if args.small else Settings()
-    if args.record and args.small:
-        p.error("--small measures nothing that could be recorded")
+    if args.tune:
+        settings = replace(settings, split="train", drawn_seed=99)
+    for pair in args.set:
+        name, _, value = pair.partition("=")
+        if name not in asdict(settings):
+            p.error(f"--set {pair}: settings are {', '.join(asdict(settings))}")
+        settings = replace(settings, **{name: type(getattr(settings, name))(value)})
+    if args.record and (args.small or args.tune or args.set):
+        p.error("only the comparison as it stands in Settings is recorded: without --small, --tune and --set")
     keep_settings(args.out, settings)
     deadline = args.deadline or (time.time() + 60 * args.minutes if args.minutes else math.inf)
     if args.one:
@@ -346,7 +358,8 @@ def _part(args: argparse.Namespace, seed: int, arm: str, deadline: float) -> Non
     if time.time() >= deadline:
         return
     command = [sys.executable, "-m", "benchmarks.process_gain", "--out", str(args.out), "--one", f"{seed}:{arm}"]
-    command += ["--small"] if args.small else []
+    command += [f"--{name}" for name in ("small", "tune") if getattr(args, name)]
+    command += [word for pair in args.set for word in ("--set", pair)]
     command += ["--deadline", str(deadline)] if deadline < math.inf else []
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}).returncode

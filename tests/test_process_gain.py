@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import process_gain
-from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, drawn, held_out, steps_told, two_level
+from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, asked, drawn, steps_told, two_level
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.process.rows import open_processes
 from genevolve_fast.sandbox.stroke_data import placed
@@ -58,10 +58,10 @@ def test_one_pass_has_as_many_euler_steps_as_the_process_took_and_parts_are_not_
 
 
 def test_counted_requests_are_held_out_and_the_interval_covers_seeds():
-    asked = held_out(Settings())
-    assert len(asked) == 300 and {r.category for r in asked} == set(COUNTED)
+    wanted = asked(Settings())
+    assert len(wanted) == 300 and {r.category for r in wanted} == set(COUNTED)
     trained = {r.graph.key for r in requests("train", 0, 2000, COUNTED)}
-    assert not trained & {r.graph.key for r in asked}
+    assert not trained & {r.graph.key for r in wanted}
     same = two_level(np.full((3, 20), 0.5))
     assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
     apart = two_level(np.repeat([[0.0], [0.5], [1.0]], 20, axis=1), samples=500)
