@@ -16,6 +16,7 @@ from genevolve_fast.commands import (
     generate,
     plan,
     process,
+    process_train,
     render,
     rollout,
     score,
@@ -198,6 +199,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     serve_render.add(command)
     data.add(command)
     process.add(command)
+    process_train.add(command)
 
     p = command(
         "report",

@@ -171,6 +171,30 @@ def attention_backward(
     return _backward(d_out, q, k, v, out, lse, prefix_k, prefix_v, *into, *_numbers(layout), scale, impl)
 
 
+def full_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(out [n, heads, d], lse [heads, n]) of queries that all see all of k, v [m, kv_heads, d], outside autograd.
+
+    Parts over disjoint keys become one by `merge`. Not with impl triton, which has no such part.
+    """
+    return _two_parts(impl, q).full(*map(_unit_stride, (q, k, v)), scale)
+
+
+def full_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of one part, outside autograd; out, lse are those of all parts together, merged."""
+    return _two_parts(impl, q).full_backward(*map(_unit_stride, (d_out, q, k, v, out, lse)), scale)
+
+
+def _two_parts(impl: str, q: Tensor) -> type[_TwoParts]:
+    about = q.device, q.dtype, q.shape[-1]
+    names = [n for n in IMPLEMENTATIONS if issubclass(_BACKENDS[n], _TwoParts)] if impl == "auto" else [impl]
+    able = [n for n in names if attention_supported(n, *about) is None and issubclass(_BACKENDS[n], _TwoParts)]
+    if not able:
+        raise ValueError(f"impl {impl!r} has no attention without a mask for {q.dtype} on {q.device}")
+    return _BACKENDS[able[0]]
+
+
 # --- what runs where --------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -28,33 +28,38 @@ TAG_TOKENS = (
 )
 _PATCH, _MERGE = 16, 2
 # A JSON skeleton such as `": {"` becomes one piece: punctuation may run across single spaces, words keep their space.
-_PIECES = r"[^A-Za-z0-9 ]+(?: [^A-Za-z0-9 ]+)*| ?[A-Za-z]+| ?[0-9]+| +"
+PIECES = r"[^A-Za-z0-9 ]+(?: [^A-Za-z0-9 ]+)*| ?[A-Za-z]+| ?[0-9]+| +"
 
 
-def train_tokenizer(texts: Iterable[str]):
-    """A byte-level BPE of about VOCABULARY entries trained on `texts`; tags and chat markers are single ids."""
+def train_tokenizer(
+    texts: Iterable[str], tags: Sequence[str] = TAG_TOKENS, vocabulary: int = VOCABULARY, pieces: str = PIECES
+):
+    """A byte-level BPE of about `vocabulary` entries trained on `texts`; `tags` and chat markers are single ids.
+
+    No entry reaches beyond what `pieces`, a regular expression, matches at once.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAG_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAG_TOKENS),
+        vocab_size=vocabulary - len(tags),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         min_frequency=4,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAG_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 

@@ -1,0 +1,391 @@
+"""Does drawing in strokes help? One tiny unified model, trained twice: `python -m benchmarks.process_gain --out DIR`.
+
+From the same weights, on the same rows in the same order, for the same number of optimizer steps, with the same
+settings: once on one-pass pairs (request, last picture), once on whole processes. Both draw the same held-out requests;
+one pass gets for its one picture as many Euler steps as the process took for all its drafts of that request. Every part
+is kept under DIR, so that the same command goes on where it stopped; `--minutes` stops it after the step that passes
+them (exit status 3 where something is left to do). `--jobs 2` trains two models at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from genevolve_fast.evaluate.scoreboard import DEFAULT_FILE, record
+from genevolve_fast.files import replacing, write_text
+from genevolve_fast.process.compositional import Share, Step, by_category, consistency, parts, score, score_table
+from genevolve_fast.process.rows import Processes, open_processes
+from genevolve_fast.process.scene_graph import GraphError, SceneRequest
+from genevolve_fast.process.unified.config import UnifiedConfig
+from genevolve_fast.resumable import changes
+from genevolve_fast.sandbox.strokes import PixelJudge, parse, requests
+from genevolve_fast.train.config import parse_config
+from genevolve_fast.trajectory import json_text
+
+ARMS = ("one_pass", "process")
+COUNTED = ("position", "color_attr")
+RESULTS = Path("benchmarks/results/process_gain.json")
+_UNFINISHED = 3
+_CHUNK = 50  # requests drawn and kept at a time
+_PLAN = re.compile(r"<ins>.*?</ins><des>(.*?)</des>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared. Chosen with --tune, on training requests of another seed; the held-out ones are for the end."""
+
+    rows: int = 12_000
+    steps: int = 2000
+    batch_size: int = 32
+    requests: int = 300  # held out, half position and half attribute binding
+    euler: int = 10  # steps of each draft of a process
+    hidden: int = 128
+    layers: int = 4
+    patch_size: int = 8
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    copies: int = 4
+    shift: float = 2.0
+    ce_weight: float = 0.25
+    data_seed: int = 0
+    drawn_seed: int = 20_251_128
+    split: str = "held_out"
+
+    @classmethod
+    def small(cls) -> Settings:
+        """Everything once, in seconds; of no meaning."""
+        return cls(rows=24, steps=3, batch_size=4, requests=4, euler=2, hidden=32, layers=1)
+
+    def config(self, seed: int, arm: str) -> UnifiedConfig:
+        return parse_config(
+            UnifiedConfig,
+            dict(
+                name=f"{arm}_{seed}", seed=seed, target=arm, steps=self.steps, batch_size=self.batch_size,
+                model=dict(
+                    hidden=self.hidden, layers=self.layers, heads=max(2, self.hidden // 32), patch_size=self.patch_size
+                ),
+                flow=dict(copies=self.copies, shift=self.shift, ce_weight=self.ce_weight),
+                optim=dict(name=self.optimizer, lr=self.lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
+                checkpoint=dict(every=max(1, min(100, self.steps // 2)), keep_last=1),
+            ),
+        )  # fmt: skip
+
+
+def asked(settings: Settings) -> list[SceneRequest]:
+    """What both arms draw."""
+    return requests(settings.split, settings.drawn_seed, settings.requests, COUNTED)
+
+
+# --- the parts, each kept ---------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings, folder: Path) -> Processes:
+    """The rows that both arms learn from: three quarters grow a request, a quarter holds a wrong draft and mends it."""
+    import asyncio
+
+    from genevolve_fast.process.builders import image_alignment, multi_turn
+    from genevolve_fast.process.rows import Job, build_rows
+    from genevolve_fast.sandbox.stroke_data import workshop
+
+    shop, jobs = workshop("train"), []
+    for n, r in enumerate(requests("train", settings.data_seed, settings.rows, COUNTED)):
+        if n // len(COUNTED) % 4 < 3:
+            build = lambda r=r: multi_turn(r, shop, settings.data_seed, rewritten=False)  # noqa: E731
+            jobs.append(Job(f"multi_turn-{r.id}", "multi_turn", r.category, build))
+        else:
+            build = lambda r=r: image_alignment(r, shop, settings.data_seed, negative=True)  # noqa: E731
+            jobs.append(Job(f"image_alignment-{r.id}", "image_alignment", r.category, build))
+    _, tally = asyncio.run(build_rows(folder, jobs, {"seed": settings.data_seed}))
+    print(tally.line(), flush=True)
+    if tally.stopped:
+        sys.exit(_UNFINISHED)
+    return open_processes(folder)
+
+
+def train(settings: Settings, out: Path, seed: int, arm: str) -> None:
+    from genevolve_fast.process.unified.train import train_unified
+    from genevolve_fast.sandbox.tiny_unified import model_for
+
+    folder, config = out / f"{arm}_{seed}", settings.config(seed, arm)
+    if (folder / "policy").exists():
+        return
+    rows = open_processes(out / "rows")
+    policy = model_for(config, rows, rows.pixels)  # of the seed alone: the same weights in both arms
+    train_unified(config, policy, rows, rows.pixels, folder, resume=True)
+
+
+def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
+    """The drafts of every held-out request; one pass needs those of the process, to know its steps."""
+    from genevolve_fast.process.unified.model import Unified
+    from genevolve_fast.process.unified.sampling import Drawing, draw
+
+    folder, wanted = out / f"{arm}_{seed}", asked(settings)
+    todo = [n for n in range(0, len(wanted), _CHUNK) if not _chunk(folder, n).exists()]
+    if not todo:
+        return
+    policy = Unified.from_pretrained(folder / "policy").eval()
+    spent = [d.steps for d in drawn(settings, out, seed, "process")] if arm == "one_pass" else []
+    for first in todo:
+        texts = [r.text for r in wanted[first : first + _CHUNK]]
+        drafts = {} if arm == "process" else {"max_drafts": 1}
+        drawing = Drawing(steps=settings.euler, shift=settings.shift, seed=seed * 1000 + first, **drafts)
+        if arm == "one_pass":
+            steps = [n or settings.euler for n in spent[first : first + _CHUNK]]
+            made = draw(policy, texts, drawing, steps=steps)
+        else:
+            made = draw(policy, texts, drawing)
+        with replacing(_chunk(folder, first)) as partial, partial.open("wb") as f:
+            np.savez_compressed(
+                f,
+                drafts=np.array([d for m in made for d in m.drafts], dtype=np.uint8),
+                told=json_text(
+                    [{"texts": m.texts, "drafts": len(m.drafts), "steps": m.steps, "ended": m.ended} for m in made]
+                ),
+            )
+        print(f"{arm} {seed}: {first + len(texts)} of {len(wanted)} requests drawn", flush=True)
+
+
+def _chunk(folder: Path, first: int) -> Path:
+    return folder / "drawn" / f"{first:05d}.npz"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was drawn for one request."""
+
+    texts: list[str]
+    drafts: list[np.ndarray]
+    steps: int
+    ended: bool
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The last draft; a white sheet where nothing was drawn, which no request asks for."""
+        return self.drafts[-1] if self.drafts else np.full((32, 32, 3), 255, dtype=np.uint8)
+
+
+def drawn(settings: Settings, out: Path, seed: int, arm: str) -> list[Kept]:
+    made: list[Kept] = []
+    for first in range(0, settings.requests, _CHUNK):
+        with np.load(_chunk(out / f"{arm}_{seed}", first)) as file:
+            drafts = iter(file["drafts"])
+            for told in json.loads(str(file["told"])):
+                mine = [next(drafts) for _ in range(told["drafts"])]
+                made.append(Kept(told["texts"], mine, told["steps"], told["ended"]))
+    return made
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+def steps_told(made: Kept) -> Iterator[list[Step]]:
+    """The drafts with what their plans describe, broken where a plan cannot be read or was itself at fault."""
+    along: list[Step] = []
+    graph = None
+    for text, draft in zip(made.texts, made.drafts, strict=False):
+        if found := _PLAN.search(text):
+            try:
+                graph = parse(found[1])
+            except GraphError:
+                graph = None
+        elif "<refine>" in text and "plan: none" not in text:
+            graph = None  # drawn after another plan, which is not written
+        if graph is None:
+            yield along
+            along = []
+        else:
+            along.append(Step(graph, draft))
+    yield along
+
+
+def two_level(differences: np.ndarray, samples: int = 10_000) -> Share:
+    """Mean of [seeds, requests] with an interval that resamples seeds, then requests of each."""
+    seeds, n = differences.shape
+    random = np.random.default_rng(0)
+    means = np.empty(samples)
+    for i in range(samples):
+        rows = random.integers(seeds, size=(seeds, 1))
+        means[i] = differences[rows, random.integers(n, size=(seeds, n))].mean()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Share(float(differences.mean()), float(low), float(high), differences.size)
+
+
+def summary(settings: Settings, out: Path, seeds: Sequence[int]) -> dict:
+    wanted, judge = asked(settings), PixelJudge()
+    made = {(arm, s): drawn(settings, out, s, arm) for arm in ARMS for s in seeds}
+    scores = {
+        key: score(wanted, {r.id: m.picture for r, m in zip(wanted, of, strict=True)}, judge)
+        for key, of in made.items()
+    }
+    result: dict = {"settings": asdict(settings), "seeds": list(seeds), "categories": {}, "gains": {}, "parts": {}}
+    for category in COUNTED:
+        which = [n for n, r in enumerate(wanted) if r.category == category]
+        right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in ARMS}
+        gain = two_level(right["process"] - right["one_pass"])
+        result["gains"][category] = asdict(gain)
+        result["categories"][category] = {a: right[a].mean(1).round(4).tolist() for a in ARMS}
+    for arm in ARMS:
+        every = [x for s in seeds for x in scores[arm, s]]
+        of = [m for s in seeds for m in made[arm, s]]
+        result["parts"][arm] = {k: round(v, 4) for k, v in parts(every).items()}
+        result[arm] = {
+            "drafts": float(np.mean([len(m.drafts) for m in of])),
+            "euler_steps": float(np.mean([m.steps for m in of])),
+            "ended": float(np.mean([m.ended for m in of])),
+            "nothing_drawn": float(np.mean([not m.drafts for m in of])),
+            "curves": {str(s): curve(out / f"{arm}_{s}" / "metrics.jsonl") for s in seeds},
+        }
+    result["table"] = score_table({a: by_category([x for s in seeds for x in scores[a, s]]) for a in ARMS})
+    runs = [steps for s in seeds for m in made["process", s] for steps in steps_told(m) if len(steps) > 1]
+    result["forgotten"] = asdict(consistency(runs, judge))
+    return result
+
+
+def curve(path: Path, points: int = 40) -> dict[str, list]:
+    """Means of the losses over equal stretches of the run."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    stretches = np.array_split(np.arange(len(rows)), min(points, len(rows)))
+    names = ("loss/text", "loss/flow")
+    means = {n: [round(float(np.mean([rows[i][n] for i in s])), 5) for s in stretches] for n in names}
+    return {"step": [rows[s[-1]]["step"] for s in stretches]} | means
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def one(settings: Settings, out: Path, seed: int, arm: str) -> None:
+    """Train, and draw where that can be: one pass waits for the drafts of the process."""
+    train(settings, out, seed, arm)
+    if arm == "process" or is_drawn(settings, out, seed, "process"):
+        draw_arm(settings, out, seed, arm)
+
+
+def is_drawn(settings: Settings, out: Path, seed: int, arm: str) -> bool:
+    return all(_chunk(out / f"{arm}_{seed}", n).exists() for n in range(0, settings.requests, _CHUNK))
+
+
+@contextmanager
+def stopping_at(deadline: float) -> Iterator[None]:
+    """SIGTERM for this process then: training saves its last whole step, other parts are whole or not there."""
+    timer = threading.Timer(max(0.0, deadline - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if deadline < math.inf:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="folder that keeps rows, models and drafts")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    p.add_argument("--jobs", type=int, default=1, help="models trained at a time (default: %(default)s)")
+    p.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    p.add_argument("--small", action="store_true", help="everything in miniature, of no meaning")
+    p.add_argument("--tune", action="store_true", help="draw training requests of another seed, to choose settings by")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, repeatable")
+    p.add_argument("--record", action="store_true", help="write the scoreboard and the curves")
+    p.add_argument("--one", metavar="SEED:ARM", help=argparse.SUPPRESS)
+    p.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    settings = Settings.small() if args.small else Settings()
+    if args.tune:
+        settings = replace(settings, split="train", drawn_seed=99)
+    for pair in args.set:
+        name, _, value = pair.partition("=")
+        if name not in asdict(settings):
+            p.error(f"--set {pair}: settings are {', '.join(asdict(settings))}")
+        settings = replace(settings, **{name: type(getattr(settings, name))(value)})
+    if args.record and (args.small or args.tune or args.set):
+        p.error("only the comparison as it stands in Settings is recorded: without --small, --tune and --set")
+    keep_settings(args.out, settings)
+    deadline = args.deadline or (time.time() + 60 * args.minutes if args.minutes else math.inf)
+    if args.one:
+        seed, arm = args.one.split(":")
+        with stopping_at(deadline):
+            one(settings, args.out, int(seed), arm)
+        return 0
+    with stopping_at(deadline):
+        build(settings, args.out / "rows")
+    if not all_parts(args, settings, deadline):
+        print("not finished: the same command goes on", flush=True)
+        return _UNFINISHED
+    result = summary(settings, args.out, args.seeds)
+    write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+    tell(result)
+    if args.record:
+        record_all(result, args)
+    return 0
+
+
+def keep_settings(out: Path, settings: Settings) -> None:
+    path, now = out / "settings.json", asdict(settings)
+    if path.exists() and (changed := changes(json.loads(path.read_text()), now)):
+        sys.exit(f"{out} holds a comparison of other settings ({changed}): choose another --out")
+    write_text(path, json.dumps(now, indent=1) + "\n")
+
+
+def all_parts(args: argparse.Namespace, settings: Settings, deadline: float) -> bool:
+    """Train and draw in processes of their own, then draw what had to wait; whether all is there."""
+    for _ in range(2):
+        left = [(a, s) for a in ("process", "one_pass") for s in args.seeds if not is_drawn(settings, args.out, s, a)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = [pool.submit(_part, args, seed, arm, deadline) for arm, seed in left]
+            for part in done:
+                part.result()
+    return all(is_drawn(settings, args.out, s, a) for a in ARMS for s in args.seeds)
+
+
+def _part(args: argparse.Namespace, seed: int, arm: str, deadline: float) -> None:
+    if time.time() >= deadline:
+        return
+    command = [sys.executable, "-m", "benchmarks.process_gain", "--out", str(args.out), "--one", f"{seed}:{arm}"]
+    command += [f"--{name}" for name in ("small", "tune") if getattr(args, name)]
+    command += [word for pair in args.set for word in ("--set", pair)]
+    command += ["--deadline", str(deadline)] if deadline < math.inf else []
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
+    if code not in (0, -signal.SIGTERM):
+        raise SystemExit(f"{arm} of seed {seed} failed with status {code}")
+
+
+def tell(result: dict) -> None:
+    print(f"\n{result['table']}\n")
+    for category, gain in result["gains"].items():
+        print(f"{category}: process - one pass {Share(**gain)}; by seed {result['categories'][category]}")
+    print(f"parts: {result['parts']}")
+    for arm in ARMS:
+        print(f"{arm}: " + ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if k != "curves"))
+    print(f"forgotten: {result['forgotten']}")
+
+
+def record_all(result: dict, args: argparse.Namespace) -> None:
+    command = f"python -m benchmarks.process_gain --out DIR --seeds {' '.join(map(str, result['seeds']))}"
+    for id, category in (("process/position_gain", "position"), ("process/attribute_gain", "color_attr")):
+        g = result["gains"][category]
+        record(id, g["value"], n=g["n"], command=command, interval=(g["low"], g["high"]), file=DEFAULT_FILE)
+    if (share := result["forgotten"]["forgotten"]) is not None:
+        record("process/forgotten_objects", share, n=result["forgotten"]["at_stake"], command=command)
+    write_text(RESULTS, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

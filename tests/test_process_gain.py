@@ -1,0 +1,89 @@
+"""The comparison of one pass and process: the same start and rows, equal steps, parts kept, what is counted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import process_gain
+from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, asked, drawn, steps_told, two_level
+from genevolve_fast.evaluate.scoreboard import TARGETS
+from genevolve_fast.process.rows import open_processes
+from genevolve_fast.sandbox.stroke_data import placed
+from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
+from genevolve_fast.sandbox.strokes import draw as paint
+from genevolve_fast.sandbox.tiny_unified import model_for
+
+SMALL = Settings.small()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Rows, and both arms trained and drawn, in this process."""
+    out = tmp_path_factory.mktemp("gain")
+    process_gain.build(SMALL, out / "rows")
+    for arm in ("process", "one_pass"):
+        process_gain.one(SMALL, out, 0, arm)
+    return out
+
+
+def test_both_arms_start_from_the_same_weights_on_the_same_rows_with_the_same_settings(folder):
+    rows = open_processes(folder / "rows")
+    configs = [SMALL.config(0, arm) for arm in ARMS]
+    starts = [model_for(c, rows, rows.pixels).state_dict() for c in configs]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    differ = {k for k in dict(configs[0]) if getattr(configs[0], k) != getattr(configs[1], k)}
+    assert differ == {"name", "target"}
+    samples = [[json.loads(line)["samples"] for line in (folder / f"{a}_0" / "metrics.jsonl").open()] for a in ARMS]
+    assert samples[0] == samples[1] == [4.0, 8.0, 12.0]
+
+
+def test_one_pass_has_as_many_euler_steps_as_the_process_took_and_parts_are_not_made_twice(folder, capsys):
+    of = {arm: drawn(SMALL, folder, 0, arm) for arm in ARMS}
+    assert len(of["process"]) == len(of["one_pass"]) == SMALL.requests
+    for p, o in zip(of["process"], of["one_pass"], strict=True):
+        assert p.steps == SMALL.euler * len(p.drafts)
+        assert o.steps == (p.steps or SMALL.euler) * len(o.drafts)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    process_gain.one(SMALL, folder, 0, "process")
+    process_gain.one(SMALL, folder, 0, "one_pass")
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    result = process_gain.summary(SMALL, folder, [0])
+    process_gain.tell(result)
+    assert "process - one pass" in capsys.readouterr().out and set(result["gains"]) == set(COUNTED)
+    assert {f"process/{n}" for n in ("position_gain", "attribute_gain", "forgotten_objects")} <= set(TARGETS)
+
+
+def test_counted_requests_are_held_out_and_the_interval_covers_seeds():
+    wanted = asked(Settings())
+    assert len(wanted) == 300 and {r.category for r in wanted} == set(COUNTED)
+    trained = {r.graph.key for r in requests("train", 0, 2000, COUNTED)}
+    assert not trained & {r.graph.key for r in wanted}
+    same = two_level(np.full((3, 20), 0.5))
+    assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
+    apart = two_level(np.repeat([[0.0], [0.5], [1.0]], 20, axis=1), samples=500)
+    assert apart.low < 0.2 and apart.high > 0.8 and apart.n == 60
+
+
+def test_an_object_that_was_right_and_became_wrong_is_counted_as_forgotten():
+    from genevolve_fast.process.compositional import consistency
+
+    first = "a red circle at row 1 column 1"
+    both = f"{first} and a blue square at row 3 column 3"
+    texts = [
+        f"<ins>x</ins><des>{first}</des>",
+        f"<inspect>plan: none draft: none</inspect><ins>x</ins><des>{both}</des>",
+    ]
+    right, lost = (paint(placed(parse(t))) for t in (both, "a blue square at row 3 column 3"))
+    before = paint(placed(parse(first)))
+    keeps, forgets = (Kept(texts, [before, after], 2, True) for after in (right, lost))
+    for made, share in ((keeps, 0.0), (forgets, 1.0)):
+        runs = [s for s in steps_told(made) if len(s) > 1]
+        assert consistency(runs, PixelJudge()).forgotten == share
+    unread = Kept([texts[0], "<ins>x</ins><des>gibberish</des>"], [before, lost], 2, True)
+    assert [len(s) for s in steps_told(unread)] == [1, 0]
+    nothing = Kept([], [], 0, False)
+    assert nothing.picture.shape == (SIZE, SIZE, 3) and (nothing.picture == 255).all()

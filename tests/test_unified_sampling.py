@@ -1,0 +1,131 @@
+"""A unified model draws with a cache what it would draw without one, and alone what it draws in company."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from genevolve_fast.process.trace import Cycle, Inspection, Plan, Process, interleave
+from genevolve_fast.process.unified.latents import to_latents
+from genevolve_fast.process.unified.loss import losses
+from genevolve_fast.process.unified.reference import _decode
+from genevolve_fast.process.unified.sampling import Drawing, draw
+from genevolve_fast.process.unified.sequences import Noise, pack_processes
+from genevolve_fast.sandbox.tiny_unified import new_tiny, tiny_codec
+from genevolve_fast.trajectory import image_hash
+
+REQUESTS = ["a red circle", "a blue square and a green ring", "three rings"]
+RNG = np.random.default_rng(0)
+PICTURES = [np.kron(RNG.integers(0, 2, (2, 2, 3)) * 255, np.ones((8, 8, 1))).astype(np.uint8) for _ in range(4)]
+PIXELS = {image_hash(p): p for p in PICTURES}
+
+
+def process(n: int) -> Process:
+    """n + 1 cycles for the n-th request."""
+    cycles = [Cycle(Plan(f"add {k}", f"a scene of {k}"), sha, Inspection()) for k, sha in enumerate(PIXELS)]
+    return Process(f"p{n}", REQUESTS[n], tuple(cycles[: n + 1]))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """Trained until it can recite three processes."""
+    processes = [process(n) for n in range(3)]
+    texts = [t for p in processes for t in (p.request, *(f"{c.plan}{c.inspection}" for c in p.cycles))]
+    codec = tiny_codec(texts * 8, 16, 8)
+    policy = new_tiny(codec, 5, hidden=64, layers=2, heads=2)
+    batch = pack_processes([interleave(p, codec, PIXELS) for p in processes], PIXELS, codec)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(160):
+        noise = Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
+        sums = losses(policy, batch, noise)
+        (sums.nll / batch.text_targets + sums.squares / noise.z0.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy.double().eval()
+
+
+def follow(policy, drawn):
+    """(spans, latents, times) of the drafts in a reply."""
+    ids = np.array(drawn.ids)
+    starts = np.flatnonzero(ids == policy.codec.opens_image_id)[: len(drawn.drafts)] + 1
+    patches = policy.flow.place.num_embeddings
+    spans = [(int(s), int(s) + patches) for s in starts]
+    latents = [to_latents([d], policy.codec.patch).double() for d in drawn.drafts]
+    return spans, latents, [torch.zeros(patches, dtype=torch.float64) for _ in latents]
+
+
+def nearest(draft) -> str:
+    return min(PIXELS, key=lambda sha: np.abs(draft.astype(int) - PIXELS[sha]).sum())
+
+
+def test_a_trained_model_plans_draws_inspects_and_ends_by_itself(policy):
+    for n, drawn in enumerate(draw(policy, REQUESTS, Drawing(steps=8))):
+        cycles = process(n).cycles
+        texts = [str(cycles[0].plan), *(f"{a.inspection}{b.plan}" for a, b in pairwise(cycles))]
+        assert drawn.texts == [*texts, str(cycles[-1].inspection)] and drawn.ended
+        assert [nearest(d) for d in drawn.drafts] == [c.draft for c in cycles]
+
+
+@torch.no_grad()
+def test_texts_and_drafts_are_those_of_whole_sequences_without_a_cache(policy):
+    out = draw(policy, REQUESTS, Drawing(steps=3, max_drafts=3, max_text=40))
+    assert sum(len(o.drafts) for o in out) >= 3 and len({len(o.drafts) for o in out}) > 1
+    for drawn in out:
+        ids = torch.tensor(drawn.ids)
+        spans, latents, times = follow(policy, drawn)
+        best = (_decode(policy, ids, spans, latents, times) @ policy.head_weight.T).argmax(-1)
+        prompt = len(policy.codec.encode("<|im_end|>\n<|im_start|>assistant\n"))
+        begin = (
+            next(n for n in range(len(ids)) if n > 5 and drawn.ids[:n].count(policy.codec.end_of_turn_id)) + prompt - 1
+        )
+        written = [n for n in range(begin, len(ids)) if drawn.ids[n] not in (policy.codec.image_pad_id,)]
+        written = [n for n in written if drawn.ids[n] != policy.codec.closes_image_id]
+        assert [int(best[n - 1]) for n in written] == [drawn.ids[n] for n in written]
+
+
+@torch.no_grad()
+def test_euler_steps_follow_the_velocity_of_the_whole_sequence(policy):
+    """The first draft of a request, integrated here without cache or batch."""
+    from genevolve_fast.train.collect import stable_seed
+
+    steps = 4
+    drawn = draw(policy, REQUESTS, Drawing(steps=steps, max_drafts=1, max_text=40, seed=2))
+    n = next(n for n, d in enumerate(drawn) if d.drafts)
+    spans, _, _ = follow(policy, drawn[n])
+    (start, stop) = spans[0]
+    ids = torch.tensor(drawn[n].ids[:stop])
+    generator = torch.Generator().manual_seed(stable_seed("draw", 2, n, REQUESTS[n]))
+    z = torch.randn(stop - start, policy.flow.leave.out_features, generator=generator).double()
+    for k in range(steps):
+        t = torch.full((stop - start,), 1 - k / steps, dtype=torch.float64)
+        hidden = _decode(policy, ids, spans[:1], [z], [t])[start:stop]
+        z = z - policy.flow.velocity(hidden, z, t) / steps
+    made = to_latents(drawn[n].drafts[:1], policy.codec.patch).double()
+    assert (made - z.clamp(-1, 1)).abs().max() < 1 / 127
+    assert drawn[n].steps == steps
+
+
+def test_a_request_gets_the_same_alone_and_in_company_with_its_own_number_of_steps(policy):
+    drawing = Drawing(steps=3, max_drafts=3, max_text=40, temperature=0.7)
+    together = draw(policy, REQUESTS, drawing, steps=[2, 5, 3])
+    apart = draw(policy, REQUESTS, drawing, steps=[2, 5, 3], batch=1)
+    for a, b, steps in zip(together, apart, [2, 5, 3], strict=True):
+        assert a.ids == b.ids and a.texts == b.texts and a.steps == steps * len(a.drafts)
+        assert all((x == y).all() for x, y in zip(a.drafts, b.drafts, strict=True))
+    again = draw(policy, REQUESTS, Drawing(steps=3, max_drafts=3, max_text=40, temperature=0.7, seed=1))
+    other = [d for drawn in again for d in drawn.drafts], [d for drawn in together for d in drawn.drafts]
+    assert len(other[0]) == len(other[1]) and any((x != y).any() for x, y in zip(*other, strict=True))
+
+
+def test_a_reply_ends_by_its_own_marker_by_length_or_by_the_last_draft(policy):
+    out = draw(policy, REQUESTS, Drawing(steps=1, max_drafts=2, max_text=23))
+    for drawn in out:
+        assert len(drawn.drafts) <= 2 and drawn.ended == (drawn.ids[-1] == policy.codec.end_of_turn_id)
+        assert len(drawn.texts) >= len(drawn.drafts)
+        assert drawn.result is None or (drawn.result == drawn.drafts[-1]).all()
+    with pytest.raises(ValueError, match="temperature"):
+        Drawing(temperature=-1)
