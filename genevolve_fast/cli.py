@@ -9,7 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from genevolve_fast.commands import bench, data, export, generate, plan, render, rollout, score, serve_render, wise
+from genevolve_fast.commands import (
+    bench,
+    data,
+    export,
+    generate,
+    plan,
+    process,
+    render,
+    rollout,
+    score,
+    serve_render,
+    wise,
+)
 from genevolve_fast.commands.bench import bench_once
 from genevolve_fast.commands.opening import (
     RUNS,
@@ -73,6 +85,7 @@ _USER_ERRORS = {
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
     "report.build": "ReportError",
+    "report.processes": "ProcessError",
     "resumable": "BatchError",
     "rollout.serve": "ServeError",
     "train.config": "ConfigError",
@@ -185,6 +198,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     render.add(command)
     serve_render.add(command)
     data.add(command)
+    process.add(command)
 
     p = command(
         "report",
@@ -392,8 +406,12 @@ def run_report(args: argparse.Namespace) -> int:
         return run_compare(args)
     if args.run_folder is None or args.output or args.gt_root:
         raise ReportError("give the folder of a run, or --compare A B with -o and --gt-root")
+    from genevolve_fast.report.build import build_report, only_processes
+
+    if only_processes(args.run_folder):
+        print(f"report: {build_report(args.run_folder, no_tokens)}")
+        return 0
     from genevolve_fast.policy.codec import TransformersCodec
-    from genevolve_fast.report.build import build_report
 
     saved = [
         p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()
@@ -401,6 +419,10 @@ def run_report(args: argparse.Namespace) -> int:
     reader = saved[0] if saved else started_from(args.run_folder)
     print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
     return 0
+
+
+def no_tokens(ids: Sequence[int]) -> str:
+    raise AssertionError("grown pictures alone hold no token")
 
 
 def run_compare(args: argparse.Namespace) -> int:

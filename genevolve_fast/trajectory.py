@@ -144,13 +144,17 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Stage:
-    """Tokens [start, stop) of one stage of a cycle in process-driven generation: its text, or (`drawn`) its draft."""
+    """Tokens [start, stop) of one stage of a cycle in process-driven generation: its text, or (`drawn`) its draft.
+
+    `score` is the image judge's of a draft, where it was asked for one.
+    """
 
     name: StageName
     cycle: int
     start: int
     stop: int
     drawn: bool = False
+    score: float | None = None
 
 
 @dataclass(frozen=True)
