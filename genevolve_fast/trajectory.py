@@ -271,6 +271,11 @@ class Trajectory:
         """Loss tokens whose sampling mask is known."""
         return int((self.mask_counts > 0).sum())
 
+    def stage_texts(self) -> list[tuple[Stage, str]]:
+        """The written stages of a process with their texts; those are of its messages, "" where it has none."""
+        written = iter([m.content for m in self.messages if m.role == "assistant" and m.content])
+        return [(stage, next(written, "")) for stage in self.stages if not stage.drawn]
+
     def replace(self, **changes: Any) -> Trajectory:
         return dataclasses.replace(self, **changes)
 

@@ -25,7 +25,13 @@ def add(command: AddCommand) -> None:
         "--policy sandbox:start --tools sandbox",
     )
     p.add_argument("prompt", metavar="PROMPT", help="what the picture shall show")
-    p.add_argument("-o", "--output", type=Path, required=True, help="OUT.png; OUT.json, OUT.references/ and, of a process, OUT.process/, OUT.strip.png go beside it")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="OUT.png; beside it go OUT.json, OUT.references/ and, of a process, OUT.process/ and OUT.strip.png",
+    )
     add_renderer_flags(p, default=None)
     add_agent_flags(p, seeded="sampling and picture")
 

@@ -203,7 +203,7 @@ def open_any_renderer(config, incidents, processes: Path | None = None):
     folder = grown.folder or processes
     if folder is None:
         raise ValueError("renderer.process.folder is not set: every process is kept there, and goes on from there")
-    names = "max_cycles max_tokens max_tokens_per_stage attempts temperature top_p".split()
+    names = ("max_cycles", "max_tokens", "max_tokens_per_stage", "attempts", "temperature", "top_p")
     settings = GrowthSettings(
         **{name: getattr(grown, name) for name in names}, max_renders=grown.renders, prompts=grown.drawn_by
     )
@@ -235,7 +235,13 @@ def open_writer(grown, incidents):
 
     def endpoint() -> ChatEndpoint:
         return ChatEndpoint(
-            grown.model, grown.base_url, key, incidents=incidents, source="process", patience_s=grown.patience_s, **limits
+            grown.model,
+            grown.base_url,
+            key,
+            incidents=incidents,
+            source="process",
+            patience_s=grown.patience_s,
+            **limits,
         )
 
     return chat_talk(endpoint)
@@ -254,7 +260,7 @@ def refuse_shared_gpu(renderer) -> None:
         sections += [("renderer.process.renderer.text_to_image", inner.text_to_image)]
         if renderer.grown.writer == "policy":
             raise ConfigError(
-                "renderer.process.writer policy would load a second policy beside the one in training on its GPU, whose "
+                "renderer.process.writer policy would load a second policy beside the one in training, on a GPU whose "
                 "memory is planned for training: serve it (genevolve-fast serve) and set writer chat"
             )
     for name, section in sections:

@@ -188,7 +188,7 @@ class Growth:
         async def draw() -> np.ndarray:
             return await self._draw_with(prompt, self.picture, self.seed)
 
-        pixels = await self.record.draft(draw, stage, n, self.seed, prompt, keep=not first)
+        pixels = await self.record.draft(draw, stage, n, self.seed, prompt, needed=first)
         if pixels is None:
             step = self.record.steps[-1]
             if self.record.fresh:

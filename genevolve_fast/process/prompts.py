@@ -15,13 +15,14 @@ _INSTRUCTION = """\
 You grow a picture in cycles until it shows what the request asks for. Every turn is one stage; write it in its form and
 nothing else.
 Plan: <ins>what to add or change now</ins><des>the whole scene as it should be so far</des>
-Inspect, after a draft: <inspect>what it shows plan: {sound} draft: {sound}</inspect>. Write after "plan:" where the plan
-contradicts the request and after "draft:" where the draft contradicts the plan. What is not yet painted is no fault.
+Inspect, after a draft: <inspect>what it shows plan: {sound} draft: {sound}</inspect>. Write after "plan:" where the
+plan contradicts the request and after "draft:" where the draft contradicts the plan. What is not yet painted is no
+fault.
 Refine, after a fault: <refine>what to mend</refine>
 There are at most {cycles} cycles. In place of a next plan write {done} when the picture is complete."""
 _DRAWS = {
-    "scene": "The renderer knows no earlier draft: it draws <des> and, when you refine, <refine> in its place. Write both "
-    "as a whole prompt.",
+    "scene": "The renderer knows no earlier draft: it draws <des> and, when you refine, <refine> in its place. Write "
+    "both as a whole prompt.",
     "edit": "The renderer edits the last draft as <ins> or <refine> says; <des> tells it the whole scene.",
 }
 _FORMS = {

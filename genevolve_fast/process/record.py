@@ -1,4 +1,4 @@
-"""What a growing picture leaves on disk: every text and draft before the next one, so that it goes on where it ended."""
+"""What a growing picture leaves on disk: every text and draft before the next one, so that it can go on from there."""
 
 from __future__ import annotations
 
@@ -89,12 +89,15 @@ class Record:
         return reply
 
     async def draft(
-        self, draw: Callable[[], Awaitable[np.ndarray]], stage: StageName, cycle: int, seed: int, prompt: str, keep: bool
+        self,
+        draw: Callable[[], Awaitable[np.ndarray]],
+        stage: StageName,
+        cycle: int,
+        seed: int,
+        prompt: str,
+        needed: bool,
     ) -> np.ndarray | None:
-        """The next draft; where it fails None, counted by nobody, if `keep` says that the process goes on without it.
-
-        Raises RenderError.
-        """
+        """The next draft; None where it failed and the process goes on without it. Raises RenderError if `needed`."""
         if (kept := self._next()) is not None:
             pixels = await self._read(kept[0].sha256) if kept[0].sha256 else None
             self.steps.append(kept[0])
@@ -104,7 +107,7 @@ class Record:
         try:
             pixels = await draw()
         except RenderError as error:
-            if not keep:
+            if needed:
                 raise
             failed = replace(step, fault=one_line(str(error), _MAX_FAULT), kind=error.kind)
             self._add(replace(failed, seconds=round(time.monotonic() - began, 3)))

@@ -174,8 +174,8 @@ class ProcessConfig(ProcessBudgets):
             raise ValueError("renderer.kind process: a process cannot grow in another")
         if self.writer == "sandbox" and self.renderer.kind != "canvas":
             raise ValueError(
-                f"writer sandbox writes what the canvas draws and knows no {self.renderer.kind}: set writer to chat, with "
-                "model and base_url, or to policy, with the folder of one"
+                f"writer sandbox writes what the canvas draws and knows no {self.renderer.kind}: set writer to chat, "
+                "with model and base_url, or to policy, with the folder of one"
             )
         if self.prompts == "edit" and self.renderer.kind in _ANEW:
             raise ValueError(f"prompts edit: {self.renderer.kind} draws every picture anew and edits none")

@@ -19,7 +19,8 @@ class ProcessBudgets(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # addresses may hold keys
 
     writer: Literal["sandbox", "chat", "policy"] = Field(
-        "sandbox", description="Who plans and inspects: the canvas's script (a demonstration), a chat server, a policy here"
+        "sandbox",
+        description="Who plans and inspects: the canvas's script (a demonstration), a chat server, a policy here",
     )
     policy: str | None = Field(None, description="Folder of the policy, or sandbox:start; writer policy")
     model: str | None = Field(None, description="Name the server gave the model; writer chat")

@@ -63,9 +63,7 @@ def grown(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
     out = []
     for each in process_folders(folder)[:_PROCESSES]:
         strip = read_strip(each)
-        cells = [
-            asdict(c) | {"image": store.add_file(str(each / c.file)) if c.file else None} for c in strip.cells
-        ]
+        cells = [asdict(c) | {"image": store.add_file(str(each / c.file)) if c.file else None} for c in strip.cells]
         out.append({"request": strip.request, "told": strip.line(), "writer": strip.writer, "cells": cells})
     return out
 
@@ -238,7 +236,7 @@ def viewer_rollout(
 
 def stage_strip(t: Trajectory, images: dict[str, np.ndarray], store: ImageStore) -> list[dict[str, Any]]:
     """The drafts of a process, each with what was written before and after it; empty for other rollouts."""
-    written = iter(m.content for m in t.messages if m.role == "assistant")
+    written = iter(t.stage_texts())
     cells: list[dict[str, Any]] = []
     said = ""
     for stage in t.stages:
@@ -248,7 +246,7 @@ def stage_strip(t: Trajectory, images: dict[str, np.ndarray], store: ImageStore)
             cells.append({"cycle": stage.cycle, "stage": stage.name, "said": said, "found": "", "image": shown})
             cells[-1] |= {"score": stage.score, "sound": None}
             continue
-        text = next(written, "")
+        text = next(written)[1]
         if stage.name == "inspect" and cells:
             cells[-1]["found"] = text
         else:

@@ -48,7 +48,7 @@ class Strip:
         """In how many cycles and drafts, and why it ended."""
         drafts = sum(bool(c.file) for c in self.cells)
         why = {
-            "done": "the policy found it complete",
+            "done": "found complete",
             "cycles": "all cycles are used up",
             "renders": "all drafts are used up",
             "tokens": "all tokens are used up",

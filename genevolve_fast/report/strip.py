@@ -23,7 +23,7 @@ def draw_strip(folder: Path):
     font, bold = ImageFont.load_default(_FONT), ImageFont.load_default(_FONT + 2)
     said = [_wrapped(c.said) for c in strip.cells]
     found = [_wrapped(c.found) for c in strip.cells]
-    above, below = (max(map(len, part), default=0) * _LINE for part in (said, found))
+    above, below = (max(map(len, part), default=0) * _LINE + 6 for part in (said, found))
     top = 3 * _LINE + _GAP
     width = _GAP + max(len(strip.cells), 3) * (_SIDE + _GAP)
     picture = Image.new("RGB", (width, top + _LINE + above + _SIDE + 8 + below + _GAP), _PAPER)

@@ -24,6 +24,7 @@ from genevolve_fast.sandbox.scene import CELLS, EMBLEMS, PALETTE, Item, Scene
 from genevolve_fast.sandbox.world import RELATION_CELLS, row_cells
 
 _ORDINALS = ("first", "second")
+_FIRST = ("center", "top center", "bottom center")  # of free cells
 
 
 class SymbolicWriter:
@@ -42,6 +43,7 @@ class SymbolicWriter:
         self._written: list[str] = []  # the scene so far, in the program's words or mended
         self._meant: list[Meant] = []  # what those sentences mean
         self._seen: np.ndarray | None = None
+        self._named: set[str] = set()  # cells that the program gives to something
         self._stage = "plan"
         self._text = ""
         self._characters = 0
@@ -54,6 +56,7 @@ class SymbolicWriter:
     def begin(self, system_prompt: str, question: str) -> None:
         self.prompt_tokens = (len(system_prompt) + len(question)) // 4
         self._groups = _groups(grammar.sentences(question), self._max_cycles)
+        self._named = _named(grammar.parse(question))
 
     async def ask(self, sampling: Sampling, seed: int) -> Reply:
         self._text = {"plan": self._plan, "inspect": self._inspect, "refine": self._refine}[self._stage]()
@@ -91,7 +94,8 @@ class SymbolicWriter:
         added = self._groups.pop(0)
         self._written += added
         for sentence in added:
-            self._meant += meant(sentence, {m.item.cell for m in self._meant if m.item}, self._references)
+            taken = self._named | {m.item.cell for m in self._meant if m.item}
+            self._meant += meant(sentence, taken, self._references)
         what = "Paint" if len(self._written) == len(added) else "Add"
         return str(Plan(f"{what}: {_prompt(added)}", _prompt(self._written)))
 
@@ -182,6 +186,16 @@ def meant(sentence: str, taken: set[str], references: Sequence[np.ndarray]) -> l
     return out
 
 
+def _named(statements: Sequence[grammar.Statement]) -> set[str]:
+    cells = {c for s in statements if (c := getattr(s, "cell", None))}
+    for s in statements:
+        if isinstance(s, grammar.Group):
+            cells |= set(row_cells(s.row or "middle", s.count))
+        elif isinstance(s, grammar.Object) and s.relation:
+            cells |= set(RELATION_CELLS[s.relation])
+    return cells
+
+
 def _object(colour: str, shape: str, cell: str) -> Meant:
     article = "An" if colour[0] in "aeiou" else "A"
     return Meant(f"{article} {colour} {shape} at the {cell}", Item("object", shape, cell, colour))
@@ -202,7 +216,7 @@ def _emblems() -> dict[bytes, tuple[str, str]]:
 
 def _free(taken: set[str], made: Sequence[Meant]) -> str:
     used = taken | {m.item.cell for m in made if m.item}
-    return next((c for c in ("center", *CELLS) if c not in used), "center")
+    return next((c for c in (*_FIRST, *CELLS) if c not in used), "center")
 
 
 def _called(item: Item) -> str:
