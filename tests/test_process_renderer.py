@@ -148,9 +148,11 @@ from genevolve_fast.process import record
 from genevolve_fast.process.growing import GrowthSettings
 from genevolve_fast.process.renderer import ProcessRenderer
 from genevolve_fast.resumable import Ledger
-from genevolve_fast.sandbox.canvas import CanvasRenderer, draw_reference
-from genevolve_fast.sandbox.process_writer import symbolic_talk
-from genevolve_fast.trajectory import Program, Reference, image_hash
+from genevolve_fast.sandbox.canvas import CanvasRenderer, draw_program
+from genevolve_fast.sandbox.judges import look, Sight
+from genevolve_fast.sandbox.process_writer import meant, symbolic_talk
+from genevolve_fast.sandbox.scene import Scene
+from genevolve_fast.trajectory import Program, image_hash
 
 def run(folder, kill_at):
     seen = [0]
@@ -165,12 +167,12 @@ def run(folder, kill_at):
         return watched
     Ledger.add, record.write_bytes, record.write_text = map(around, (Ledger.add, record.write_bytes, record.write_text))
     process = ProcessRenderer(CanvasRenderer(), symbolic_talk(), GrowthSettings(), folder, {})
-    key = draw_reference("key", "red")
-    program = Program(sys.argv[2], (Reference("IMG_001", sha256=image_hash(key)),))
-    return image_hash(asyncio.run(process.render(program, [key], 3)))
+    return image_hash(asyncio.run(process.render(Program(sys.argv[2]), [], 3)))
 
+warm = Sight(draw_program(sys.argv[2], [], 3))
+look(Scene("yellow", tuple(m.item for s in sys.argv[2].split(".") for m in meant(s, set(), []) if m.item)), warm, warm)
 folder, killed = Path(sys.argv[1]), 0
-for n in range(1, 200):  # forked before any thread is started
+for n in range(1, 200, int(sys.argv[3])):  # forked before any thread is started
     child = os.fork()
     if child == 0:
         run(folder / str(n), n)
@@ -189,16 +191,18 @@ print(killed)
 """
 
 
-def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path, every):
     """SIGKILL before and after every line, draft and file of the process; each time it is started once more."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, str(tmp_path), PROGRAM.gen_prompt]
+    program = Program("Background yellow. A blue circle left of a green star. A red ring at the top left.")
+    command = [sys.executable, "-c", KILLED, str(tmp_path), program.gen_prompt, str(every)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    killed = int(done.stdout)
-    assert killed == 2 * (14 + 5 + 1)  # lines, drafts, process.json
-    right = grow(tmp_path / "whole")
-    for n in range(1, killed + 1):
+    writes = 2 * (9 + 3 + 1)  # before and after lines, drafts, process.json
+    assert int(done.stdout) == len(range(1, writes + 1, every))
+    right = grow(tmp_path / "whole", program=program, references=())
+    for n in range(1, writes + 1, every):
         assert (tmp_path / f"{n}.txt").read_text() == image_hash(right.picture), n
         (folder,) = process_folders(tmp_path / str(n))
         steps = json.loads((folder / "process.json").read_text())["steps"]
@@ -257,7 +261,7 @@ def test_the_policys_ids_come_back_and_what_follows_is_sampled_as_if_never_inter
         (dict(max_cycles=2), "cycles", 4),
         (dict(max_renders=1), "renders", 1),
         (dict(max_renders=2), "renders", 2),
-        (dict(max_tokens=150), "tokens", 1),
+        (dict(max_tokens=150), "tokens", 2),
     ],
 )
 def test_every_budget_ends_it_with_the_last_draft(tmp_path, settings, end, drawn):
@@ -302,9 +306,7 @@ def server():
 
 
 def asked_of(server, incidents=None, attempts=1):
-    return chat_talk(
-        lambda: ChatEndpoint("m", server.url, incidents=incidents, attempts=attempts, source="process")
-    )
+    return chat_talk(lambda: ChatEndpoint("m", server.url, incidents=incidents, attempts=attempts, source="process"))
 
 
 FIRST = Plan("Paint a red ring.", "Background white. A red ring at the center.")
@@ -329,8 +331,8 @@ def test_a_chat_model_sees_its_drafts_and_decides_when_it_is_done(server, tmp_pa
     assert bodies[0]["messages"][1] == {"role": "user", "content": "A ring."}
     roles = [m["role"] for m in bodies[-1]["messages"]]
     assert roles == ["system", "user"] + ["assistant", "user"] * 5
-    shown = [sum(p["type"] == "image_url" for m in b["messages"] if isinstance(m["content"], list) for p in m["content"])
-             for b in bodies]  # fmt: skip
+    said = [[m["content"] for m in b["messages"] if isinstance(m["content"], list)] for b in bodies]
+    shown = [sum(part["type"] == "image_url" for parts in all_ for part in parts) for all_ in said]
     assert shown == [0, 1, 1, 2, 3, 3]
     server.faults()
     again = grow(tmp_path, program=Program("A ring."), references=(), talk=asked_of(server), seed=5)

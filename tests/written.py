@@ -1,4 +1,4 @@
-"""The sandbox's process script behind the Engine protocol, and scripts with one bad habit, for rollouts of processes."""
+"""The sandbox's process script behind the Engine protocol, and scripts with one bad habit each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from genevolve_fast.sandbox.process_writer import SymbolicWriter
 class WritingEngine:
     """protocols.Engine: a script a session, asked in ids, answering in ids; log-probs are 0, it is certain."""
 
-    def __init__(self, codec: Codec, script: Callable[[str], SymbolicWriter] = lambda session: SymbolicWriter()) -> None:
+    def __init__(
+        self, codec: Codec, script: Callable[[str], SymbolicWriter] = lambda session: SymbolicWriter()
+    ) -> None:
         self._codec, self._script = codec, script
         self._scripts: dict[str, SymbolicWriter] = {}
         self._images: dict[str, int] = {}
@@ -50,7 +52,16 @@ class Blind(SymbolicWriter):
 
 
 class Spoiler(SymbolicWriter):
-    """Refines to an empty ground."""
+    """Plans what the canvas draws right, finds a fault in it all the same and refines to an empty ground."""
+
+    def _plan(self) -> str:
+        if not self._groups:
+            return super()._plan()
+        super()._plan()
+        return str(Plan("Paint it.", " ".join(f"{m.sentence}." for m in self._meant)))
+
+    def _faults(self) -> list[str]:
+        return ["it is plain"]
 
     def _refine(self) -> str:
         return str(Correction("Background black."))

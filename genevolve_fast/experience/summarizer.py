@@ -198,7 +198,11 @@ def _stages(t: Trajectory) -> list[dict[str, Any]]:
     texts = {stage.start: text for stage, text in t.stage_texts()}
     return [
         {"cycle": s.cycle + 1, "stage": s.name}
-        | ({"draft_score": s.score} if s.drawn else {"text": one_line(texts[s.start], _MAX_STAGE)})
+        | (
+            {"draft_score": s.score if s.score is None else round(s.score, 3)}
+            if s.drawn
+            else {"text": one_line(texts[s.start], _MAX_STAGE)}
+        )
         for s in t.stages[:_MAX_STAGES]
     ]
 

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.agent.chat import ChatConversation
-from genevolve_fast.agent.conversation import TokenConversation
+from genevolve_fast.agent.conversation import Reply, TokenConversation
 from genevolve_fast.incidents import Incidents
 from genevolve_fast.net.chat import ChatEndpoint
 from genevolve_fast.net.web import PerLoop
 from genevolve_fast.process.growing import Draw, Growth, GrowthSettings, Ungrown
 from genevolve_fast.process.prompts import VERSION
 from genevolve_fast.process.record import Record, Talk, process_key
-from genevolve_fast.protocols import Codec, Engine, Renderer, RenderError
+from genevolve_fast.protocols import Codec, Engine, Renderer, RenderError, Sampling
 from genevolve_fast.resumable import BatchError
 from genevolve_fast.trajectory import Program, Reference, image_hash
 
@@ -32,16 +32,24 @@ OpenTalk = Callable[[str, Sequence[np.ndarray]], AbstractContextManager[Talk]]
 # --- who writes -------------------------------------------------------------------------------------------------------
 
 
+class AskedAfresh(TokenConversation):
+    """Every turn is a session of its own: what is sampled follows from ids and seed, not from keys and values that an
+    engine kept, so a process that goes on elsewhere samples the same bits."""
+
+    async def ask(self, sampling: Sampling, seed: int) -> Reply:
+        self.engine.open(self.session_id)
+        try:
+            return await super().ask(sampling, seed)
+        finally:
+            self.engine.close(self.session_id)
+
+
 def token_talk(engine: Engine, codec: Codec) -> OpenTalk:
     """The policy behind a token engine."""
 
     @contextmanager
     def opened(session_id: str, references: Sequence[np.ndarray]) -> Iterator[Talk]:
-        engine.open(session_id)
-        try:
-            yield TokenConversation(engine, codec, session_id)
-        finally:
-            engine.close(session_id)
+        yield AskedAfresh(engine, codec, session_id)
 
     return opened
 

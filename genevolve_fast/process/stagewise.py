@@ -54,7 +54,7 @@ class CycleView:
 
 @dataclass(frozen=True)
 class Finding:
-    """A stage that went wrong. `mended`: the same cycle put it right. `skills`: the judges' names for what suffered."""
+    """A stage that went wrong. `mended`: its own cycle saw to it. `skills`: the judges' names for what suffered."""
 
     cycle: int
     stage: StageName
@@ -120,14 +120,15 @@ def _of_cycle(view: CycleView, before: float | None, planned: Sequence[str], uns
     worse = view.mended and _less(view.corrected, view.draft)
     repaired = view.mended and not worse
     out = []
-    if (found and found.plan) or planned:
-        out.append(Finding(view.cycle, "plan", "plan against request", tuple(planned), repaired and not planned))
+    lacking = () if worse else tuple(planned)  # what the refinement took away the plan may well have had
+    if (found and found.plan) or lacking:
+        out.append(Finding(view.cycle, "plan", "plan against request", lacking, repaired and not lacking))
     if found and found.draft:
-        out.append(Finding(view.cycle, "sketch", "draft against plan", (), repaired))
+        out.append(Finding(view.cycle, "sketch", "draft against plan", (), view.mended))
     if found and found.sound and (_less(view.draft, before) or unseen):
         out.append(Finding(view.cycle, "inspect", "inspection missed a fault", tuple(unseen)))
     if worse:
-        out.append(Finding(view.cycle, "refine", "refinement made it worse"))
+        out.append(Finding(view.cycle, "refine", "refinement made it worse", tuple(planned)))
     if found and not found.sound and not view.mended:
         out.append(Finding(view.cycle, "refine", "fault left as it was"))
     return out
@@ -156,7 +157,7 @@ def stage_experience(difference: Difference | None) -> Experience | None:
     slots = dict.fromkeys(EXPERIENCE_SLOTS, "")
     slots[slot] = f"{when}, {advice}"
     if finding.skills:
-        verb = "plan" if finding.stage == "plan" else "inspect"
+        verb = finding.stage
         slots["knowledge_activation"] = f"Watch {' and '.join(finding.skills)} when you {verb}."
     return Experience(**slots)
 
