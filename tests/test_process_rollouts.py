@@ -123,7 +123,7 @@ def test_the_policys_noise_is_asked_again_and_is_worth_nothing(policy, world):
         [TrainingRollout(t, a) for t, a in zip(judged.trajectories, (1.0, -1.0), strict=True)],
         judged.images, Objective(kl_coef=0.0), temperature=0.7, max_tokens=10**6,
     )  # fmt: skip
-    assert metrics["rollout_corr/logp_difference_abs"] < 1e-4 and gradient(policy).norm() > 0
+    assert metrics["rollout_corr/logp_difference_abs"] < 2e-3 and gradient(policy).norm() > 0
 
 
 def test_failures_of_engine_and_renderer_are_typed(codec, world):
