@@ -306,7 +306,9 @@ def server():
 
 
 def asked_of(server, incidents=None, attempts=1):
-    return chat_talk(lambda: ChatEndpoint("m", server.url, incidents=incidents, attempts=attempts, source="process"))
+    return chat_talk(
+        lambda: ChatEndpoint("m", server.url, incidents=incidents, attempts=attempts, source="process.engine")
+    )
 
 
 FIRST = Plan("Paint a red ring.", "Background white. A red ring at the center.")
@@ -356,11 +358,24 @@ def test_a_server_failing_before_a_draft_is_a_typed_failure_and_after_one_keeps_
     server.faults(refused)
     incidents = Incidents()
     with pytest.raises(RenderError, match="no such model") as failed:
-        grow(tmp_path, program=Program("A ring."), references=(), talk=asked_of(server, incidents))
-    assert failed.value.kind == "client_error" and incidents.take() == {"process/client_error": 1}
+        talk = asked_of(server, incidents)
+        grow(tmp_path, program=Program("A ring."), references=(), talk=talk, incidents=incidents)
+    assert failed.value.kind == "client_error"  # counted: the attempt, and the process that it ended
+    assert incidents.take() == {"process.engine/client_error": 1, "process/client_error": 1}
     server.faults(*replies(FIRST, refused))
     grown = grow(tmp_path, program=Program("A ring."), references=(), talk=asked_of(server))
     assert grown.end == "engine/client_error" and np.array_equal(grown.picture, draw_program(FIRST.description, [], 3))
+
+
+def test_what_a_server_said_before_a_renderer_failed_is_not_asked_again(server, tmp_path):
+    program, asked = Program("A ring."), asked_of(server)
+    server.faults(*replies(FIRST))
+    with pytest.raises(RenderError, match="away"):
+        grow(tmp_path, Watched(failing=0), program=program, references=(), talk=asked)
+    server.faults(*replies(Inspection(), "done"))
+    grown = grow(tmp_path, program=program, references=(), talk=asked)
+    assert grown.end == "done" and [c["body"]["seed"] for c in server.seen()] == [3001, 3002]
+    assert server.seen()[0]["body"]["messages"][2] == {"role": "assistant", "content": str(FIRST)}
 
 
 # --- configuration and commands ---------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def open_writer(grown, incidents):
             grown.base_url,
             key,
             incidents=incidents,
-            source="process",
+            source="process.engine",
             patience_s=grown.patience_s,
             **limits,
         )

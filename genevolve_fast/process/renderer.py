@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class ProcessRenderer:
         self._open_talk = open_talk
         self._identity = {"words": VERSION, "settings": dataclasses.asdict(settings), **identity}
         self._incidents = incidents or Incidents()
-        self._locks = PerLoop(lambda: {})
+        self._locks = PerLoop(WeakValueDictionary)  # a lock lives while somebody grows with it
 
     async def render(self, program: Program, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
         """uint8 [height, width, 3]. Raises RenderError, whose kind is the engine's where that failed first."""

@@ -102,7 +102,8 @@ class SymbolicWriter:
     def _inspect(self) -> str:
         faults = self._faults()
         shown = sum(m.item is not None for m in self._meant)
-        reason = f"The plan has {shown} things so far." if self._groups else "Everything is planned."
+        things = "thing" if shown == 1 else "things"
+        reason = f"The plan has {shown} {things} so far." if self._groups else "Everything is planned."
         return str(Inspection(draft="; ".join(faults), reason=reason))
 
     def _refine(self) -> str:
