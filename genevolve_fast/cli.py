@@ -355,7 +355,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """Bench, evolve, bench again, compare, report. Every part that is already there is kept."""
     from genevolve_fast.evaluate.bench import paired_gain, table
     from genevolve_fast.files import write_text
-    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.config import ConfigError, EvolveConfig
     from genevolve_fast.train.evolve import evolve
     from genevolve_fast.train.gpus import take_share
 
@@ -363,6 +363,8 @@ def run_demo(args: argparse.Namespace) -> int:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     refuse_ranks(config, "demo")
+    if config.process.enabled:
+        raise ConfigError("process.enabled: the demo benches agents with tools; train processes by `evolve`")
     take_share(config)
     set_threads(config.threads)
     folder = args.runs / config.name

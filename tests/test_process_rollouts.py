@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_failures_of_engine_and_renderer_are_typed(codec, world):
         )
         return done.trajectory.outcome
 
-    assert outcome(Broken(), WritingEngine(codec)) == Failed("render", "away", "connect")
+    assert outcome(Broken(), WritingEngine(codec)) == Failed("tool", "the renderer failed: away", "connect")
     assert outcome(CanvasRenderer(), Dead(codec)) == Failed("engine", "gone", "server_error")
     needy = CanvasRenderer()
     needy.min_references = 1
@@ -201,6 +202,77 @@ def test_a_process_rollouts_gradient_equals_the_plain_path(policy, group, stages
     want = gradient(policy)
     got = step(policy, batch, group.images, objective)
     assert want.norm() > 0 and (got - want).norm() <= 1e-5 * want.norm()
+
+
+PROCESS = {"process.enabled": True, "process.max_cycles": 2, "rollout.max_tokens_per_turn": 400}
+STEP = {
+    "name": "p", "steps": 2, "checkpoint.every": 2, "pool_size": 20, "rollout.prompts_per_step": 2,
+    "rollout.num_generations": 2, "experience.min_gap": 0.1, "threads": 1, "evaluate.requests": 0,
+}  # fmt: skip
+
+
+def configured(**fields):
+    from genevolve_fast.commands.opening import config_path
+    from genevolve_fast.train.config import EvolveConfig, load_config
+
+    told = STEP | PROCESS | fields
+    return load_config(EvolveConfig, config_path("demo"), [f"{name}={value}" for name, value in told.items()])
+
+
+def test_an_evolve_step_trains_on_processes_and_teaches_by_stages(policy, tmp_path, monkeypatch):
+    """The whole loop, with scripts in the engine's place: a good one and one that inspects blindly, in every group."""
+    from genevolve_fast.commands.opening import open_pool
+    from genevolve_fast.report.build import build_report
+    from genevolve_fast.train import evolve as module
+
+    class Scripts(WritingEngine):
+        def nothing(self, *_: object) -> None: ...
+
+        wake = sleep = update_weights = shutdown = nothing
+
+    def script(session: str) -> SymbolicWriter:
+        return Blind() if session.endswith("1") else SymbolicWriter()
+
+    monkeypatch.setattr(module, "open_engine", lambda *a, **k: Scripts(policy.codec, script))
+    config = configured()
+    pool, world = open_pool(config)
+    before = gradient(policy).shape, policy.head_weight.detach().clone()
+    module.evolve(config, policy, world, [r for r in pool if r.category == "relation"], tmp_path)
+    ts, images = load(tmp_path / "rollouts" / "step_000000.safetensors")
+    assert len(ts) == 4 and all({s.name for s in t.stages} >= {"plan", "sketch", "inspect"} for t in ts)
+    assert all(s.score is not None for t in ts for s in t.stages if s.drawn)
+    assert ts[0].reward > ts[1].reward
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["experience/used"] == 2 and rows[0]["actor/sdl_selected_fraction"] > 0
+    assert rows[0]["actor/grad_norm"] > 0 and not (policy.head_weight == before[1]).all()
+    html = build_report(tmp_path, policy.codec.decode).read_text()
+    assert '"stage":"sketch"' in html and "look at every part of the draft" in html
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout.max_rounds": 3}, "rollout.max_rounds with process.enabled would do nothing"),
+        ({"renderer.kind": "process"}, "the policy grows the picture"),
+        ({"process.enabled": False}, "max_cycles without enabled would do nothing"),
+        ({"process.max_renders": 4}, "2 cycles draw no more"),
+    ],
+)
+def test_training_on_processes_refuses_what_would_do_nothing(fields, message):
+    from genevolve_fast.train.config import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        configured(**fields)
+
+
+def test_a_renderer_that_needs_references_begins_no_process():
+    from genevolve_fast.commands.opening import open_pool
+    from genevolve_fast.train.config import ConfigError
+
+    with pytest.raises(ConfigError, match="draws nothing without references"):
+        open_pool(configured(**{"renderer.kind": "qwen-service", "renderer.urls": "[http://127.0.0.1:9]"}))
+    with pytest.raises(ConfigError, match="edits no drafts"):
+        open_pool(configured(**{"process.prompts": "edit"}))
 
 
 # --- which stage went wrong -------------------------------------------------------------------------------------------

@@ -161,7 +161,38 @@ def open_world(config, truth=None):
         world = replace(world, tools=live)
     if config.world.system_prompt == "full":
         world = replace(world, system_prompt=system_prompt(world.tools))
-    return embedded, replace(world, **services(config, world))
+    world = replace(world, **services(config, world))
+    return embedded, replace(world, rolling=open_rolling(config, world.renderer))
+
+
+def open_rolling(config, renderer):
+    """How rollouts go that are no agent's (protocols.Rolling). Raises ConfigError."""
+    if not config.process.enabled:
+        return None
+    from genevolve_fast.process.growing import GrowthSettings
+    from genevolve_fast.process.rollouts import ProcessRolling
+    from genevolve_fast.train.config import ConfigError
+
+    if renderer.min_references:
+        raise ConfigError(
+            f"process.enabled: {renderer.name} draws nothing without references, and a process begins with none: set "
+            "renderer.text_to_image, who draws the first drafts"
+        )
+    p, r = config.process, config.rollout
+    if p.prompts == "edit" and (config.renderer.kind in ("canvas", "text-to-image") or not renderer.max_references):
+        raise ConfigError(f"process.prompts edit: {renderer.name} edits no drafts")
+    settings = GrowthSettings(
+        max_cycles=p.max_cycles,
+        max_renders=p.max_renders or 2 * p.max_cycles,
+        max_tokens=r.max_response_length,
+        max_tokens_per_stage=r.max_tokens_per_turn,
+        attempts=p.attempts,
+        temperature=r.temperature,
+        top_p=r.top_p,
+        sampling_mask=r.replay_sampling_mask,
+        prompts=p.prompts,
+    )
+    return ProcessRolling(settings, p.score_drafts)
 
 
 def services(config, world) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,8 @@ async def run_process(
     """Let the policy behind `engine` grow a picture of `request`, or of a `program` for it with its references' pixels.
 
     Every text stage is a turn of the policy, every draft an image that it reads in the turn after. Never raises for
-    what policy, engine or renderer do: a policy that writes no plan has no program, a failed engine or renderer with
-    nothing drawn is Failed.
+    what policy, engine or renderer do: a policy that writes no plan has no program; an engine that fails before the
+    first draft is Failed("engine"), a renderer that does Failed("tool"), for such a rollout has to be sampled anew.
     """
     program = program or Program(request.question)
     talk = TokenConversation(engine, codec, rollout_id)
@@ -70,7 +71,7 @@ async def run_process(
         failure = Failed("engine", error, reason.kind) if reason.source == "engine" else None
     except RenderError as reason:
         error = str(reason)
-        failure = Failed("render", error, reason.kind)
+        failure = Failed("tool", f"the renderer failed: {error}", reason.kind)  # of a rollout, which cannot go on
     finally:
         engine.close(rollout_id)
     turns, stages = _stages(talk.turns, talk.ids, talk.end_of_turn, talk.records, record.steps)
@@ -191,6 +192,8 @@ def judge_processes(
     without and is counted as "judge/<kind>".
     """
 
+    grown = {t.id: rollouts.images[t.images[-1].sha256] for t in rollouts.trajectories if t.program is not None}
+
     async def one(t: Trajectory) -> Trajectory:
         if t.outcome is not None:
             return t
@@ -203,7 +206,7 @@ def judge_processes(
         judged, _ = await score(
             request,
             t,
-            renderer=_AsGrown(rollouts.pictures.get(t.id)),
+            renderer=_AsGrown(grown.get(t.id)),
             image_judge=world.image_judge,
             program_judge=world.program_judge,
             truth=truth,
@@ -216,7 +219,21 @@ def judge_processes(
     async def main() -> list[Trajectory]:
         return await asyncio.gather(*map(one, rollouts.trajectories))
 
-    return Rollouts(tuple(event_loop.run(main())), rollouts.images, rollouts.pictures)
+    return Rollouts(tuple(event_loop.run(main())), rollouts.images, grown)
+
+
+@dataclass(frozen=True)
+class ProcessRolling:
+    """protocols.Rolling: every rollout of a training step grows a picture."""
+
+    settings: GrowthSettings
+    score_drafts: bool = True
+
+    def sample(self, requests: Sequence[Request], num_generations: int, **told: Any) -> Rollouts:
+        return sample_processes(requests, num_generations, settings=self.settings, **told)
+
+    def judge(self, rollouts: Rollouts, requests: Mapping[str, Request], world: World) -> Rollouts:
+        return judge_processes(rollouts, requests, world, drafts=self.score_drafts)
 
 
 class _AsGrown:
