@@ -155,6 +155,13 @@ def test_failures_of_engine_and_renderer_are_typed(codec, world):
 
     assert outcome(Broken(), WritingEngine(codec)) == Failed("tool", "the renderer failed: away", "connect")
     assert outcome(CanvasRenderer(), Dead(codec)) == Failed("engine", "gone", "server_error")
+    tight = asyncio.run(
+        run_process(
+            REQUEST, engine=WritingEngine(codec), codec=codec, renderer=CanvasRenderer(), rollout_id="a", group_id="a",
+            seed=0, settings=replace(ROOMY, max_prompt_tokens=20),
+        )
+    ).trajectory  # fmt: skip
+    assert tight.outcome.kind == "bad_arguments" and not tight.loss_mask.any()
     needy = CanvasRenderer()
     needy.min_references = 1
     with pytest.raises(ValueError, match="needs references"):
@@ -207,18 +214,18 @@ def test_a_process_rollouts_gradient_equals_the_plain_path(policy, group, stages
 PROCESS = {"process.enabled": True, "process.max_cycles": 2, "rollout.max_tokens_per_turn": 400}
 STEP = {
     "name": "p", "steps": 2, "checkpoint.every": 2, "pool_size": 20, "rollout.prompts_per_step": 2,
-    "rollout.num_generations": 2, "experience.min_gap": 0.1, "threads": 1, "evaluate.requests": 0,
+    "rollout.num_generations": 2, "experience.min_gap": 0.1, "threads": 1, "policy.dtype": "float32",
 }  # fmt: skip
 
 
 def configured(**fields):
-    from genevolve_fast.commands.opening import config_path
     from genevolve_fast.train.config import EvolveConfig, load_config
 
     told = STEP | PROCESS | fields
-    return load_config(EvolveConfig, config_path("demo"), [f"{name}={value}" for name, value in told.items()])
+    return load_config(EvolveConfig, None, [f"{name}={value}" for name, value in told.items()])
 
 
+@pytest.mark.slow
 def test_an_evolve_step_trains_on_processes_and_teaches_by_stages(policy, tmp_path, monkeypatch):
     """The whole loop, with scripts in the engine's place: a good one and one that inspects blindly, in every group."""
     from genevolve_fast.commands.opening import open_pool

@@ -184,6 +184,7 @@ def open_rolling(config, renderer):
     settings = GrowthSettings(
         max_cycles=p.max_cycles,
         max_renders=p.max_renders or 2 * p.max_cycles,
+        max_prompt_tokens=r.max_prompt_length,
         max_tokens=r.max_response_length,
         max_tokens_per_stage=r.max_tokens_per_turn,
         attempts=p.attempts,

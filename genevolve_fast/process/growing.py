@@ -32,6 +32,7 @@ class GrowthSettings:
 
     max_cycles: int = MAX_CYCLES
     max_renders: int = 2 * MAX_CYCLES
+    max_prompt_tokens: int | None = None  # of instruction and request; none: no limit of its own
     max_tokens: int = 8192  # after the request, what the policy reads included
     max_tokens_per_stage: int = 512
     attempts: int = 3
@@ -85,6 +86,9 @@ class Growth:
         question = harmless(self.request, self.talk.markers)
         self.talk.begin(system, question)
         self.messages += [Message("system", system), Message("user", question)]
+        asked, limit = self.talk.prompt_tokens, s.max_prompt_tokens
+        if limit is not None and asked > limit:
+            raise Ungrown(f"prompt of {asked} tokens exceeds {limit}", "bad_arguments", "engine")
         cycle = 0
         while not self.end:
             await self._cycle(cycle)

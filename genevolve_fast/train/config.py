@@ -472,7 +472,7 @@ class EvolveConfig(_Section):
         """What belongs to the agent's rollouts, where they are processes."""
         if not self.process.enabled:
             return
-        limits = ("max_prompt_length", "max_tool_calls", "max_rounds", "observe_images", "tool_timeout_s")
+        limits = ("max_tool_calls", "max_rounds", "observe_images", "tool_timeout_s")
         idle = [f"rollout.{n}" for n in limits if getattr(self.rollout, n) != _plain(RolloutConfig, n)]
         idle += ["tools"] * (self.tools != _default("tools"))
         idle += ["world.system_prompt"] * (self.world.system_prompt != "short")
