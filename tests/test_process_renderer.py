@@ -205,6 +205,8 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path, every):
     for n in range(1, writes + 1, every):
         assert (tmp_path / f"{n}.txt").read_text() == image_hash(right.picture), n
         (folder,) = process_folders(tmp_path / str(n))
+        keys = [json.loads(line)["key"] for line in (folder / "steps.jsonl").read_text().splitlines()[1:]]
+        assert keys == [f"{i:04d}" for i in range(9)], n  # nothing was written or drawn twice
         steps = json.loads((folder / "process.json").read_text())["steps"]
         for step, wanted in zip(steps, told(right)["steps"], strict=True):
             assert step | {"seconds": 0} == wanted | {"seconds": 0}, n
@@ -365,6 +367,9 @@ def test_a_server_failing_before_a_draft_is_a_typed_failure_and_after_one_keeps_
     server.faults(*replies(FIRST, refused))
     grown = grow(tmp_path, program=Program("A ring."), references=(), talk=asked_of(server))
     assert grown.end == "engine/client_error" and np.array_equal(grown.picture, draw_program(FIRST.description, [], 3))
+    server.faults()
+    again = grow(tmp_path, program=Program("A ring."), references=(), talk=asked_of(server))
+    assert again.end == grown.end and not server.seen()  # it has ended
 
 
 def test_what_a_server_said_before_a_renderer_failed_is_not_asked_again(server, tmp_path):
