@@ -16,7 +16,6 @@ from genevolve_fast.commands import (
     generate,
     plan,
     process,
-    process_train,
     render,
     rollout,
     score,
@@ -86,6 +85,7 @@ _USER_ERRORS = {
     "profile.shapes": "ShapeError",
     "protocols": "EngineError",
     "report.build": "ReportError",
+    "report.processes": "ProcessError",
     "resumable": "BatchError",
     "rollout.serve": "ServeError",
     "train.config": "ConfigError",
@@ -199,7 +199,6 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     serve_render.add(command)
     data.add(command)
     process.add(command)
-    process_train.add(command)
 
     p = command(
         "report",
@@ -356,7 +355,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """Bench, evolve, bench again, compare, report. Every part that is already there is kept."""
     from genevolve_fast.evaluate.bench import paired_gain, table
     from genevolve_fast.files import write_text
-    from genevolve_fast.train.config import EvolveConfig
+    from genevolve_fast.train.config import ConfigError, EvolveConfig
     from genevolve_fast.train.evolve import evolve
     from genevolve_fast.train.gpus import take_share
 
@@ -364,6 +363,8 @@ def run_demo(args: argparse.Namespace) -> int:
         return show_fields(EvolveConfig)
     config = load(args, EvolveConfig)
     refuse_ranks(config, "demo")
+    if config.process.enabled:
+        raise ConfigError("process.enabled: the demo benches agents with tools; train processes by `evolve`")
     take_share(config)
     set_threads(config.threads)
     folder = args.runs / config.name
@@ -407,8 +408,12 @@ def run_report(args: argparse.Namespace) -> int:
         return run_compare(args)
     if args.run_folder is None or args.output or args.gt_root:
         raise ReportError("give the folder of a run, or --compare A B with -o and --gt-root")
+    from genevolve_fast.report.build import build_report, only_processes
+
+    if only_processes(args.run_folder):
+        print(f"report: {build_report(args.run_folder, no_tokens)}")
+        return 0
     from genevolve_fast.policy.codec import TransformersCodec
-    from genevolve_fast.report.build import build_report
 
     saved = [
         p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()
@@ -416,6 +421,10 @@ def run_report(args: argparse.Namespace) -> int:
     reader = saved[0] if saved else started_from(args.run_folder)
     print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
     return 0
+
+
+def no_tokens(ids: Sequence[int]) -> str:
+    raise AssertionError("grown pictures alone hold no token")
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -277,6 +277,29 @@ class Embedder(Protocol):
 # --- a world to act in ------------------------------------------------------------------------------------------------
 
 
+class Rolling(Protocol):
+    """Rollouts of another kind than the agent's; both return train.collect.Rollouts."""
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        num_generations: int,
+        *,
+        world: World,
+        engine: Engine,
+        codec: Codec,
+        seed: int,
+        step: int,
+        policy_step: int | None,
+    ) -> Any:
+        """`num_generations` rollouts of each request, not judged yet."""
+        ...
+
+    def judge(self, rollouts: Any, requests: Mapping[str, Request], world: World) -> Any:
+        """Those without an outcome get one; `requests` by id."""
+        ...
+
+
 @dataclass(frozen=True)
 class World:
     """Everything outside the policy, bundled so that train, evaluate and data are given one thing."""
@@ -290,3 +313,4 @@ class World:
     system_prompt: str
     truth: Callable[[Request], np.ndarray]  # ground-truth pixels, uint8 [height, width, 3]
     incidents: Incidents = field(default_factory=Incidents)  # what engine and tools count their failures in
+    rolling: Rolling | None = None  # how a rollout goes; None: an agent with tools, its program rendered and judged

@@ -144,13 +144,17 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Stage:
-    """Tokens [start, stop) of one stage of a cycle in process-driven generation: its text, or (`drawn`) its draft."""
+    """Tokens [start, stop) of one stage of a cycle in process-driven generation: its text, or (`drawn`) its draft.
+
+    `score` is the image judge's of a draft, where it was asked for one.
+    """
 
     name: StageName
     cycle: int
     start: int
     stop: int
     drawn: bool = False
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,11 @@ class Trajectory:
     def masked_tokens(self) -> int:
         """Loss tokens whose sampling mask is known."""
         return int((self.mask_counts > 0).sum())
+
+    def stage_texts(self) -> list[tuple[Stage, str]]:
+        """The written stages of a process with their texts; those are of its messages, "" where it has none."""
+        written = iter([m.content for m in self.messages if m.role == "assistant" and m.content])
+        return [(stage, next(written, "")) for stage in self.stages if not stage.drawn]
 
     def replace(self, **changes: Any) -> Trajectory:
         return dataclasses.replace(self, **changes)

@@ -212,15 +212,15 @@ def test_the_command_builds_rows_of_a_file_of_requests(server, tmp_path, capsys)
     flags += ["--renderer", "qwen-service", "--service-url", server.address, "--chat-set", "attempts=1"]
     flags += [f"--{name}-set={value}" for name in ("renderer",) for value in second]
     server.faults({"status": 404}, {"status": 404})
-    assert main(["process-data", *flags, "--chat-set", "reasks=0"]) == 0
+    assert main(["process", "data", *flags, "--chat-set", "reasks=0"]) == 0
     told = capsys.readouterr()
     assert "process/client_error" in told.out and "unreadable" in told.err
-    assert main(["process-data", *flags]) == 0  # what failed is read and built now
+    assert main(["process", "data", *flags]) == 0  # what failed is read and built now
     data = open_processes(tmp_path / "d")
     assert len(data) >= 7 and {p.subset for p in data} == {"multi_turn", "instruction_conflict", "image_alignment"}
     counts = server.seen()
     assert counts["pictures"] and counts["plan"] and counts["seen"]
-    assert main(["process-data", *flags]) == 0 and server.seen() == counts  # nothing is asked again
+    assert main(["process", "data", *flags]) == 0 and server.seen() == counts  # nothing is asked again
 
 
 FILE = ["--requests", "FILE"]
@@ -242,7 +242,7 @@ def test_the_command_refuses_what_cannot_work(tmp_path, capsys, flags, told):
     file = tmp_path / "asked.txt"
     file.write_text("a red circle\n")
     asked = [str(file) if flag == "FILE" else flag for flag in flags]
-    assert main(["process-data", "--out", str(tmp_path / "d"), *asked]) == 2
+    assert main(["process", "data", "--out", str(tmp_path / "d"), *asked]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "d").exists()
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
     real = [
@@ -255,5 +255,5 @@ def test_the_command_refuses_what_cannot_work(tmp_path, capsys, flags, told):
         "--requests",
         str(tmp_path / "bad.jsonl"),
     ]
-    assert main(["process-data", "--out", str(tmp_path / "d"), *real]) == 2
+    assert main(["process", "data", "--out", str(tmp_path / "d"), *real]) == 2
     assert "line 1: a request is an object" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_changed_pictures_and_bad_rows_are_refused(tmp_path):
     (tmp_path / "processes.jsonl").write_text("{}\n")
     with pytest.raises(BatchError, match="line 1"):
         open_processes(tmp_path)
-    with pytest.raises(BatchError, match="process-data"):
+    with pytest.raises(BatchError, match="process data"):
         open_processes(tmp_path / "nowhere")
 
 
@@ -114,15 +114,15 @@ def test_changed_pictures_and_bad_rows_are_refused(tmp_path):
 
 def test_the_command_builds_all_subsets_and_goes_on_where_it_was(tmp_path, capsys):
     out = ["--out", str(tmp_path / "d"), "--seed", "5"]
-    assert main(["process-data", "--count", "30", *out]) == 0
+    assert main(["process", "data", "--count", "30", *out]) == 0
     told = capsys.readouterr().out
     first = list(open_processes(tmp_path / "d"))
     assert {p.subset for p in first} == {"multi_turn", "instruction_conflict", "image_alignment"}
     assert "cycles by subset" in told and "written to" in told
-    assert main(["process-data", "--count", "33", *out]) == 0
+    assert main(["process", "data", "--count", "33", *out]) == 0
     more = list(open_processes(tmp_path / "d"))
     assert more[: len(first)] == first and len(more) > len(first)
-    assert main(["process-data", "--count", "33", "--out", str(tmp_path / "other"), "--seed", "5"]) == 0
+    assert main(["process", "data", "--count", "33", "--out", str(tmp_path / "other"), "--seed", "5"]) == 0
     assert list(open_processes(tmp_path / "other")) == more
 
 
@@ -139,7 +139,7 @@ def test_the_command_builds_all_subsets_and_goes_on_where_it_was(tmp_path, capsy
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, capsys, flags, told):
-    assert main(["process-data", "--out", str(tmp_path / "d"), *flags]) == 2
+    assert main(["process", "data", "--out", str(tmp_path / "d"), *flags]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "d").exists()
 
 
@@ -150,7 +150,7 @@ def own_cycles(text: str, seed: int) -> list[Attempt]:
 
 def test_the_command_corrects_a_models_own_cycles(tmp_path):
     flags = ["--subset", "instruction_conflict", "--categories", "color_attr", "--sampler", f"{__name__}:own_cycles"]
-    assert main(["process-data", "--count", "30", "--out", str(tmp_path), *flags]) == 0
+    assert main(["process", "data", "--count", "30", "--out", str(tmp_path), *flags]) == 0
     data = open_processes(tmp_path)
     assert {p.extra["source"] for p in data} == {"ModelSampler"}
     assert data.statistics()["filtered"]["instruction_conflict"]["nothing of the plan is right"] > 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from genevolve_fast.agent.conversation import IMAGE_MARK, Reply
@@ -36,6 +37,7 @@ class ChatConversation:
         self._counted = 0
         self._uncounted_characters = 0
         self._measured = False
+        self._completion = Completion("", True, None)
 
     @property
     def prompt_tokens(self) -> int:
@@ -55,6 +57,19 @@ class ChatConversation:
         except EngineError as error:
             self.failure = error
             raise
+        return self._taken(completion)
+
+    def said(self) -> dict[str, Any]:
+        """What `ask` got last, for JSON."""
+        return asdict(self._completion)
+
+    def recall(self, said: Mapping[str, Any]) -> Reply:
+        """As if `ask` had got what `said` told: the server is not asked."""
+        usage = said["usage"]
+        return self._taken(Completion(said["text"], said["ended"], usage and tuple(usage)))
+
+    def _taken(self, completion: Completion) -> Reply:
+        self._completion = completion
         self._count(completion)
         return Reply(completion.text, completion.ended)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -95,10 +95,23 @@ class TokenConversation:
 
     async def ask(self, sampling: Sampling, seed: int) -> Reply:
         sampling = replace(sampling, stop_ids=tuple(self.end_of_turn))
-        out = await self.engine.generate(self.session_id, self.ids, self.pixels, sampling, seed)
-        self._sampled = out
-        ended = bool(out.ids) and out.ids[-1] in self.end_of_turn
-        return Reply(self.codec.decode(out.ids[:-1] if ended else out.ids), ended)
+        self._sampled = await self.engine.generate(self.session_id, self.ids, self.pixels, sampling, seed)
+        return self._reply()
+
+    def _reply(self) -> Reply:
+        ids = self._sampled.ids
+        ended = bool(ids) and ids[-1] in self.end_of_turn
+        return Reply(self.codec.decode(ids[:-1] if ended else ids), ended)
+
+    def said(self) -> dict[str, Any]:
+        """What `ask` got last, for JSON."""
+        got = asdict(self._sampled)
+        return {f.name: got[f.name] for f in fields(Generation)}
+
+    def recall(self, said: Mapping[str, Any]) -> Reply:
+        """As if `ask` had got what `said` told: the engine is not asked."""
+        self._sampled = Generation(**said)
+        return self._reply()
 
     def keep(self, reply: Reply, tool: str | None) -> None:
         """Append the reply and, where the policy did not end its turn, the ids that do (which carry no loss)."""

@@ -25,7 +25,13 @@ def add(command: AddCommand) -> None:
         "--policy sandbox:start --tools sandbox",
     )
     p.add_argument("prompt", metavar="PROMPT", help="what the picture shall show")
-    p.add_argument("-o", "--output", type=Path, required=True, help="OUT.png; OUT.json, OUT.references/ go beside it")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="OUT.png; beside it go OUT.json, OUT.references/ and, of a process, OUT.process/ and OUT.strip.png",
+    )
     add_renderer_flags(p, default=None)
     add_agent_flags(p, seeded="sampling and picture")
 
@@ -61,7 +67,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise BatchError("the prompt is empty: say what the picture shall show")
     args.output, args.parallel, args.max_samples = args.output.resolve(), 1, None
     settings, incidents = rollout_settings(args), Incidents()
-    renderer, identity = open_chosen_renderer(args, incidents)
+    renderer, identity = open_chosen_renderer(args, incidents, args.output.with_suffix(".process"))
     with tempfile.TemporaryDirectory() as found:
         tools: dict[str, float] = {}
         try:
@@ -107,14 +113,30 @@ async def _generate(args: argparse.Namespace, opening, renderer, tools: dict[str
         with clock("references"):
             references = await asyncio.to_thread(read_references, program, (Path(),))
         with clock("render"):
-            pixels = await renderer.render(program, references, args.seed or 0)
+            pixels, told = await _drawn(renderer, program, references, args.seed or 0)
     except RowError as error:
         return not_drawn(row, str(error), error.failure)
     except RenderError as error:
         return not_drawn(row, str(error), f"render/{error.kind}")
     with clock("write"):
         write_bytes(args.output, await asyncio.to_thread(png_bytes, pixels))
-    return drawn(row, args.output) | {"size": [pixels.shape[1], pixels.shape[0]]}
+        if told:
+            write_bytes(*(await asyncio.to_thread(_strip, Path(told["process"]), args.output)))
+    return drawn(row, args.output) | told | {"size": [pixels.shape[1], pixels.shape[0]]}
+
+
+async def _drawn(renderer, program, references, seed: int) -> tuple[Any, dict[str, Any]]:
+    """(pixels, of a process its folder and its end). Raises RenderError."""
+    if not hasattr(renderer, "grow"):
+        return await renderer.render(program, references, seed), {}
+    grown = await renderer.grow(program, references, seed)
+    return grown.picture, {"process": str(grown.folder), "process_end": grown.end}
+
+
+def _strip(folder: Path, output: Path) -> tuple[Path, bytes]:
+    from genevolve_fast.commands.process import strip_png
+
+    return output.with_suffix(".strip.png"), strip_png(folder)[0]
 
 
 class _Clock:
@@ -164,5 +186,16 @@ def _show(made: Mapping[str, Any], output: Path) -> None:
         print("failed attempts: " + ", ".join(f"{what} {n}" for what, n in made["failed_attempts"].items()))
     if made["success"]:
         print(f"picture     {output}, {made['size'][0]} × {made['size'][1]}")
+        if "process" in made:
+            _show_process(Path(made["process"]), output)
     else:
         print(f"no picture ({made['image_failure']}): {made['image_status'].removeprefix('error: ')}", file=sys.stderr)
+
+
+def _show_process(folder: Path, output: Path) -> None:
+    from genevolve_fast.report.processes import read_strip
+
+    strip = read_strip(folder)
+    print(f"process     {strip.line()}; {output.with_suffix('.strip.png')}, {folder}")
+    if strip.writer == "sandbox":
+        print("            its stages were written by the sandbox's script: a demonstration, not a measurement")

@@ -161,20 +161,51 @@ def open_world(config, truth=None):
         world = replace(world, tools=live)
     if config.world.system_prompt == "full":
         world = replace(world, system_prompt=system_prompt(world.tools))
-    return embedded, replace(world, **services(config, world))
+    world = replace(world, **services(config, world))
+    return embedded, replace(world, rolling=open_rolling(config, world.renderer))
+
+
+def open_rolling(config, renderer):
+    """How rollouts go that are no agent's (protocols.Rolling). Raises ConfigError."""
+    if not config.process.enabled:
+        return None
+    from genevolve_fast.process.growing import GrowthSettings
+    from genevolve_fast.process.rollouts import ProcessRolling
+    from genevolve_fast.train.config import ConfigError
+
+    if renderer.min_references:
+        raise ConfigError(
+            f"process.enabled: {renderer.name} draws nothing without references, and a process begins with none: set "
+            "renderer.text_to_image, who draws the first drafts"
+        )
+    p, r = config.process, config.rollout
+    if p.prompts == "edit" and (config.renderer.kind in ("canvas", "text-to-image") or not renderer.max_references):
+        raise ConfigError(f"process.prompts edit: {renderer.name} edits no drafts")
+    settings = GrowthSettings(
+        max_cycles=p.max_cycles,
+        max_renders=p.max_renders or 2 * p.max_cycles,
+        max_prompt_tokens=r.max_prompt_length,
+        max_tokens=r.max_response_length,
+        max_tokens_per_stage=r.max_tokens_per_turn,
+        attempts=p.attempts,
+        temperature=r.temperature,
+        top_p=r.top_p,
+        sampling_mask=r.replay_sampling_mask,
+        prompts=p.prompts,
+    )
+    return ProcessRolling(settings, p.score_drafts)
 
 
 def services(config, world) -> dict:
     """Renderer, judges, summarizer and embedder that a configuration names in place of the sandbox's."""
     from genevolve_fast.experience.config import open_embedder, open_summarizer
-    from genevolve_fast.render.config import open_renderer
     from genevolve_fast.reward.config import open_judges
     from genevolve_fast.train.config import ConfigError
 
     opened: dict = {}
     try:
         if config.renderer.kind != "canvas":
-            opened["renderer"] = open_renderer(config.renderer, world.incidents)
+            opened["renderer"] = open_any_renderer(config.renderer, world.incidents)
         if config.judge.kind != "rules":
             opened["image_judge"], opened["program_judge"] = open_judges(config.judge, world.incidents, world.truth)
         if config.summarizer.kind != "rules":
@@ -186,13 +217,85 @@ def services(config, world) -> dict:
     return opened
 
 
+def open_any_renderer(config, incidents, processes: Path | None = None):
+    """The renderer of a section, the canvas and the process among them; `processes`: where grown pictures are kept
+    when the section names no folder. Raises ValueError naming what is missing."""
+    from genevolve_fast.render.config import open_renderer
+    from genevolve_fast.render.routed import FixedSeed
+    from genevolve_fast.sandbox.canvas import CanvasRenderer
+
+    if config.kind == "canvas":
+        return CanvasRenderer()
+    if config.kind != "process":
+        return open_renderer(config, incidents)
+    from genevolve_fast.process.growing import GrowthSettings
+    from genevolve_fast.process.renderer import ProcessRenderer
+
+    grown = config.grown
+    folder = grown.folder or processes
+    if folder is None:
+        raise ValueError("renderer.process.folder is not set: every process is kept there, and goes on from there")
+    names = ("max_cycles", "max_tokens", "max_tokens_per_stage", "attempts", "temperature", "top_p")
+    settings = GrowthSettings(
+        **{name: getattr(grown, name) for name in names}, max_renders=grown.renders, prompts=grown.drawn_by
+    )
+    inner = open_any_renderer(grown.renderer, incidents)
+    process = ProcessRenderer(inner, open_writer(grown, incidents), settings, folder, config.identity(), incidents)
+    return process if config.seed is None else FixedSeed(process, config.seed)
+
+
+def open_writer(grown, incidents):
+    """Who writes the stages of a process section (process.renderer.OpenTalk). Raises ValueError."""
+    from genevolve_fast.process.renderer import chat_talk, token_talk
+
+    if grown.writer == "sandbox":
+        from genevolve_fast.sandbox.process_writer import symbolic_talk
+
+        return symbolic_talk(grown.max_cycles)
+    if grown.writer == "policy":
+        from genevolve_fast.commands.rollout import open_rollout_policy
+        from genevolve_fast.rollout.transformers_engine import TransformersEngine
+
+        policy = open_rollout_policy(grown.policy)
+        return token_talk(TransformersEngine(policy, deterministic=False), policy.codec)
+    from genevolve_fast.net.chat import NO_KEY, ChatEndpoint
+
+    key = os.environ.get(grown.api_key_env, "").strip() if grown.api_key_env else NO_KEY
+    if not key:
+        raise ValueError(f"{grown.api_key_env} is not set: renderer.process.api_key_env names it")
+    limits = {"request_timeout": grown.request_timeout_s, "attempts": grown.engine_attempts}
+
+    def endpoint() -> ChatEndpoint:
+        return ChatEndpoint(
+            grown.model,
+            grown.base_url,
+            key,
+            incidents=incidents,
+            source="process.engine",
+            patience_s=grown.patience_s,
+            **limits,
+        )
+
+    return chat_talk(endpoint)
+
+
 def refuse_shared_gpu(renderer) -> None:
     """Raise ConfigError for a pipeline of this process that was given no device and would take the policy's GPU."""
     from genevolve_fast.train.config import ConfigError
 
     if renderer.cache_mode == "replay" or device().type != "cuda":
         return
-    for name, section in (("renderer", renderer), ("renderer.text_to_image", renderer.text_to_image)):
+    sections = [("renderer", renderer), ("renderer.text_to_image", renderer.text_to_image)]
+    if renderer.kind == "process":
+        inner = renderer.grown.renderer
+        sections = [("renderer.process.renderer", inner)]
+        sections += [("renderer.process.renderer.text_to_image", inner.text_to_image)]
+        if renderer.grown.writer == "policy":
+            raise ConfigError(
+                "renderer.process.writer policy would load a second policy beside the one in training, on a GPU whose "
+                "memory is planned for training: serve it (genevolve-fast serve) and set writer chat"
+            )
+    for name, section in sections:
         local = section is not None and section.kind in ("qwen-image-edit", "text-to-image") and not section.urls
         if local and section.device is None:
             raise ConfigError(

@@ -1,271 +1,61 @@
-"""`process-data`: rows of process-driven generation, built and verified."""
+"""`process`: pictures that grew in cycles, and what can be made of them."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from genevolve_fast.commands.batches import follow, open_bar, tell_end
-from genevolve_fast.commands.opening import AddCommand, read_section, show_fields
-from genevolve_fast.commands.render import add_renderer_flags, open_chosen_renderer
-
-if TYPE_CHECKING:
-    from genevolve_fast.incidents import Incidents
-    from genevolve_fast.net.asking import JsonChat
-    from genevolve_fast.process.rows import Job
-
-SUBSETS = ("multi_turn", "instruction_conflict", "image_alignment")
+from genevolve_fast.commands import process_data, process_train
+from genevolve_fast.commands.opening import AddCommand, subcommands
 
 
 def add(command: AddCommand) -> None:
     """Add the parsers of this module."""
-    p = command(
-        "process-data",
-        run_process_data,
-        "Build rows of plan, sketch, inspect and refine: in the world of strokes, or for your own requests by a chat "
-        "model and a renderer. multi_turn grows a request in increments and rewrites drafts; instruction_conflict "
-        "mends plans that contradict the request; image_alignment holds drafts against their plans. Every draft is "
-        "judged; what fails is left out and counted by its reason. Started again, it continues.",
-        "genevolve-fast process-data --subset all --count 2000 --out data/strokes\n"
-        "  genevolve-fast process-data --requests prompts.jsonl --model VLM --base-url http://host/v1 \\\n"
-        "    --renderer nano-banana --out data/process",
+    top = command(
+        "process",
+        None,
+        "Pictures that grow in cycles of plan, sketch, inspect and refine: rows to learn from, a unified model trained "
+        "on them and at work, strips to look at.",
+        "genevolve-fast process data --count 4000 --out data/strokes",
     )
-    p.add_argument("--subset", choices=[*SUBSETS, "all"], default="all", help="all: a half, a quarter and a quarter")
-    p.add_argument("--count", type=int, help="requests to build rows from (default: 1000, or all of --requests)")
-    p.add_argument("--seed", type=int, default=0, help="of requests and rows (default: %(default)s)")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--parallel", type=int, help="rows at a time, with --requests (default: 4)")
-    p.add_argument("--tokenizer", help="also count tokens: a model's folder or hub name, or sandbox:start")
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a filter of the rows")
-    p.add_argument("--fields", action="store_true", help="list the filters and stop")
-    own = p.add_argument_group("in the world of strokes")
-    own.add_argument("--split", choices=["train", "held_out"], help="(default: train)")
-    own.add_argument("--categories", help="comma-separated (default: GenEval's six, and three times complex)")
-    own.add_argument(
-        "--sampler", metavar="MODULE:FUNCTION",
-        help="whose wrong cycles are corrected: (request, seed) -> process.builders.Attempt of each sampled cycle "
-        "(default: plans and drafts corrupted by rule)",
-    )  # fmt: skip
-    own.add_argument("--no-places", action="store_true", help="plans do not say in which cell a figure stands")
-    real = p.add_argument_group("for your own requests")
-    real.add_argument("--requests", type=Path, help="JSONL of {id, text}, or a text file with a request a line")
-    real.add_argument("--model", help="the chat model that reads, writes and looks at drafts; it must see pictures")
-    real.add_argument("--base-url", help="its OpenAI-compatible server")
-    real.add_argument("--api-key-env", metavar="NAME", help="environment variable with its key")
-    real.add_argument(
-        "--chat-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the chat model"
+    step = subcommands(top.add_subparsers(dest="step", required=True, metavar="STEP"))
+    process_data.add(step)
+    process_train.add(step)
+    p = step(
+        "strip",
+        run_strip,
+        "The drafts of one process side by side, over each what was planned, under it what was found.",
+        "genevolve-fast process strip out.process -o strip.png",
     )
-    add_renderer_flags(real, default=None, told=" with --requests")
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="of one process, or a folder that holds one")
+    p.add_argument("-o", "--output", type=Path, required=True, help="the strip, a PNG")
 
 
-def run_process_data(args: argparse.Namespace) -> int:
-    """Exit status 1 when no row is there or the building gave up, 128 + signal when it was interrupted."""
-    from genevolve_fast.incidents import Incidents
-    from genevolve_fast.process.rows import ProcessFilters, build_rows, table
-
-    if args.fields:
-        return show_fields(ProcessFilters)
-    filters = read_section(ProcessFilters, {}, args.set, "--set", "filters")
-    _refuse(args)
-    incidents = Incidents()
-    if args.requests:
-        jobs, settings, status = picture_jobs(args, incidents)
-        if status:
-            return status
-    else:
-        jobs, settings = stroke_jobs(args), _settings(args)
-    codec = _codec(args.tokenizer) if args.tokenizer else None
-    with open_bar(len(jobs), "process-data") as bar:
-        parallel = (args.parallel or 4) if args.requests else 1
-        run = build_rows(args.out, jobs, settings, filters, codec=codec, parallel=parallel, progress=follow(bar))
-        made, tally = asyncio.run(run)
-    status = tell_end(tally, tally.line(), incidents)
-    print(f"\n{table(made)}\nwritten to {args.out}")
-    return status or int(not made["rows"])
-
-
-def stroke_jobs(args: argparse.Namespace) -> list[Job]:
-    """A job a request, of the subsets in turn. Raises BatchError."""
-    from genevolve_fast.process.builders import Corrupter
-    from genevolve_fast.sandbox.stroke_data import workshop
-    from genevolve_fast.sandbox.strokes import requests
-
-    split, categories = args.split or "train", _categories(args)
-    shop = workshop(split, tell_places=not args.no_places)
-    own = _sampler(args.sampler) if args.sampler else None
-    asked = requests(split, args.seed, 1000 if args.count is None else args.count, categories)
-    return _jobs(args, asked, shop, own or Corrupter(shop), own, len(categories))
-
-
-def picture_jobs(args: argparse.Namespace, incidents: Incidents) -> tuple[list[Job], dict[str, Any], int]:
-    """(jobs, settings, exit status of a reading that ended early) for the requests of a file. Raises BatchError."""
-    from genevolve_fast.files import file_hash
-    from genevolve_fast.process.builders import Corrupter
-    from genevolve_fast.process.chat_workshop import ChatReader, chat_workshop, read_requests, words_of
-    from genevolve_fast.process.rows import BuildTally
-    from genevolve_fast.resumable import BatchError, Ledger
-
-    texts = _texts(args.requests, args.count)
-    chat = _chat(args, incidents)
-    renderer, identity = open_chosen_renderer(args, incidents)
-    settings = {"requests": file_hash(args.requests), "model": args.model, "renderer": identity}
-    settings |= {"subset": args.subset, "seed": args.seed}
-    tally = BuildTally()
-    with (
-        closing(Ledger(args.out / "reading.jsonl", settings, "graph")) as ledger,
-        open_bar(len(texts) - len(ledger.done.keys() & texts), "read", "request") as bar,
-    ):
-        parallel = args.parallel or 4
-        run = read_requests(texts, ChatReader(chat), ledger, tally, parallel=parallel, progress=follow(bar))
-        asked = asyncio.run(run)
-    status = tell_end(tally, f"{len(asked)} of {len(texts)} requests are read", incidents)
-    if not asked and not status:
-        raise BatchError(f"{args.requests}: of no request came a scene graph")
-    try:
-        shop = chat_workshop(chat, renderer, words_of(r.graph for r in asked))
-    except ValueError as error:
-        raise BatchError(f"--renderer {args.renderer}: {error}") from None
-    return _jobs(args, asked, shop, Corrupter(shop), None, 1), settings, status
-
-
-def _jobs(args: argparse.Namespace, asked, shop, sampler, own, block: int) -> list[Job]:
-    """`block` requests after one another are of one subset."""
-    from genevolve_fast.process.builders import image_alignment, instruction_conflict, multi_turn
-    from genevolve_fast.process.rows import Job
-
-    turns = (SUBSETS[0], SUBSETS[1], SUBSETS[0], SUBSETS[2]) if args.subset == "all" else (args.subset,)
-    jobs = []
-    for n, request in enumerate(asked):
-        turn, again = n // block % len(turns), n // block // len(turns)
-        build = {
-            "multi_turn": lambda r=request: multi_turn(r, shop, args.seed),
-            "instruction_conflict": lambda r=request: instruction_conflict(r, shop, args.seed, sampler),
-            "image_alignment": lambda r=request, k=again: image_alignment(r, shop, args.seed, k % 2 == 0, own),
-        }[turns[turn]]
-        jobs.append(Job(f"{turns[turn]}-{request.id}", turns[turn], request.category, build))
-    return jobs
-
-
-# --- what was asked ---------------------------------------------------------------------------------------------------
-
-
-def _categories(args: argparse.Namespace) -> tuple[str, ...]:
-    from genevolve_fast.resumable import BatchError
-    from genevolve_fast.sandbox.strokes import CATEGORIES, COMPLEX
-
-    if not args.categories:
-        return (*CATEGORIES, COMPLEX, COMPLEX, COMPLEX)
-    asked = tuple(c.strip() for c in args.categories.split(",") if c.strip())
-    if not asked or (unknown := set(asked) - {*CATEGORIES, COMPLEX}):
-        told = ", ".join(sorted(unknown)) if asked else args.categories
-        raise BatchError(f"--categories {told}: they are {', '.join((*CATEGORIES, COMPLEX))}")
-    return asked
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Not the count: more of the same may follow."""
-    settings = {"subset": args.subset, "seed": args.seed, "split": args.split or "train", "sampler": args.sampler}
-    return settings | {"categories": list(_categories(args)), "places": not args.no_places}
-
-
-def _refuse(args: argparse.Namespace) -> None:
-    """Raise BatchError for what cannot work or would do nothing."""
+def run_strip(args: argparse.Namespace) -> int:
+    from genevolve_fast.files import write_bytes
+    from genevolve_fast.report.processes import process_folders
     from genevolve_fast.resumable import BatchError
 
-    strokes = ("split", "categories", "sampler", "no_places")
-    real = ("model", "base_url", "api_key_env", "chat_set", "renderer", "service_url", "renderer_set", "parallel")
-    useless, why = (strokes, "with --requests") if args.requests else (real, "without --requests")
-    if told := [f"--{name.replace('_', '-')}" for name in useless if getattr(args, name)]:
-        raise BatchError(f"{', '.join(told)} would do nothing {why}")
-    for name in ("count", "parallel"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BatchError(f"--{name} must be at least 1")
-    if args.sampler and args.subset == "multi_turn":
-        raise BatchError("--sampler would do nothing: multi_turn rows come from graphs, without wrong cycles")
-    if args.requests and (lacking := [f for f in ("model", "base_url", "renderer") if not getattr(args, f)]):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in lacking)
-        raise BatchError(f"--requests needs {flags}: who reads, writes and looks, and who draws")
+    if args.output.suffix.lower() != ".png":
+        raise BatchError("-o is the strip's file and ends in .png")
+    found = process_folders(args.folder)
+    if not found:
+        raise BatchError(f"{args.folder} holds no process that has ended: there is no process.json")
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found[:4])
+        raise BatchError(f"{args.folder} holds {len(found)} processes: name one of them ({names}, …)")
+    data, (width, height) = strip_png(found[0])
+    write_bytes(args.output, data)
+    print(f"strip: {args.output}, {width} × {height}")
+    return 0
 
 
-def _texts(path: Path, count: int | None) -> dict[str, str]:
-    """Request texts by id. Raises BatchError naming the line."""
-    from genevolve_fast.resumable import BatchError, parse_json
+def strip_png(folder: Path) -> tuple[bytes, tuple[int, int]]:
+    """(PNG, its size) of one process."""
+    import io
 
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BatchError(f"--requests {path} cannot be read: {error}") from None
-    texts: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        row = parse_json(line, f"{path}, line {number}") if path.suffix == ".jsonl" else {"id": number, "text": line}
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("text"), str)
-            or not row["text"].strip()
-            or "id" not in row
-        ):
-            raise BatchError(f"{path}, line {number}: a request is an object with id and text")
-        if str(row["id"]) in texts:
-            raise BatchError(f"{path}, line {number}: the id {row['id']} is given twice")
-        texts[str(row["id"])] = " ".join(row["text"].split())
-    if not texts:
-        raise BatchError(f"{path} holds no request")
-    return dict(list(texts.items())[:count])
+    from genevolve_fast.report.strip import draw_strip
 
-
-def _chat(args: argparse.Namespace, incidents: Incidents) -> JsonChat:
-    from genevolve_fast.net.asking import Lane
-    from genevolve_fast.net.chat_config import open_cache, open_chat, read_key
-    from genevolve_fast.process.config import ProcessChatConfig
-    from genevolve_fast.resumable import BatchError
-
-    fields = {"model": args.model, "base_url": args.base_url, "api_key_env": args.api_key_env}
-    config = read_section(ProcessChatConfig, fields, args.chat_set, "--chat-set", "chat model")
-    try:
-        return open_chat(
-            config,
-            "process",
-            incidents,
-            model=config.model,
-            base_url=config.base_url,
-            api_key=read_key(config, "--api-key-env", config.api_key_env),
-            lane=Lane(config.concurrency, config.requests_per_minute),
-            cache=open_cache(config, "process", incidents),
-        )
-    except ValueError as error:
-        raise BatchError(str(error)) from None
-
-
-def _sampler(name: str):
-    import importlib
-
-    from genevolve_fast.process.builders import ModelSampler
-    from genevolve_fast.resumable import BatchError
-
-    module, colon, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BatchError(f"--sampler {name}: {error}") from None
-    if not callable(found):
-        raise BatchError(f"--sampler takes MODULE:FUNCTION, not {name!r}")
-    return ModelSampler(found)
-
-
-def _codec(name: str):
-    from genevolve_fast.policy.codec import TransformersCodec
-    from genevolve_fast.resumable import BatchError
-
-    if name == "sandbox:start":
-        from genevolve_fast.sandbox.tiny_policy import start_path
-
-        name = str(start_path())
-    try:
-        return TransformersCodec.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise BatchError(f"--tokenizer {name}: {str(error).splitlines()[0]}") from None
+    picture, out = draw_strip(folder), io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
+    return out.getvalue(), picture.size

@@ -1,4 +1,4 @@
-"""`process-train` and `process-draw`: the unified model, trained on process rows, and at work."""
+"""`process train` and `process draw`: the unified model, trained on process rows, and at work."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from genevolve_fast.commands.opening import RUNS, AddCommand, set_threads, show_fields
 
 
-def add(command: AddCommand) -> None:
+def add(step: AddCommand) -> None:
     """Add the parsers of this module."""
-    p = command(
-        "process-train",
+    p = step(
+        "train",
         run_process_train,
-        "Train a unified model, one decoder that writes and draws, on the rows of process-data: text by cross-entropy, "
+        "Train a unified model, one decoder that writes and draws, on the rows of `process data`: text by cross-entropy, "
         "drafts by rectified flow, packed into one pass. Text is causal, rows of an image see each other and all "
         "before; a noised copy of every draft that is learnt is seen by nobody. Runs on a CPU.",
-        "genevolve-fast process-data --count 4000 --out data/strokes\n"
-        "  genevolve-fast process-train --set data=data/strokes --set name=strokes",
+        "genevolve-fast process data --count 4000 --out data/strokes\n"
+        "  genevolve-fast process train --set data=data/strokes --set name=strokes",
     )
     p.add_argument("--config", help="YAML file (default: every field's default)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field, repeatable")
@@ -25,15 +25,15 @@ def add(command: AddCommand) -> None:
     p.add_argument("--resume", action="store_true", help="continue the run of that name from its last checkpoint")
     p.add_argument("--fields", action="store_true", help="list every field of the configuration and stop")
 
-    p = command(
-        "process-draw",
+    p = step(
+        "draw",
         run_process_draw,
         "Let a trained unified model draw: it plans, sketches, inspects and refines until it ends, at most five times. "
         "Writes every draft and the texts between them.",
-        'genevolve-fast process-draw --model runs/strokes/policy --out drawn "a red circle left of a blue square"',
+        'genevolve-fast process draw --model runs/strokes/policy --out drawn "a red circle left of a blue square"',
     )
     p.add_argument("requests", nargs="+", metavar="REQUEST")
-    p.add_argument("--model", type=Path, required=True, help="folder that process-train wrote")
+    p.add_argument("--model", type=Path, required=True, help="folder that `process train` wrote")
     p.add_argument("--out", type=Path, required=True, help="folder of the drafts, the strips and drawn.jsonl")
     p.add_argument("--steps", type=int, default=10, help="Euler steps of a draft (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the texts; 0: the likeliest (default)")
@@ -52,7 +52,7 @@ def run_process_train(args: argparse.Namespace) -> int:
         return show_fields(UnifiedConfig)
     config = load_config(UnifiedConfig, args.config and config_path(args.config), args.set)
     if not config.data:
-        raise BatchError("data is empty: --set data=FOLDER names the rows that `genevolve-fast process-data` wrote")
+        raise BatchError("data is empty: --set data=FOLDER names the rows that `genevolve-fast process data` wrote")
     processes = open_processes(config.data)
     if not processes:
         raise BatchError(f"{config.data} holds no rows")

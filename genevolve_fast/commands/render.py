@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from genevolve_fast.commands.batches import follow, open_bar, tell_end
-from genevolve_fast.commands.opening import AddCommand, read_section
+from genevolve_fast.commands.opening import AddCommand, open_any_renderer, read_section
 
-RENDERERS = ("canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana")
+RENDERERS = ("canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana", "process")
 
 
 def add(command: AddCommand) -> None:
@@ -95,9 +95,12 @@ def _without_references(renderer) -> str:
     return "request" if renderer.name in ("qwen-image-edit", "qwen-service", "nano-banana") else "program"
 
 
-def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict[str, Any]]:
-    """(renderer, what of it changes the pictures) of the flags. Raises BatchError naming what is wrong."""
-    from genevolve_fast.render.config import RendererConfig, open_renderer
+def open_chosen_renderer(
+    args: argparse.Namespace, incidents, processes: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(renderer, what of it changes the pictures) of the flags; grown pictures are kept in `processes`, or beside what
+    the command writes. Raises BatchError naming what is wrong."""
+    from genevolve_fast.render.config import RendererConfig
     from genevolve_fast.resumable import BatchError
 
     if args.seed is not None and args.seed < 0:
@@ -109,11 +112,7 @@ def open_chosen_renderer(args: argparse.Namespace, incidents) -> tuple[Any, dict
         raise BatchError("--service-url and --renderer-set urls= say the same: give one of them")
     fields = {"kind": args.renderer} | ({"urls": args.service_url} if args.service_url else {})
     config = read_section(RendererConfig, fields, args.renderer_set, "--renderer-set", "renderer")
-    if config.kind == "canvas":
-        from genevolve_fast.sandbox.canvas import CanvasRenderer
-
-        return CanvasRenderer(), config.identity()
     try:
-        return open_renderer(config, incidents), config.identity()
+        return open_any_renderer(config, incidents, processes or args.output_dir / "processes"), config.identity()
     except (ValueError, ImportError) as error:  # what is missing: a key, a recording, a package
         raise BatchError(str(error)) from None

@@ -15,11 +15,12 @@ from genevolve_fast.net.asking import JsonChat, NoAnswer, Question
 from genevolve_fast.net.harmless import harmless, one_line, readable
 from genevolve_fast.net.replies import ReplyError
 from genevolve_fast.protocols import EXPERIENCE_SLOTS, Experience
-from genevolve_fast.trajectory import Judged, Request, Trajectory, json_text
+from genevolve_fast.trajectory import Judged, Program, Request, Trajectory, json_text
 
 VERSION = 1  # of the instruction; answers to another one are not read from the cache
 MAX_SLOT = 240  # characters
 _MAX_CALLS, _MAX_ARGUMENTS, _MAX_FOUND, _MAX_PROMPT = 12, 300, 400, 4000
+_MAX_STAGES, _MAX_STAGE = 60, 1000
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _TOOL_RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 
@@ -46,6 +47,19 @@ is nothing to say:
   "prompt_construction"   how to word the program
   "failure_avoidance"     what the worse rollout did that must not happen again"""
 
+STAGES = """\
+
+
+These attempts grew their pictures in cycles of stages: a plan (what to add, the whole scene so far), a sketch drawn
+from it, an inspection (does the plan contradict the request, does the draft contradict the plan; what is not yet
+painted is no fault), and, after a fault, a refinement and a corrected draft. You see for each stage its text, and for
+each draft the image judge's score against the whole request, so early drafts score low without a fault.
+
+Find the cycle and the stage in which the attempts first differed and the difference mattered: a plan that went against
+the request, a draft that went against its plan because of how it was worded, an inspection that missed a fault or saw
+one that was none, a refinement that made it worse, an end that came too early or too late. Say in which stage to do
+what; advice on plans goes into "prompt_construction", on inspecting, refining and ending into "failure_avoidance"."""
+
 SCHEMA = {
     "type": "object",
     "properties": {slot: {"type": "string"} for slot in EXPERIENCE_SLOTS},
@@ -70,11 +84,13 @@ class ChatSummarizer:
 
     async def compare(self, request: Request, best: Trajectory, worst: Trajectory) -> Experience | None:
         text = comparison_text(request, best, worst)
-        told = f"{VERSION}/{hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:16]}"
-        secrets = Secrets(request, [t.program for t in (best, worst) if t.program], _read_by_comparer(best, worst))
+        asked = INSTRUCTION + STAGES * bool(best.stages or worst.stages)
+        told = f"{VERSION}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        programs = [p for t in (best, worst) for p in (t.program, *_drawn_from(t)) if p]
+        secrets = Secrets(request, programs, _read_by_comparer(best, worst))
         question = Question(
             identity={"instruction": told, "text": text},
-            messages=lambda: [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}],
+            messages=lambda: [{"role": "system", "content": asked}, {"role": "user", "content": text}],
             name="experience",
             schema=SCHEMA,
             keys=EXPERIENCE_SLOTS,
@@ -173,7 +189,27 @@ def _shown(t: Trajectory) -> dict[str, Any]:
         for d in t.diagnostics
         if d.verdict != "not applicable"
     ]
-    return {"scores": _scores(t), "calls": calls, "program": program, "problem": t.error or "", "noted": noted}
+    shown = {"scores": _scores(t), "calls": calls, "program": program, "problem": t.error or "", "noted": noted}
+    return shown | ({"stages": _stages(t), "end": t.termination} if t.stages else {})
+
+
+def _stages(t: Trajectory) -> list[dict[str, Any]]:
+    """The stages of a process in order: texts, and drafts with their scores."""
+    texts = {stage.start: text for stage, text in t.stage_texts()}
+    return [
+        {"cycle": s.cycle + 1, "stage": s.name}
+        | (
+            {"draft_score": s.score if s.score is None else round(s.score, 3)}
+            if s.drawn
+            else {"text": one_line(texts[s.start], _MAX_STAGE)}
+        )
+        for s in t.stages[:_MAX_STAGES]
+    ]
+
+
+def _drawn_from(t: Trajectory) -> list[Program]:
+    """What drafts were drawn from: their words are as secret as the program's."""
+    return [Program(text) for stage, text in t.stage_texts() if stage.name in ("plan", "refine")]
 
 
 def _scores(t: Trajectory) -> dict[str, float]:
@@ -197,3 +233,4 @@ def _read_by_comparer(*rollouts: Trajectory) -> Iterable[str]:
             if call.tool != "query_knowledge":
                 yield call.found
         yield from (d.evidence for d in t.diagnostics)
+        yield from (text for _, text in t.stage_texts())

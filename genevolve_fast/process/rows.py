@@ -202,13 +202,13 @@ class Processes(Sequence[Process]):
 
 
 def open_processes(folder: str | Path) -> Processes:
-    """The rows that `genevolve-fast process-data` wrote. Raises BatchError naming file and line."""
+    """The rows that `genevolve-fast process data` wrote. Raises BatchError naming file and line."""
     folder = Path(folder)
     path = folder / TABLE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BatchError(f"{path} cannot be read ({error}): `genevolve-fast process-data` writes it") from None
+        raise BatchError(f"{path} cannot be read ({error}): `genevolve-fast process data` writes it") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:

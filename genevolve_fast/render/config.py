@@ -17,10 +17,11 @@ from genevolve_fast.protocols import Renderer
 from genevolve_fast.render.cache import CachedRenderer
 from genevolve_fast.render.endpoints import CallLimits
 from genevolve_fast.render.nano_banana import GEMINI_BASE_URL, GEMINI_IMAGE_MODEL, NanoBanana
+from genevolve_fast.render.process_config import ProcessBudgets
 from genevolve_fast.render.routed import FixedSeed, RoutedRenderer
 from genevolve_fast.render.service_client import ServiceRenderer, ServiceSettings
 
-Kind = Literal["canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana"]
+Kind = Literal["canvas", "qwen-image-edit", "text-to-image", "qwen-service", "nano-banana", "process"]
 GEMINI_KEYS = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
 _MAX_REFERENCES = 4  # the released client's
 
@@ -31,6 +32,7 @@ _CALLED = {
 }
 _LOCAL = {"model", "device", "dtype", "offload", "max_references"} | _DRAWN
 _SERVICE = {"urls", "model", "reference_side", "max_references"} | _DRAWN | _CALLED
+_ANEW = ("canvas", "text-to-image")
 _EVERY = {"kind", "seed", "cache", "cache_mode"}
 _FIELDS = {  # kind -> the fields that do something
     "canvas": {"kind"},
@@ -38,6 +40,7 @@ _FIELDS = {  # kind -> the fields that do something
     "text-to-image": _EVERY | _LOCAL - {"max_references"},
     "qwen-service": _EVERY | _SERVICE | {"text_to_image"},
     "nano-banana": _EVERY | _CALLED | {"base_url", "model", "aspect_ratio", "image_size", "reference_side"},
+    "process": {"kind", "process", "seed"},
 }
 _PICTURE = _DRAWN | {"kind", "model", "dtype", "reference_side", "aspect_ratio", "image_size"}  # what changes a picture
 
@@ -90,6 +93,9 @@ class RendererConfig(BaseModel):
     text_to_image: RendererConfig | None = Field(
         None, description="Who draws programs without references, which edit models refuse"
     )
+    process: ProcessConfig | None = Field(
+        None, description="kind process: who draws and who writes, and the budgets (render/process_config.py)"
+    )
 
     @model_validator(mode="after")
     def _refuse(self) -> RendererConfig:
@@ -99,7 +105,11 @@ class RendererConfig(BaseModel):
         else:
             useful = _FIELDS[self.kind]
         if useless := told - useful - {"kind"}:
-            why = {"canvas": ": it has nothing to set", "text-to-image": " without urls"}.get(self.kind, "")
+            why = {
+                "canvas": ": it has nothing to set",
+                "text-to-image": " without urls",
+                "process": " (process.renderer has the fields of who draws)",
+            }.get(self.kind, "")
             raise ValueError(f"{', '.join(sorted(useless))} with kind {self.kind}{why} would do nothing")
         if self.kind == "qwen-service" and not self.urls:
             raise ValueError("kind qwen-service needs urls, the addresses of its services")
@@ -112,6 +122,8 @@ class RendererConfig(BaseModel):
             raise ValueError("aspect_ratio is two numbers such as 16:9")
         if self.text_to_image is not None:
             self._refuse_second(self.text_to_image)
+        if self.process is not None and self.process.renderer.seed is not None:
+            raise ValueError("process.renderer.seed: the process around it has the seed")
         return self
 
     def _refuse_addresses(self) -> None:
@@ -141,11 +153,51 @@ class RendererConfig(BaseModel):
             mine["model"] = self.model or GEMINI_IMAGE_MODEL
         if self.text_to_image is not None:
             mine["text_to_image"] = self.text_to_image.identity()
+        if self.kind == "process":
+            mine["process"] = self.grown.identity()
         return mine
+
+    @property
+    def grown(self) -> ProcessConfig:
+        """The section of kind process; its defaults, where none is given."""
+        return self.process or ProcessConfig()
+
+
+class ProcessConfig(ProcessBudgets):
+    """The section of kind process: `renderer` draws what `writer` plans."""
+
+    renderer: RendererConfig = Field(default_factory=RendererConfig, description="Who draws the drafts")
+
+    @model_validator(mode="after")
+    def _refuse_renderer(self) -> ProcessConfig:
+        if self.renderer.kind == "process":
+            raise ValueError("renderer.kind process: a process cannot grow in another")
+        if self.writer == "sandbox" and self.renderer.kind != "canvas":
+            raise ValueError(
+                f"writer sandbox writes what the canvas draws and knows no {self.renderer.kind}: set writer to chat, "
+                "with model and base_url, or to policy, with the folder of one"
+            )
+        if self.prompts == "edit" and self.renderer.kind in _ANEW:
+            raise ValueError(f"prompts edit: {self.renderer.kind} draws every picture anew and edits none")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What of this section changes the pictures; JSON-able."""
+        return self.own_identity() | {"prompts": self.drawn_by, "renderer": self.renderer.identity()}
+
+    @property
+    def drawn_by(self) -> Literal["scene", "edit"]:
+        """How a draft is asked for: the whole scene, or what to edit in the last one."""
+        return self.prompts or ("scene" if self.renderer.kind in _ANEW else "edit")
+
+
+RendererConfig.model_rebuild()
 
 
 def open_renderer(config: RendererConfig, incidents: Incidents) -> Renderer:
     """The renderer of a run. Raises ValueError naming what is missing."""
+    if config.kind == "process":
+        raise ValueError("renderer.kind process: it is composed of a renderer and a writer (commands/opening.py)")
     if config.kind == "canvas":
         raise ValueError("renderer.kind canvas: the sandbox brings its own renderer, there is nothing to open")
     if config.cache_mode == "replay":

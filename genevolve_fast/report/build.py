@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from genevolve_fast.files import write_text
+from genevolve_fast.report.processes import process_folders, read_strip
 from genevolve_fast.report.records import StepRecord, read_step
 from genevolve_fast.trajectory import Failed, Judged, Trajectory, load, safe_name
 
 Decode = Callable[[Sequence[int]], str]
 _GALLERY = 36  # requests in the before/after gallery
 _GROUPS_PER_STEP = 2
+_PROCESSES = 24
 
 
 class ReportError(ValueError):
@@ -28,7 +31,7 @@ class ReportError(ValueError):
 def build_report(folder: Path, decode: Decode) -> Path:
     """Write `folder/report.html` from what the run left behind; `decode` turns token ids to text."""
     metrics = read_metrics(folder)
-    if not metrics and not (folder / "bench").exists():
+    if not metrics and not (folder / "bench").exists() and not only_processes(folder):
         raise ReportError(f"{folder} has neither metrics.jsonl nor bench/: run `genevolve-fast evolve` first")
     store = ImageStore()
     data = {
@@ -40,6 +43,7 @@ def build_report(folder: Path, decode: Decode) -> Path:
         "benches": [read_json(p)["summary"] | {"name": read_json(p)["name"]} for p in bench_files(folder)],
         "steps": [viewer_step(folder, step, decode, store) for step in shown_steps(folder)],
         "experiences": experiences(folder),
+        "processes": grown(folder, store),
     }
     data["images"] = store.uris
     template = (resources.files("genevolve_fast.report") / "template.html").read_text(encoding="utf-8")
@@ -47,6 +51,21 @@ def build_report(folder: Path, decode: Decode) -> Path:
     path = folder / "report.html"
     write_text(path, template.replace("__DATA__", payload).replace("__TITLE__", folder.name))
     return path
+
+
+def only_processes(folder: Path) -> bool:
+    """Whether the folder holds grown pictures and no run."""
+    return not (folder / "config.yaml").exists() and bool(process_folders(folder))
+
+
+def grown(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
+    """Pictures that grew in cycles: drafts, what was planned, what was found."""
+    out = []
+    for each in process_folders(folder)[:_PROCESSES]:
+        strip = read_strip(each)
+        cells = [asdict(c) | {"image": store.add_file(str(each / c.file)) if c.file else None} for c in strip.cells]
+        out.append({"request": strip.request, "told": strip.line(), "writer": strip.writer, "cells": cells})
+    return out
 
 
 class ImageStore:
@@ -203,6 +222,7 @@ def viewer_rollout(
         outcome |= {"reason": f"{t.outcome.stage}: {t.outcome.reason}"}
     return {
         "id": t.id,
+        "strip": stage_strip(t, images, store),
         "turns": turns,
         "outcome": outcome,
         "termination": t.termination,
@@ -212,6 +232,26 @@ def viewer_rollout(
             [d.judge, d.skill, d.verdict, d.evidence] for d in t.diagnostics if d.verdict != "not applicable"
         ],
     }
+
+
+def stage_strip(t: Trajectory, images: dict[str, np.ndarray], store: ImageStore) -> list[dict[str, Any]]:
+    """The drafts of a process, each with what was written before and after it; empty for other rollouts."""
+    written = iter(t.stage_texts())
+    cells: list[dict[str, Any]] = []
+    said = ""
+    for stage in t.stages:
+        if stage.drawn:
+            sha = next((im.sha256 for im in t.images if stage.start <= im.start < stage.stop), "")
+            shown = store.add(images[sha]) if sha in images else None
+            cells.append({"cycle": stage.cycle, "stage": stage.name, "said": said, "found": "", "image": shown})
+            cells[-1] |= {"score": stage.score, "sound": None}
+            continue
+        text = next(written)[1]
+        if stage.name == "inspect" and cells:
+            cells[-1]["found"] = text
+        else:
+            said = text
+    return cells
 
 
 def turn_text(t: Trajectory, start: int, stop: int, decode: Decode) -> str:

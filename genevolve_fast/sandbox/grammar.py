@@ -79,11 +79,12 @@ Statement = Background | Object | Group | Text | Emblem | Unreadable
 
 def parse(prompt: str) -> list[Statement]:
     """Statements of a prompt in order of appearance; sentences end with a full stop outside quotes."""
-    statements: list[Statement] = []
-    for sentence in _SENTENCE.findall(prompt)[:_MAX_SENTENCES]:
-        if sentence.strip():
-            statements += _sentence(" ".join(sentence.split()))
-    return statements
+    return [statement for sentence in sentences(prompt) for statement in _sentence(sentence)]
+
+
+def sentences(prompt: str) -> list[str]:
+    """The sentences of a prompt, without their full stops."""
+    return [" ".join(s.split()) for s in _SENTENCE.findall(prompt)[:_MAX_SENTENCES] if s.strip()]
 
 
 def _sentence(text: str) -> list[Statement]:

@@ -313,15 +313,15 @@ TEMPLATES = (emblem_field, count_row, emblem_motto, text_sign, relation)
 def open_world(world: SandboxWorld) -> World:
     """The sandbox behind the protocols: offline tools, canvas, rule-based judges and comparer, hashed embedder."""
     from genevolve_fast.experience.embedder import HashedNgramEmbedder
-    from genevolve_fast.sandbox.comparer import RuleComparer
     from genevolve_fast.sandbox.judges import SandboxImageJudge, SandboxProgramJudge
+    from genevolve_fast.sandbox.process_comparer import StageComparer
 
     return World(
         tools=world.tools(),
         renderer=CanvasRenderer(),
         image_judge=SandboxImageJudge(),
         program_judge=SandboxProgramJudge(),
-        summarizer=RuleComparer(),
+        summarizer=StageComparer(),
         embedder=HashedNgramEmbedder(),
         system_prompt=SYSTEM_PROMPT,
         truth=world.truth,

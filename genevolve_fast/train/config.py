@@ -204,6 +204,28 @@ class RolloutConfig(_Section):
         return self
 
 
+class ProcessConfig(_Section):
+    enabled: bool = Field(
+        False, description="Rollouts are pictures that the policy grows in cycles: no tools, a draft after every plan"
+    )
+    prompts: Literal["scene", "edit"] = Field(
+        "scene", description="scene: a draft is drawn from the whole description; edit: from the change to the last one"
+    )
+    max_cycles: int = Field(5, ge=1, le=5, description="Cycles of plan, sketch, inspect and refine")
+    max_renders: int | None = Field(None, ge=1, description="Drafts of one rollout; none: 2 a cycle")
+    attempts: int = Field(3, ge=1, description="Times a stage is asked for until its text can be read")
+    score_drafts: bool = Field(True, description="The image judge scores every draft, so that stages can be compared")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> ProcessConfig:
+        changed = [n for n in type(self).model_fields if getattr(self, n) != _plain(type(self), n)]
+        if changed and not self.enabled:
+            raise ValueError(f"{', '.join(changed)} without enabled would do nothing")
+        if self.max_renders is not None and self.max_renders >= 2 * self.max_cycles:
+            raise ValueError(f"max_renders {self.max_renders} would do nothing: {self.max_cycles} cycles draw no more")
+        return self
+
+
 class ExperienceConfig(_Section):
     enabled: bool = Field(True, description="Compare best and worst and show the difference to the teacher")
     source: Literal["own", "shuffled"] = Field("own", description="`shuffled` gives each request another's experience")
@@ -356,6 +378,7 @@ class EvolveConfig(_Section):
     data: DataConfig = Field(default_factory=DataConfig)
     tools: ToolsConfig = Field(default_factory=ToolsConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    process: ProcessConfig = Field(default_factory=ProcessConfig)
     renderer: RendererConfig = Field(default_factory=RendererConfig)
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     summarizer: SummarizerConfig = Field(default_factory=SummarizerConfig)
@@ -440,9 +463,25 @@ class EvolveConfig(_Section):
                 )
         self._refuse_gpus()
         self._refuse_staleness()
+        self._refuse_process()
         if self.checkpoint.every > self.steps and self.minutes is None:
             raise ValueError(f"checkpoint.every {self.checkpoint.every} exceeds steps {self.steps}: nothing to resume")
         return self
+
+    def _refuse_process(self) -> None:
+        """What belongs to the agent's rollouts, where they are processes."""
+        if not self.process.enabled:
+            return
+        limits = ("max_tool_calls", "max_rounds", "observe_images", "tool_timeout_s")
+        idle = [f"rollout.{n}" for n in limits if getattr(self.rollout, n) != _plain(RolloutConfig, n)]
+        idle += ["tools"] * (self.tools != _default("tools"))
+        idle += ["world.system_prompt"] * (self.world.system_prompt != "short")
+        if idle:
+            raise ValueError(f"{', '.join(idle)} with process.enabled would do nothing: a process calls no tools")
+        if self.renderer.kind == "process":
+            raise ValueError(
+                "renderer.kind process with process.enabled: the policy grows the picture, a renderer draws"
+            )
 
     def _refuse_gpus(self) -> None:
         r, s = self.rollout, self.rollout.server

@@ -256,20 +256,19 @@ def sample(
     `version`: updates that its weights have seen; none: `step`.
     """
     engine.wake()
+    asked = list(requests.values()), config.rollout.num_generations
+    told = dict(world=world, engine=engine, codec=policy.codec, seed=config.seed, step=step, policy_step=version)
     try:
-        return sample_rollouts(
-            list(requests.values()),
-            config.rollout.num_generations,
-            world=world,
-            engine=engine,
-            codec=policy.codec,
-            settings=session_settings(config.rollout, world),
-            seed=config.seed,
-            step=step,
-            policy_step=version,
-        )
+        if world.rolling is not None:
+            return world.rolling.sample(*asked, **told)
+        return sample_rollouts(*asked, settings=session_settings(config.rollout, world), **told)
     finally:
         engine.sleep()
+
+
+def judge(rollouts: Rollouts, requests: Mapping[str, Request], world: World) -> Rollouts:
+    """The rollouts with outcomes; `requests` by id."""
+    return (world.rolling.judge if world.rolling is not None else judge_rollouts)(rollouts, requests, world)
 
 
 def collect(
@@ -295,7 +294,7 @@ def collect(
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     if any(t.outcome is None for t in rollouts.trajectories):
         with phase("judge", step):
-            rollouts = judge_rollouts(rollouts, requests, world)
+            rollouts = judge(rollouts, requests, world)
             trajectories.save(path, rollouts.trajectories, rollouts.images)
     return rollouts
 

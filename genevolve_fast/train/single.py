@@ -11,10 +11,10 @@ from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.experience.memory import ExperienceMemory
 from genevolve_fast.policy.model import Policy
 from genevolve_fast.protocols import TrainedEngine, World
-from genevolve_fast.train.collect import judge_rollouts
 from genevolve_fast.train.config import EvolveConfig
 from genevolve_fast.train.evolve import (
     group_by_request,
+    judge,
     learn_from,
     requests_of_step,
     sample,
@@ -42,7 +42,7 @@ def sample_step(
     requests = {r.id: r for r in requests_of_step(pool, config, step)}
     with sampling or nullcontext():
         rollouts = sample(config, policy, world, engine, requests, step)
-    rollouts = judge_rollouts(rollouts, requests, world)
+    rollouts = judge(rollouts, requests, world)
     groups = group_by_request(rollouts.trajectories)
     experiences, _ = learn_from(groups, requests, world, memory, config, step)
     batch = training_rollouts(groups, experiences, policy, config)

@@ -1,4 +1,4 @@
-"""What `genevolve-fast process-train` can be told."""
+"""What `genevolve-fast process train` can be told."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FlowConfig(_Section):
 
 
 class UnifiedConfig(_Section):
-    """`genevolve-fast process-train`."""
+    """`genevolve-fast process train`."""
 
     name: str = Field("process", description="Run folder under `runs/`")
     seed: int = Field(0, description="Seed of random weights, order of the rows, times and noise")
