@@ -49,6 +49,7 @@ ALLOWED = {  # room -> rooms it may import besides its own and the ground floor
 }
 MODEL_FILES = {"experience/qwen_embedder.py", "render/local.py"}  # torch inside their functions, in rooms without it
 OPTIONAL = {"flash_attn"}  # of the operations: imported where it is asked for, never when they are
+SUBCLASSES = {"process/unified/model.py"}  # of transformers' models; imported by nobody before there is one to open
 NO_TORCH = {"net", "agent", "reward", "experience", "report", "render"}
 
 
@@ -93,7 +94,7 @@ def test_arrows_run_one_way(room):
 def test_heavy_libraries_load_on_first_use():
     for room, path in modules():
         always = {n.split(".")[0] for n in imports(path, top_level_only=True)}
-        assert not always & {"transformers", "diffusers"}, path
+        assert not always & {"transformers", "diffusers"} or any(path.match(file) for file in SUBCLASSES), path
         assert room not in NO_TORCH or "torch" not in always, path
 
 
@@ -175,7 +176,7 @@ def test_scoreboard_rows_follow_their_targets(tmp_path, capsys):
         record("loop/unknown", 1, n=1, command="c", file=file)
     assert main(["scoreboard", "--file", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "loop/reward_gain" in out and "not measured" in out and len(TARGETS) == 57
+    assert "loop/reward_gain" in out and "not measured" in out and len(TARGETS) == 60
 
 
 @pytest.mark.slow

@@ -236,6 +236,7 @@ SERVED = ["--model", "m", "--base-url", "http://h/v1", "--renderer", "canvas"]
         (["--requests", "nowhere.jsonl", *SERVED], "cannot be read"),
         ([*FILE, *SERVED, "--base-url", "h"], "base_url must be a URL"),
         ([*FILE, *SERVED, "--api-key-env", "NO_SUCH"], "NO_SUCH"),
+        ([*FILE, *SERVED, "--renderer", "process"], "grows a picture by itself"),
     ],
 )
 def test_the_command_refuses_what_cannot_work(tmp_path, capsys, flags, told):
@@ -245,15 +246,6 @@ def test_the_command_refuses_what_cannot_work(tmp_path, capsys, flags, told):
     assert main(["process", "data", "--out", str(tmp_path / "d"), *asked]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "d").exists()
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
-    real = [
-        "--model",
-        "m",
-        "--base-url",
-        "http://h/v1",
-        "--renderer",
-        "canvas",
-        "--requests",
-        str(tmp_path / "bad.jsonl"),
-    ]
+    real = [*SERVED, "--requests", str(tmp_path / "bad.jsonl")]
     assert main(["process", "data", "--out", str(tmp_path / "d"), *real]) == 2
     assert "line 1: a request is an object" in capsys.readouterr().err

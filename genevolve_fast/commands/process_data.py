@@ -110,7 +110,7 @@ def picture_jobs(args: argparse.Namespace, incidents: Incidents) -> tuple[list[J
 
     texts = _texts(args.requests, args.count)
     chat = _chat(args, incidents)
-    renderer, identity = open_chosen_renderer(args, incidents)
+    renderer, identity = open_chosen_renderer(args, incidents, args.out / "processes")
     settings = {"requests": file_hash(args.requests), "model": args.model, "renderer": identity}
     settings |= {"subset": args.subset, "seed": args.seed}
     tally = BuildTally()
@@ -180,6 +180,8 @@ def _refuse(args: argparse.Namespace) -> None:
     useless, why = (strokes, "with --requests") if args.requests else (real, "without --requests")
     if told := [f"--{name.replace('_', '-')}" for name in useless if getattr(args, name)]:
         raise BatchError(f"{', '.join(told)} would do nothing {why}")
+    if args.renderer == "process":
+        raise BatchError("--renderer process grows a picture by itself; name the renderer that draws one state of it")
     for name in ("count", "parallel"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BatchError(f"--{name} must be at least 1")

@@ -13,9 +13,9 @@ def add(step: AddCommand) -> None:
     p = step(
         "train",
         run_process_train,
-        "Train a unified model, one decoder that writes and draws, on the rows of `process data`: text by cross-entropy, "
-        "drafts by rectified flow, packed into one pass. Text is causal, rows of an image see each other and all "
-        "before; a noised copy of every draft that is learnt is seen by nobody. Runs on a CPU.",
+        "Train a unified model, one decoder that writes and draws, on the rows of `process data`: text by "
+        "cross-entropy, drafts by rectified flow, packed into one pass. Text is causal, rows of an image see each "
+        "other and all before; a noised copy of every draft that is learnt is seen by nobody. Runs on a CPU.",
         "genevolve-fast process data --count 4000 --out data/strokes\n"
         "  genevolve-fast process train --set data=data/strokes --set name=strokes",
     )
