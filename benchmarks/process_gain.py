@@ -51,7 +51,7 @@ class Settings:
     """What is compared. Chosen with --tune, on training requests of another seed; the held-out ones are for the end."""
 
     rows: int = 12_000
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 32
     requests: int = 300  # held out, half position and half attribute binding
     euler: int = 10  # steps of each draft of a process
