@@ -111,6 +111,7 @@ def test_a_text_without_objects_is_no_graph(server):
         ask(server, lambda chat: ChatReader(chat).read("hello there"))
 
 
+@pytest.mark.slow
 def test_the_judge_that_sees_agrees_with_the_judge_of_pixels(server):
     pixels = draw(placed(parse("a red circle at row 2 column 1 and a green ring at row 2 column 3")))
     for told in (
@@ -134,6 +135,7 @@ def test_the_judge_that_sees_agrees_with_the_judge_of_pixels(server):
             ask(server, lambda chat: ChatDraftJudge(chat).judge(parse(TEXT), pixels))
 
 
+@pytest.mark.slow
 def test_all_three_subsets_are_built_by_a_chat_model_and_a_renderer(server, tmp_path):
     texts = [r.text for r in requests("train", 9, 16, (*CATEGORIES, COMPLEX, COMPLEX))]
 
@@ -201,6 +203,7 @@ def test_categories_are_those_of_the_sandbox():
     assert category_of(parse("a ring, a cross and a circle")) == "complex" and Rejected("x").reason == "x"
 
 
+@pytest.mark.slow
 def test_the_command_builds_rows_of_a_file_of_requests(server, tmp_path, capsys):
     file = tmp_path / "asked.jsonl"
     asked = requests("train", 3, 9, CATEGORIES)

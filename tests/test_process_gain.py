@@ -17,6 +17,8 @@ from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
 from genevolve_fast.sandbox.strokes import draw as paint
 from genevolve_fast.sandbox.tiny_unified import model_for
 
+pytestmark = pytest.mark.slow
+
 SMALL = Settings.small()
 
 

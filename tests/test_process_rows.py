@@ -112,6 +112,7 @@ def test_changed_pictures_and_bad_rows_are_refused(tmp_path):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_builds_all_subsets_and_goes_on_where_it_was(tmp_path, capsys):
     out = ["--out", str(tmp_path / "d"), "--seed", "5"]
     assert main(["process", "data", "--count", "30", *out]) == 0

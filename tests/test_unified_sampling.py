@@ -17,6 +17,8 @@ from genevolve_fast.process.unified.sequences import Noise, pack_processes
 from genevolve_fast.sandbox.tiny_unified import new_tiny, tiny_codec
 from genevolve_fast.trajectory import image_hash
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = ["a red circle", "a blue square and a green ring", "three rings"]
 RNG = np.random.default_rng(0)
 PICTURES = [np.kron(RNG.integers(0, 2, (2, 2, 3)) * 255, np.ones((8, 8, 1))).astype(np.uint8) for _ in range(4)]

@@ -49,6 +49,7 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     c = config(max_tokens_per_microbatch=120)  # several micro-batches a step
     whole = train_unified(c, model_for(c, PROCESSES, PIXELS), PROCESSES, PIXELS, tmp_path / "whole")
@@ -123,6 +124,7 @@ def test_what_cannot_work_is_refused(changes, told):
         config(**changes)
 
 
+@pytest.mark.slow
 def test_commands_train_draw_and_refuse(tmp_path, capsys):
     data = str(tmp_path / "data")
     assert main(["process", "data", "--count", "6", "--subset", "multi_turn", "--out", data]) == 0
