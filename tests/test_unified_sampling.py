@@ -41,7 +41,8 @@ def policy():
     batch = pack_processes([interleave(p, codec, PIXELS) for p in processes], PIXELS, codec)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for step in range(220):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 220)
         noise = Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
         sums = losses(policy, batch, noise)
         (sums.nll / batch.text_targets + sums.squares / noise.z0.numel()).backward()
