@@ -29,7 +29,7 @@ demo: $(STAMP) ## let the sandbox agent evolve itself (about ten minutes on two 
 check: $(STAMP) ## ruff, unit tests, one shape per kernel: three minutes at most
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) tests -m "not slow" --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile
+	$(PYTEST) tests -m "not slow" --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile --ignore=tests/gpu
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreter -m "not slow"
 	$(PYTEST) tests/kernels_compile -m "not slow"
 

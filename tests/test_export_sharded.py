@@ -23,6 +23,8 @@ from genevolve_fast.policy.model import Policy
 from genevolve_fast.policy.shards import FOLDER
 from genevolve_fast.sandbox.tiny_policy import start_path
 
+pytestmark = pytest.mark.slow
+
 STEP = "step_000001"
 
 

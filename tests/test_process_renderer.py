@@ -28,6 +28,8 @@ from genevolve_fast.sandbox.canvas import CanvasRenderer, draw_program, draw_ref
 from genevolve_fast.sandbox.process_writer import symbolic_talk
 from genevolve_fast.trajectory import Program, Reference, image_hash
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EMBLEM = draw_reference("key", "red")
 PROGRAM = Program(

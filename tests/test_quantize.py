@@ -32,6 +32,8 @@ from genevolve_fast.train.evolve import evolve
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NF4 = {"quantize": "nf4", "lora": {"rank": 4}}
 

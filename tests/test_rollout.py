@@ -24,6 +24,8 @@ from genevolve_fast.cli import main
 from genevolve_fast.commands import rollout
 from genevolve_fast.sandbox.world import SandboxWorld
 
+pytestmark = pytest.mark.slow
+
 RELEASED = Path(__file__).parent / "fixtures" / "released"
 REQUESTS = SandboxWorld().requests("train", 40)
 

@@ -18,6 +18,8 @@ from genevolve_fast.rollout import server_processes
 from genevolve_fast.rollout.serve import Command
 from genevolve_fast.rollout.server_processes import ServerProcesses, free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SERVER = """
 import http.server, os, subprocess, sys

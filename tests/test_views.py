@@ -30,6 +30,8 @@ from genevolve_fast.sandbox.canvas import CanvasRenderer
 from genevolve_fast.sandbox.judges import SandboxImageJudge
 from genevolve_fast.sandbox.world import SandboxWorld
 
+pytestmark = pytest.mark.slow
+
 WORLD = SandboxWorld()
 RL_FIELDS = [
     "id",

@@ -29,7 +29,7 @@ from genevolve_fast.ops import Objective, SamplingMask, csrc, linear_grpo_sdl, l
 from genevolve_fast.ops.csrc import d_logits_epilogue, softmax_d_logits_epilogue, softmax_epilogue
 from genevolve_fast.ops.epilogues import Upstream
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITIES = (80, 90)

@@ -9,6 +9,8 @@ from benchmarks.check import Truth, errors
 from benchmarks.inputs import MODES, Inputs, Shape
 from benchmarks.peers import find
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["liger_triton_grpo", "liger_flce"])
 @pytest.mark.parametrize("layout", ["compact", "ignore"])
