@@ -326,7 +326,7 @@ def test_failing_calls_change_no_advantage_of_the_judged(server):
 
 def test_one_failed_judge_gives_no_reward_and_leaves_nothing_running(server):
     server.fault("off_scale", of="image")
-    incidents, before = Incidents(), server.seen()["program"]
+    incidents, before = Incidents(), server.seen().get("program", 0)
     (t,) = scored(*open_judges(config(server), incidents), [rollout(0, PROGRAMS[0])], incidents)
     assert t.reward is None and (t.outcome.stage, t.outcome.kind) == ("judge", "bad_response")
     assert incidents.take() == {"image_judge/bad_response": 1, "judge/bad_response": 1}
