@@ -12,10 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _worker(rank, world, function, arguments, address, failures):
+def join(rank: int, world: int, address: str) -> None:
+    """Make this process a rank of the group at `address`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     torch.set_num_threads(1)
+
+
+def _worker(rank, world, function, arguments, address, failures):
+    join(rank, world, address)
     try:
         function(rank, *arguments)
     except Exception:

@@ -69,6 +69,12 @@ def test_stages_read_back_what_they_wrote_whatever_it_is(a, b, c):
     assert Plan.parse(str(plan)).instruction.startswith("x") and not Inspection.parse(str(inspection)).sound
 
 
+@pytest.mark.parametrize("text", ["</</ins>>", "<</ins>>", "</</<des>des>>", "<</refine></ins>>"])
+def test_no_tag_is_left_where_one_was_taken_out_of_another(text):
+    written = str(Plan(f"a{text}b", "c"))
+    assert written.count("<ins>") == written.count("</ins>") == written.count("<des>") == written.count("</des>") == 1
+
+
 def test_an_inspection_that_finds_nothing_is_sound():
     assert str(Inspection()) == "<inspect>plan: none draft: none</inspect>"
     assert Inspection.parse("<inspect>plan: None. draft: none</inspect>").sound

@@ -45,7 +45,7 @@ def policy():
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 220)
         noise = Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
         sums = losses(policy, batch, noise)
-        (sums.nll / batch.text_targets + sums.squares / noise.z0.numel()).backward()
+        (sums.nll / len(batch.clean.targets) + sums.squares / noise.z0.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return policy.double().eval()

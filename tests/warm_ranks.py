@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
 import queue
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from benchmarks.on_ranks import join
 
 _WORLD = 2
 _running: list[_Ranks] = []
@@ -62,9 +62,7 @@ class _Ranks:
 
 
 def _serve(rank: int, address: str, jobs, told) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_WORLD), "DS_ACCELERATOR": "cpu"}
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=_WORLD, timeout=timedelta(minutes=5))
-    torch.set_num_threads(1)
+    join(rank, _WORLD, address)
     while True:
         function, arguments = jobs.get()
         torch.manual_seed(0)

@@ -92,7 +92,6 @@ async def build_rows(
     filters: ProcessFilters | None = None,
     *,
     codec: Codec | None = None,
-    image_tokens: int | None = None,
     parallel: int = 1,
     progress: Callable[[BuildTally], None] = lambda tally: None,
 ) -> tuple[dict[str, Any], BuildTally]:
@@ -120,10 +119,10 @@ async def build_rows(
         todo = [job for job in jobs if job.id not in ledger.done]
         tally = await work_off(todo, work, tally, parallel=parallel, progress=progress)
         pieces = [(job, ledger.done[job.id]) for job in jobs if job.id in ledger.done]
-        return _write(folder, pieces, filters or ProcessFilters(), settings, codec, image_tokens), tally
+        return _write(folder, pieces, filters or ProcessFilters(), settings, codec), tally
 
 
-def _write(folder: Path, pieces, filters: ProcessFilters, settings, codec, image_tokens) -> dict[str, Any]:
+def _write(folder: Path, pieces, filters: ProcessFilters, settings, codec) -> dict[str, Any]:
     kept: list[Process] = []
     filtered: dict[str, Counter[str]] = {}
     earlier: set[str] = set()
@@ -140,7 +139,7 @@ def _write(folder: Path, pieces, filters: ProcessFilters, settings, codec, image
         for process in kept:
             f.write(json_text(process.to_row()) + "\n")
     pixels = Pictures(folder) if codec else None
-    made = statistics(kept, filtered, codec=codec, pixels=pixels, image_tokens=image_tokens)
+    made = statistics(kept, filtered, codec=codec, pixels=pixels)
     made["settings"] = dict(settings) | {"filters": filters.model_dump()}
     write_text(folder / STATISTICS, json_text(made, indent=1) + "\n")
     write_text(folder / "statistics.txt", table(made) + "\n")
@@ -252,7 +251,6 @@ def statistics(
     *,
     codec: Codec | None = None,
     pixels: Mapping[str, np.ndarray] | None = None,
-    image_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Counts of everything one asks about a data set; tokens as `codec` makes them, where it is given."""
     cycles = [len(p.cycles) for p in rows]
@@ -278,7 +276,7 @@ def statistics(
         "filtered": {subset: dict(sorted(why.items())) for subset, why in sorted((filtered or {}).items())},
     }  # fmt: skip
     if codec is not None:
-        trajectories = [interleave(p, codec, pixels or {}, image_tokens) for p in rows]
+        trajectories = [interleave(p, codec, pixels or {}) for p in rows]
         drawn = [sum(i.stop - i.start for i in t.images) for t in trajectories]
         made["tokens"] = _spread([len(t) for t in trajectories])
         made["image_tokens"], made["loss_tokens"] = sum(drawn), sum(t.num_loss_tokens for t in trajectories)

@@ -29,6 +29,7 @@ Subset = Literal["multi_turn", "instruction_conflict", "image_alignment", "rollo
 _PLAN = re.compile(r"\s*<ins>(.*?)</ins>\s*<des>(.*?)</des>\s*", re.DOTALL)
 _INSPECT = re.compile(r"\s*<inspect>(.*?)\bplan:(.*?)\bdraft:(.*?)</inspect>\s*", re.DOTALL)
 _LABEL = re.compile(r"\b(plan|draft):")
+_TAG = re.compile(r"</?(ins|des|inspect|refine)>")
 _REFINE = re.compile(r"\s*<refine>(.*?)</refine>\s*", re.DOTALL)
 
 
@@ -110,8 +111,8 @@ class Correction:
 def _plain(text: str) -> str:
     """Text that cannot close or open a tag of its own."""
     text = " ".join(text.split())
-    for tag in TAGS:
-        text = text.replace(tag, tag.strip("</>"))
+    while (bare := _TAG.sub(r"\1", text)) != text:  # what is left may have closed up to a tag
+        text = bare
     return text
 
 
@@ -222,10 +223,8 @@ class Interleaved:
     loss where their stage is trained, an image's placeholders never do.
     """
 
-    def __init__(self, codec: Codec, request: str, image_tokens: int | None = None) -> None:
-        """`image_tokens`: placeholders of a draft; None: what the codec says for its size."""
+    def __init__(self, codec: Codec, request: str) -> None:
         self._codec = codec
-        self._image_tokens = image_tokens
         self.ids: list[int] = codec.encode(f"<|im_start|>user\n{request}")
         self.request_stop = len(self.ids)
         self._mask: list[bool] = []
@@ -245,24 +244,23 @@ class Interleaved:
         start = len(self.ids)
         self._add("<|vision_start|>", loss)
         placed = len(self.ids)
-        count = self._image_tokens or self._codec.image_tokens(grid)
-        self._add_ids([self._codec.image_pad_id] * count, loss=False)
+        self._add_ids([self._codec.image_pad_id] * self._codec.image_tokens(grid), loss=False)
         self.images.append(ImageRecord(f"DRAFT_{len(self.images) + 1:03d}", sha256, grid, placed, len(self.ids)))
         self._add("<|vision_end|>", loss)
         self.stages.append(Stage(stage, cycle, start, len(self.ids), drawn=True))
 
-    def end(self, *, loss: bool = True) -> None:
-        self._add("<|im_end|>", loss)
+    def end(self) -> None:
+        self._add("<|im_end|>", loss=True)
 
-    def trajectory(self, id: str, **fields: Any) -> Trajectory:
+    def trajectory(self, id: str) -> Trajectory:
         ids = np.array(self.ids, dtype=np.int64)
         mask = np.array([False] * self.request_stop + self._mask)
         stop = len(ids)
         turns = (Turn("user", 0, self.begins), Turn("assistant", self.begins, stop))
         return Trajectory(
             id=id,
-            request_id=fields.pop("request_id", id),
-            group_id=fields.pop("group_id", id),
+            request_id=id,
+            group_id=id,
             ids=ids,
             loss_mask=mask,
             rollout_logps=np.zeros(stop, dtype=np.float32),
@@ -270,7 +268,6 @@ class Interleaved:
             turns=turns,
             images=tuple(self.images),
             stages=tuple(self.stages),
-            **fields,
         ).validate()
 
     def _add(self, text: str, loss: bool) -> None:
@@ -281,9 +278,7 @@ class Interleaved:
         self._mask.extend([loss] * len(ids))
 
 
-def interleave(
-    process: Process, codec: Codec, pixels: Mapping[str, np.ndarray], image_tokens: int | None = None
-) -> Trajectory:
+def interleave(process: Process, codec: Codec, pixels: Mapping[str, np.ndarray]) -> Trajectory:
     """The process as one trajectory to learn from: drafts lie within the reply, untrained stages carry no loss.
 
     `pixels` maps pixel hash to uint8 [h, w, 3]. Raises InvariantError where a draft's pixels are missing.
@@ -291,7 +286,7 @@ def interleave(
     process.validate()
     if missing := [sha[:12] for sha in process.drafts if sha not in pixels]:
         raise InvariantError(f"process {process.id!r}: pixels of drafts {missing} are missing")
-    out = Interleaved(codec, process.request, image_tokens)
+    out = Interleaved(codec, process.request)
     for n, cycle in enumerate(process.cycles):
         learn = set(cycle.trained)
         out.text("plan", n, str(cycle.plan), loss="plan" in learn)

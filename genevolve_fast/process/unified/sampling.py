@@ -216,15 +216,12 @@ class Sketcher:
         within = torch.arange(new, device=ids.device)
         seen = length[:, None] + (within + 1 if causal else torch.full_like(within, new))
         mask = (columns < seen[..., None])[:, None]
-        where = (length[:, None] + within)[:, None, :, None]
+        where = index[:, None], length[:, None] + within
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
-            full = []
-            for which, x in enumerate((k, v)):
-                held = self.cache.store[layer, which, index, :, :reach]
-                held = held.scatter(2, where.expand_as(x), x)
-                self.cache.store[layer, which, index, :, :reach] = held
-                full.append(held)
+            for held, x in zip(self.cache.store[layer], (k, v), strict=True):
+                held.transpose(1, 2)[where] = x.transpose(1, 2)
+            full = self.cache.store[layer][:, index, :, :reach]
             return scaled_dot_product_attention(q, *full, attn_mask=mask, scale=scale, enable_gqa=True)
 
         features, image_rows = None, None

@@ -43,10 +43,6 @@ class UnifiedBatch:
         """Noised copies."""
         return len(self.copied) // self.patches
 
-    @property
-    def text_targets(self) -> int:
-        return len(self.clean.targets)
-
 
 @dataclass(frozen=True)
 class Noise:

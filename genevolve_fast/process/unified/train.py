@@ -147,7 +147,8 @@ def accumulate(
             break
         ce, mse = sums.nll / max(1, tokens), sums.squares / max(1, noised * patches * numbers)
         (config.flow.ce_weight * ce + mse).backward()
-        nll, squares = nll + float(ce.detach()), squares + float(mse.detach())
+        nll, squares = nll + ce.detach(), squares + mse.detach()
+    nll, squares = float(nll), float(squares)  # one wait a step
     return {
         "loss": config.flow.ce_weight * nll + squares,
         "loss/text": nll,
