@@ -5,6 +5,11 @@ settings: once on one-pass pairs (request, last picture), once on whole processe
 one pass gets for its one picture as many Euler steps as the process took for all its drafts of that request. Every part
 is kept under DIR, so that the same command goes on where it stopped; `--minutes` stops it after the step that passes
 them (exit status 3 where something is left to do). `--jobs 2` trains two models at a time.
+
+`--arms` adds ablations of the same start, rows and steps: `plan` (nothing is inspected) and `inspect` (nothing is
+planned: all is drawn at once, inspected and mended); and three that train the process further, half of the rows new:
+`more` (of the same kind), `symbolic` (plans and drafts corrupted by rule, found and mended) and `self_sampled` (the
+model's own wrong plans and drafts, for the same requests). Every draft of an ablation has `euler` steps.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,16 +35,20 @@ import numpy as np
 
 from genevolve_fast.evaluate.scoreboard import DEFAULT_FILE, record
 from genevolve_fast.files import replacing, write_text
+from genevolve_fast.process.builders import TraceSampler
 from genevolve_fast.process.compositional import Share, Step, by_category, consistency, parts, score, score_table
 from genevolve_fast.process.rows import Processes, open_processes
 from genevolve_fast.process.scene_graph import GraphError, SceneRequest
+from genevolve_fast.process.trace import Process
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.resumable import changes
 from genevolve_fast.sandbox.strokes import PixelJudge, parse, requests
 from genevolve_fast.train.config import parse_config
 from genevolve_fast.trajectory import json_text
 
-ARMS = ("one_pass", "process")
+ARMS = ("one_pass", "process")  # the comparison
+ABLATIONS = ("plan", "inspect", "more", "symbolic", "self_sampled")
+FURTHER = ("more", "symbolic", "self_sampled")  # from the weights of the process
 COUNTED = ("position", "color_attr")
 RESULTS = Path("benchmarks/results/process_gain.json")
 _UNFINISHED = 3
@@ -63,6 +73,9 @@ class Settings:
     copies: int = 4
     shift: float = 2.0
     ce_weight: float = 0.25
+    critique_requests: int = 1500  # whose traces are sampled, of another seed
+    critique_steps: int = 300
+    critique_lr: float = 1e-3
     data_seed: int = 0
     drawn_seed: int = 20_251_128
     split: str = "held_out"
@@ -70,19 +83,23 @@ class Settings:
     @classmethod
     def small(cls) -> Settings:
         """Everything once, in seconds; of no meaning."""
-        return cls(rows=24, steps=3, batch_size=4, requests=4, euler=2, hidden=32, layers=1)
+        small = dict(rows=24, steps=3, batch_size=4, requests=4, euler=2, hidden=32, layers=1)
+        return cls(**small, critique_requests=8, critique_steps=2)
 
-    def config(self, seed: int, arm: str) -> UnifiedConfig:
+    def config(self, seed: int, arm: str, start: Path | None = None) -> UnifiedConfig:
+        """start: the process to go on from, for those that do."""
+        heads = max(2, self.hidden // 32)
+        shape = dict(hidden=self.hidden, layers=self.layers, heads=heads, patch_size=self.patch_size)
+        steps, lr = (self.critique_steps, self.critique_lr) if start else (self.steps, self.lr)
         return parse_config(
             UnifiedConfig,
             dict(
-                name=f"{arm}_{seed}", seed=seed, target=arm, steps=self.steps, batch_size=self.batch_size,
-                model=dict(
-                    hidden=self.hidden, layers=self.layers, heads=max(2, self.hidden // 32), patch_size=self.patch_size
-                ),
+                name=f"{arm}_{seed}", seed=seed, steps=steps, batch_size=self.batch_size,
+                target="process" if arm in FURTHER else arm,
+                model=dict(path=str(start)) if start else shape,
                 flow=dict(copies=self.copies, shift=self.shift, ce_weight=self.ce_weight),
-                optim=dict(name=self.optimizer, lr=self.lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
-                checkpoint=dict(every=max(1, min(100, self.steps // 2)), keep_last=1),
+                optim=dict(name=self.optimizer, lr=lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
+                checkpoint=dict(every=max(1, min(100, steps // 2)), keep_last=1),
             ),
         )  # fmt: skip
 
@@ -118,16 +135,81 @@ def build(settings: Settings, folder: Path) -> Processes:
     return open_processes(folder)
 
 
+def critiques(settings: Settings, out: Path, seed: int, arm: str, sampler: TraceSampler | None) -> Processes:
+    """Rows with a wrong plan or draft that is found and mended: of the sampler's traces, None: corrupted by rule.
+
+    Both are of the requests for which the model's own traces gave a row, so those come first.
+    """
+    import asyncio
+
+    from genevolve_fast.process.builders import Corrupter, image_alignment, instruction_conflict
+    from genevolve_fast.process.rows import Job, build_rows
+    from genevolve_fast.sandbox.stroke_data import workshop
+
+    shop, jobs = workshop("train"), []
+    kept = None if sampler else {p.id for p in open_processes(_rows(out, seed, "self_sampled"))}
+    for n, r in enumerate(sampled_for(settings)):
+        if n // len(COUNTED) % 2:
+            subset, traces = "instruction_conflict", sampler or Corrupter(shop)
+            build = lambda r=r, traces=traces: instruction_conflict(r, shop, seed, traces)  # noqa: E731
+        else:
+            subset = "image_alignment"
+            build = lambda r=r: image_alignment(r, shop, seed, negative=True, sampler=sampler)  # noqa: E731
+        job = Job(f"{subset}-{r.id}", subset, r.category, build)
+        jobs += [job] * (kept is None or job.id in kept)
+    made, tally = asyncio.run(build_rows(_rows(out, seed, arm), jobs, {"seed": seed, "arm": arm}))
+    print(f"{arm} {seed}: {tally.line()}\n{made['filtered']}", flush=True)
+    return open_processes(_rows(out, seed, arm))
+
+
+def sampled_for(settings: Settings) -> list[SceneRequest]:
+    """Training requests whose traces are sampled; of another seed than the rows."""
+    return requests("train", settings.data_seed + 1, settings.critique_requests, COUNTED)
+
+
+def learnt(settings: Settings, out: Path, seed: int, arm: str) -> tuple[list[Process], Mapping[str, np.ndarray]]:
+    """(rows of an arm, their pixels)."""
+    rows = open_processes(out / "rows")
+    if arm not in FURTHER:
+        return list(rows), rows.pixels
+    sampler = own_traces(settings, out, seed) if arm == "self_sampled" else None
+    new = rows if arm == "more" else critiques(settings, out, seed, arm, sampler)
+    count = len(open_processes(_rows(out, seed, "self_sampled")))
+    if not count:
+        sys.exit(f"no trace of the process of seed {seed} gave a row: it is trained too little")
+    return [*rows[:count], *new[len(new) - min(count, len(new)) :]], ChainMap(new.pixels, rows.pixels)
+
+
+def own_traces(settings: Settings, out: Path, seed: int) -> TraceSampler:
+    from genevolve_fast.process.unified.model import Unified
+    from genevolve_fast.process.unified.sampling import Drawing
+    from genevolve_fast.process.unified.traces import UnifiedSampler
+
+    drawing = Drawing(steps=settings.euler, shift=settings.shift, temperature=1.0, seed=seed)
+    model = Unified.from_pretrained(_policy(out, seed, "process")).eval()
+    return UnifiedSampler(model, drawing, sampled_for(settings))
+
+
+def _rows(out: Path, seed: int, arm: str) -> Path:
+    return out / f"{arm}_{seed}" / "rows"
+
+
 def train(settings: Settings, out: Path, seed: int, arm: str) -> None:
+    from genevolve_fast.process.unified.model import Unified
     from genevolve_fast.process.unified.train import train_unified
     from genevolve_fast.sandbox.tiny_unified import model_for
 
-    folder, config = out / f"{arm}_{seed}", settings.config(seed, arm)
-    if (folder / "policy").exists():
+    if _policy(out, seed, arm).exists():
         return
-    rows = open_processes(out / "rows")
-    policy = model_for(config, rows, rows.pixels)  # of the seed alone: the same weights in both arms
-    train_unified(config, policy, rows, rows.pixels, folder, resume=True)
+    start = _policy(out, seed, "process") if arm in FURTHER else None
+    config, (rows, pixels) = settings.config(seed, arm, start), learnt(settings, out, seed, arm)
+    # of the seed alone: the same weights in all arms that start anew
+    policy = Unified.from_pretrained(start) if start else model_for(config, rows, pixels)
+    train_unified(config, policy, rows, pixels, out / f"{arm}_{seed}", resume=True)
+
+
+def _policy(out: Path, seed: int, arm: str) -> Path:
+    return out / f"{arm}_{seed}" / "policy"
 
 
 def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
@@ -139,11 +221,11 @@ def draw_arm(settings: Settings, out: Path, seed: int, arm: str) -> None:
     todo = [n for n in range(0, len(wanted), _CHUNK) if not _chunk(folder, n).exists()]
     if not todo:
         return
-    policy = Unified.from_pretrained(folder / "policy").eval()
+    policy = Unified.from_pretrained(_policy(out, seed, arm)).eval()
     spent = [d.steps for d in drawn(settings, out, seed, "process")] if arm == "one_pass" else []
     for first in todo:
         texts = [r.text for r in wanted[first : first + _CHUNK]]
-        drafts = {} if arm == "process" else {"max_drafts": 1}
+        drafts = {"max_drafts": 1} if arm == "one_pass" else {}
         drawing = Drawing(steps=settings.euler, shift=settings.shift, seed=seed * 1000 + first, **drafts)
         if arm == "one_pass":
             steps = [n or settings.euler for n in spent[first : first + _CHUNK]]
@@ -226,9 +308,9 @@ def two_level(differences: np.ndarray, samples: int = 10_000) -> Share:
     return Share(float(differences.mean()), float(low), float(high), differences.size)
 
 
-def summary(settings: Settings, out: Path, seeds: Sequence[int]) -> dict:
+def summary(settings: Settings, out: Path, seeds: Sequence[int], arms: Sequence[str] = ARMS) -> dict:
     wanted, judge = asked(settings), PixelJudge()
-    made = {(arm, s): drawn(settings, out, s, arm) for arm in ARMS for s in seeds}
+    made = {(arm, s): drawn(settings, out, s, arm) for arm in arms for s in seeds}
     scores = {
         key: score(wanted, {r.id: m.picture for r, m in zip(wanted, of, strict=True)}, judge)
         for key, of in made.items()
@@ -236,11 +318,11 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int]) -> dict:
     result: dict = {"settings": asdict(settings), "seeds": list(seeds), "categories": {}, "gains": {}, "parts": {}}
     for category in COUNTED:
         which = [n for n, r in enumerate(wanted) if r.category == category]
-        right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in ARMS}
-        gain = two_level(right["process"] - right["one_pass"])
-        result["gains"][category] = asdict(gain)
-        result["categories"][category] = {a: right[a].mean(1).round(4).tolist() for a in ARMS}
-    for arm in ARMS:
+        right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in arms}
+        result["gains"][category] = {a: asdict(two_level(right[a] - right["one_pass"])) for a in arms[1:]}
+        result["categories"][category] = {a: right[a].mean(1).round(4).tolist() for a in arms}
+    result["forgotten"] = {}
+    for arm in arms:
         every = [x for s in seeds for x in scores[arm, s]]
         of = [m for s in seeds for m in made[arm, s]]
         result["parts"][arm] = {k: round(v, 4) for k, v in parts(every).items()}
@@ -251,9 +333,9 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int]) -> dict:
             "nothing_drawn": float(np.mean([not m.drafts for m in of])),
             "curves": {str(s): curve(out / f"{arm}_{s}" / "metrics.jsonl") for s in seeds},
         }
-    result["table"] = score_table({a: by_category([x for s in seeds for x in scores[a, s]]) for a in ARMS})
-    runs = [steps for s in seeds for m in made["process", s] for steps in steps_told(m) if len(steps) > 1]
-    result["forgotten"] = asdict(consistency(runs, judge))
+        if runs := [steps for m in of for steps in steps_told(m) if len(steps) > 1]:
+            result["forgotten"][arm] = asdict(consistency(runs, judge))
+    result["table"] = score_table({a: by_category([x for s in seeds for x in scores[a, s]]) for a in arms})
     return result
 
 
@@ -270,9 +352,12 @@ def curve(path: Path, points: int = 40) -> dict[str, list]:
 
 
 def one(settings: Settings, out: Path, seed: int, arm: str) -> None:
-    """Train, and draw where that can be: one pass waits for the drafts of the process."""
+    """Train, and draw where that can be: one pass waits for the drafts of the process, what follows for its weights."""
+    there = lambda earlier: is_drawn(settings, out, seed, earlier)  # noqa: E731
+    if arm in FURTHER and not there("process" if arm == "self_sampled" else "self_sampled"):
+        return
     train(settings, out, seed, arm)
-    if arm == "process" or is_drawn(settings, out, seed, "process"):
+    if arm != "one_pass" or there("process"):
         draw_arm(settings, out, seed, arm)
 
 
@@ -299,6 +384,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="models trained at a time (default: %(default)s)")
     p.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    p.add_argument(
+        "--arms", nargs="+", choices=ABLATIONS, default=[], metavar="ARM", help=f"ablations: {', '.join(ABLATIONS)}"
+    )
     p.add_argument("--small", action="store_true", help="everything in miniature, of no meaning")
     p.add_argument("--tune", action="store_true", help="draw training requests of another seed, to choose settings by")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, repeatable")
@@ -314,6 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in asdict(settings):
             p.error(f"--set {pair}: settings are {', '.join(asdict(settings))}")
         settings = replace(settings, **{name: type(getattr(settings, name))(value)})
+    args.arms = [*ARMS, *(a for a in ABLATIONS if a in args.arms)]
+    if {"more", "symbolic"} & set(args.arms) and "self_sampled" not in args.arms:
+        p.error("--arms more and symbolic are of the requests that self_sampled gave rows for: name it too")
     if args.record and (args.small or args.tune or args.set):
         p.error("only the comparison as it stands in Settings is recorded: without --small, --tune and --set")
     keep_settings(args.out, settings)
@@ -328,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not all_parts(args, settings, deadline):
         print("not finished: the same command goes on", flush=True)
         return _UNFINISHED
-    result = summary(settings, args.out, args.seeds)
+    result = summary(settings, args.out, args.seeds, args.arms)
     write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     tell(result)
     if args.record:
@@ -344,14 +435,15 @@ def keep_settings(out: Path, settings: Settings) -> None:
 
 
 def all_parts(args: argparse.Namespace, settings: Settings, deadline: float) -> bool:
-    """Train and draw in processes of their own, then draw what had to wait; whether all is there."""
-    for _ in range(2):
-        left = [(a, s) for a in ("process", "one_pass") for s in args.seeds if not is_drawn(settings, args.out, s, a)]
+    """Train and draw in processes of their own, then what had to wait for others; whether all is there."""
+    order = ("process", "one_pass", "plan", "inspect", "self_sampled", "symbolic", "more")
+    for _ in range(3):
+        left = [(a, s) for a in order for s in args.seeds if a in args.arms and not is_drawn(settings, args.out, s, a)]
         with ThreadPoolExecutor(args.jobs) as pool:
             done = [pool.submit(_part, args, seed, arm, deadline) for arm, seed in left]
             for part in done:
                 part.result()
-    return all(is_drawn(settings, args.out, s, a) for a in ARMS for s in args.seeds)
+    return all(is_drawn(settings, args.out, s, a) for a in args.arms for s in args.seeds)
 
 
 def _part(args: argparse.Namespace, seed: int, arm: str, deadline: float) -> None:
@@ -369,21 +461,21 @@ def _part(args: argparse.Namespace, seed: int, arm: str, deadline: float) -> Non
 
 def tell(result: dict) -> None:
     print(f"\n{result['table']}\n")
-    for category, gain in result["gains"].items():
-        print(f"{category}: process - one pass {Share(**gain)}; by seed {result['categories'][category]}")
-    print(f"parts: {result['parts']}")
-    for arm in ARMS:
-        print(f"{arm}: " + ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if k != "curves"))
-    print(f"forgotten: {result['forgotten']}")
+    for category, gains in result["gains"].items():
+        for arm, gain in gains.items():
+            print(f"{category}: {arm} - one pass {Share(**gain)}; by seed {result['categories'][category][arm]}")
+    for arm, shares in result["parts"].items():
+        told = ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if k != "curves")
+        print(f"{arm}: {told}; {shares}; forgotten {result['forgotten'].get(arm)}")
 
 
 def record_all(result: dict, args: argparse.Namespace) -> None:
     command = f"python -m benchmarks.process_gain --out DIR --seeds {' '.join(map(str, result['seeds']))}"
     for id, category in (("process/position_gain", "position"), ("process/attribute_gain", "color_attr")):
-        g = result["gains"][category]
+        g = result["gains"][category]["process"]
         record(id, g["value"], n=g["n"], command=command, interval=(g["low"], g["high"]), file=DEFAULT_FILE)
-    if (share := result["forgotten"]["forgotten"]) is not None:
-        record("process/forgotten_objects", share, n=result["forgotten"]["at_stake"], command=command)
+    if (share := result["forgotten"].get("process", {}).get("forgotten")) is not None:
+        record("process/forgotten_objects", share, n=result["forgotten"]["process"]["at_stake"], command=command)
     write_text(RESULTS, json.dumps(result, indent=1) + "\n")
 
 

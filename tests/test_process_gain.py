@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from benchmarks import process_gain
 from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, asked, drawn, steps_told, two_level
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.process.rows import open_processes
+from genevolve_fast.process.unified.train import trajectory_of
 from genevolve_fast.sandbox.stroke_data import placed
 from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
 from genevolve_fast.sandbox.strokes import draw as paint
 from genevolve_fast.sandbox.tiny_unified import model_for
+from tests.reciting import always_a_black_cross
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +60,39 @@ def test_one_pass_has_as_many_euler_steps_as_the_process_took_and_parts_are_not_
     process_gain.tell(result)
     assert "process - one pass" in capsys.readouterr().out and set(result["gains"]) == set(COUNTED)
     assert {f"process/{n}" for n in ("position_gain", "attribute_gain", "forgotten_objects")} <= set(TARGETS)
+
+
+def test_ablations_leave_stages_out_and_are_summed_up_beside_the_comparison(folder):
+    for arm in ("plan", "inspect"):
+        process_gain.one(SMALL, folder, 0, arm)
+    rows = open_processes(folder / "rows")
+    seen = {}
+    for arm in ("process", "plan", "inspect", "one_pass"):
+        config = SMALL.config(0, arm)
+        policy = model_for(config, rows, rows.pixels)
+        seen[arm] = sum(trajectory_of(p, config, policy.codec, rows.pixels).num_loss_tokens for p in rows)
+    assert seen["process"] > max(seen["plan"], seen["inspect"]) and seen["one_pass"] == 3 * len(rows)
+    result = process_gain.summary(SMALL, folder, [0], [*ARMS, "plan", "inspect"])
+    assert set(result["gains"]["position"]) == {"process", "plan", "inspect"} and "inspect" in result["table"]
+    process_gain.one(SMALL, folder, 0, "symbolic")
+    assert not (folder / "symbolic_0").exists()  # it waits for the requests that the model's own traces give rows for
+
+
+def test_critiques_by_rule_are_of_the_requests_that_the_models_own_traces_gave_rows_for(folder, tmp_path):
+    settings = replace(SMALL, critique_requests=40)
+    (tmp_path / "rows").symlink_to(folder / "rows")
+    always_a_black_cross(tmp_path / "process_0" / "policy")
+    own, pixels = process_gain.learnt(settings, tmp_path, 0, "self_sampled")
+    rule, _ = process_gain.learnt(settings, tmp_path, 0, "symbolic")
+    more, _ = process_gain.learnt(settings, tmp_path, 0, "more")
+    count = len(own) // 2
+    assert count >= 2 and len(own) == len(rule) == 2 * count and len(more) == 2 * count
+    assert [p.id for p in own] == [p.id for p in rule] and own[:count] == rule[:count] == more[:count]
+    assert {p.extra["source"] for p in own[count:]} == {"UnifiedSampler"}
+    assert not {p.extra["source"] for p in rule[count:]} & {"UnifiedSampler"}
+    assert all(sha in pixels for p in own for sha in p.drafts)
+    process_gain.train(settings, tmp_path, 0, "self_sampled")
+    assert len((tmp_path / "self_sampled_0" / "metrics.jsonl").read_text().splitlines()) == settings.critique_steps
 
 
 def test_counted_requests_are_held_out_and_the_interval_covers_seeds():

@@ -135,6 +135,8 @@ def test_the_command_builds_all_subsets_and_goes_on_where_it_was(tmp_path, capsy
         (["--subset", "multi_turn", "--sampler", "a:b"], "would do nothing"),
         (["--sampler", "nowhere_to_be_found:f"], "No module named"),
         (["--sampler", "json"], "MODULE:FUNCTION"),
+        (["--sampler", "."], "no policy"),
+        (["--sampler", "a:b", "--temperature", "0.5"], "--temperature would do nothing"),
         (["--set", "max_cycles=9"], "max_cycles"),
         (["--set", "cycles=2"], "there is no such field"),
     ],

@@ -18,6 +18,7 @@ from genevolve_fast.process.trace import (
     Process,
     StageError,
     interleave,
+    reduced,
     stage_mask,
     supervised,
 )
@@ -173,3 +174,24 @@ def test_files_keep_stages_and_the_trainers_packing_takes_them(codec, tmp_path):
         t.replace(stages=(t.stages[0], t.stages[0])).validate()
     with pytest.raises(InvariantError, match="not the policy's text"):
         t.replace(stages=(Stage("plan", 0, 0, 2),)).validate()
+
+
+def test_ablations_leave_stages_out(codec):
+    def written(kept, trained=STAGES):
+        t = interleave(process(trained), codec, PIXELS, kept)
+        told = codec.decode(t.ids[t.turns[1].start :].tolist()).replace("<|image_pad|>", "")
+        return told.replace("<|vision_start|><|vision_end|>", "#"), [i.sha256 for i in t.images], t
+
+    first, last = process().cycles
+    told, drafts, t = written(("plan", "sketch"))
+    assert told == f"{first.plan}#{last.plan}#<|im_end|>" and drafts == [FIRST, MENDED]
+    assert t.loss_mask[t.images[1].start - 1]  # what the cycle ended with is drawn, though it was a correction
+    told, drafts, _ = written(("sketch", "inspect", "refine"))
+    assert told == f"#{last.inspection}{last.correction}#<|im_end|>" and drafts == [WRONG, MENDED]
+    told, drafts, _ = written(("sketch",))
+    assert told == "#<|im_end|>" and drafts == [MENDED]
+    told, drafts, _ = written(("plan", "sketch"), trained=("inspect", "refine"))
+    assert told == f"{first.plan}#<|im_end|>" and drafts == [FIRST]  # a plan that was wrong on purpose is left out
+    for kept in ((), ("plan",), ("sketch", "inspect")):
+        with pytest.raises(ValueError, match="no form"):
+            reduced(process(), kept)

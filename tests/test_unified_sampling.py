@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from genevolve_fast.process.trace import Cycle, Inspection, Plan, Process, interleave
+from genevolve_fast.cli import main
+from genevolve_fast.process.builders import Rejected
+from genevolve_fast.process.rows import open_processes
+from genevolve_fast.process.scene_graph import SceneGraph, SceneRequest
+from genevolve_fast.process.trace import Cycle, Inspection, Plan, Process
 from genevolve_fast.process.unified.latents import to_latents
-from genevolve_fast.process.unified.loss import losses
 from genevolve_fast.process.unified.reference import _decode
-from genevolve_fast.process.unified.sampling import Drawing, draw
-from genevolve_fast.process.unified.sequences import Noise, pack_processes
-from genevolve_fast.sandbox.tiny_unified import new_tiny, tiny_codec
+from genevolve_fast.process.unified.sampling import Drawing, Drawn, draw
+from genevolve_fast.process.unified.traces import UnifiedSampler, attempts
+from genevolve_fast.sandbox.tiny_unified import tiny_codec
 from genevolve_fast.trajectory import image_hash
+from tests.reciting import always_a_black_cross, reciting
 
 pytestmark = pytest.mark.slow
 
@@ -33,22 +38,9 @@ def process(n: int) -> Process:
 
 @pytest.fixture(scope="module")
 def policy():
-    """Trained until it can recite three processes."""
     processes = [process(n) for n in range(3)]
     texts = [t for p in processes for t in (p.request, *(f"{c.plan}{c.inspection}" for c in p.cycles))]
-    codec = tiny_codec(texts * 8, 16, 8)
-    policy = new_tiny(codec, 5, hidden=64, layers=2, heads=2)
-    batch = pack_processes([interleave(p, codec, PIXELS) for p in processes], PIXELS, codec)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-3)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(220):
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 220)
-        noise = Noise.draw(batch.noised, batch.patches, batch.latents.shape[1], generator, "uniform", shift=1.0)
-        sums = losses(policy, batch, noise)
-        (sums.nll / len(batch.clean.targets) + sums.squares / noise.z0.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return policy.double().eval()
+    return reciting(processes, PIXELS, tiny_codec(texts * 8, 16, 8)).double().eval()
 
 
 def follow(policy, drawn):
@@ -128,3 +120,48 @@ def test_a_reply_ends_by_its_own_marker_by_length_or_by_the_last_draft(policy):
         assert drawn.result is None or (drawn.result == drawn.drafts[-1]).all()
     with pytest.raises(ValueError, match="temperature"):
         Drawing(temperature=-1)
+
+
+def test_attempts_are_the_plans_with_the_drafts_that_followed_up_to_one_that_cannot_be_read():
+    plans = [str(Plan(f"add {n}", f"a scene of {n}")) for n in range(3)]
+    seen = str(Inspection(draft="it is green"))
+    texts = [plans[0], f"{seen}<refine>mend it</refine>", f"{Inspection()}{plans[1]}", "", plans[2], "done"]
+    made = attempts(Drawn([], texts, PICTURES[:3] + PICTURES[:2]))
+    assert [a.plan.instruction for a in made] == ["add 0", "add 1"]
+    assert (made[0].draft == PICTURES[0]).all() and (made[1].draft == PICTURES[2]).all()
+    assert attempts(Drawn([], ["no plan"], PICTURES[:1])) == attempts(Drawn([])) == []
+
+
+def test_a_trace_is_of_the_request_and_the_seed_whatever_was_asked_before(policy):
+    asked = [SceneRequest(f"r{n}", text, "single_object", SceneGraph()) for n, text in enumerate(REQUESTS)]
+    drawing = Drawing(steps=2, temperature=1.0, max_text=40)
+
+    def traces(order, batch):
+        sampler = UnifiedSampler(policy, drawing, asked, batch)
+        out = {}
+        for n in order:
+            try:
+                out[n] = asyncio.run(sampler.sample(asked[n], 0))
+            except Rejected as rejected:
+                out[n] = rejected.reason
+        return out
+
+    one, other = traces([0, 1, 2], 2), traces([2, 0, 2, 1], 64)
+    told = lambda made: made if isinstance(made, str) else [(str(a.plan), a.draft.tobytes()) for a in made]  # noqa: E731
+    assert {n: told(made) for n, made in one.items()} == {n: told(made) for n, made in other.items()}
+    assert any(not isinstance(made, str) for made in one.values())
+
+
+def test_the_command_mends_what_a_trained_model_gets_wrong(tmp_path, capsys):
+    """A model that draws a black cross whatever is asked."""
+    told = always_a_black_cross(tmp_path / "policy")
+    data = ["process", "data", "--subset", "instruction_conflict", "--categories", "color_attr", "--count", "30"]
+    flags = ["--sampler", str(tmp_path / "policy"), "--temperature", "0", "--steps", "4"]
+    assert main([*data, "--out", str(tmp_path / "d"), *flags]) == 0
+    rows = open_processes(tmp_path / "d")
+    assert {p.extra["source"] for p in rows} == {"UnifiedSampler"}
+    assert all(p.cycles[0].plan.description == told and p.cycles[0].inspection.plan for p in rows)
+    assert main([*data, "--out", str(tmp_path / "d"), *flags[:-1], "5"]) == 2
+    assert "settings" in capsys.readouterr().err
+    assert main([*data, "--out", str(tmp_path / "e"), "--steps", "4"]) == 2
+    assert "--steps would do nothing" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from genevolve_fast.process.trace import Correction, Cycle, Inspection, Plan, Pr
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.sequences import drawn_images
-from genevolve_fast.process.unified.train import batch_of, train_unified, trajectory_of
+from genevolve_fast.process.unified.train import batch_of, rows_for, train_unified, trajectory_of
 from genevolve_fast.sandbox.tiny_unified import model_for
 from genevolve_fast.train.config import ConfigError, parse_config
 from genevolve_fast.train.run import RunError
@@ -109,12 +109,23 @@ def test_one_pass_learns_the_request_and_the_last_picture_and_stages_are_chosen(
     assert only.num_loss_tokens < whole.num_loss_tokens and drawn_images(only) == drawn_images(whole) != ()
 
 
+def test_rows_whose_last_plan_was_wrong_have_no_form_without_inspection(tmp_path):
+    mended = Cycle(Plan("a", "b"), SHAS[0], Inspection(plan="c"), Correction("d"), SHAS[1], ("inspect", "refine"))
+    wrong = Process("w", "request", (mended,))
+    assert rows_for([wrong, PROCESSES[0]], "plan") == [PROCESSES[0]] and rows_for([wrong], "inspect") == [wrong]
+    c = config(target="plan")
+    with pytest.raises(RunError, match="no row has a form"):
+        train_unified(c, model_for(c, [wrong], PIXELS), [wrong], PIXELS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         (dict(optim=dict(release_gradients=True)), "release_gradients"),
         (dict(optim=dict(bf16="master")), "would do nothing"),
         (dict(target="one_pass", flow=dict(stages=["plan"])), "hold no texts"),
+        (dict(target="inspect", flow=dict(stages=["plan", "inspect"])), "plan would do nothing"),
         (dict(flow=dict(stages=["plan", "plan"])), "twice"),
         (dict(model=dict(path="x", layers=2)), "would do nothing"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from genevolve_fast.incidents import Incidents
     from genevolve_fast.net.asking import JsonChat
     from genevolve_fast.process.rows import Job
+    from genevolve_fast.process.scene_graph import SceneRequest
 
 SUBSETS = ("multi_turn", "instruction_conflict", "image_alignment")
+DRAWING = ("temperature", "steps", "shift")  # how a model given as --sampler draws
 
 
 def add(step: AddCommand) -> None:
@@ -45,10 +48,14 @@ def add(step: AddCommand) -> None:
     own.add_argument("--split", choices=["train", "held_out"], help="(default: train)")
     own.add_argument("--categories", help="comma-separated (default: GenEval's six, and three times complex)")
     own.add_argument(
-        "--sampler", metavar="MODULE:FUNCTION",
-        help="whose wrong cycles are corrected: (request, seed) -> process.builders.Attempt of each sampled cycle "
-        "(default: plans and drafts corrupted by rule)",
+        "--sampler", metavar="FOLDER|MODULE:FUNCTION",
+        help="whose wrong cycles are corrected: a unified model's (the folder that `process train` wrote), or a "
+        "function's (request, seed) -> process.builders.Attempt of each sampled cycle (default: plans and drafts "
+        "corrupted by rule)",
     )  # fmt: skip
+    own.add_argument("--temperature", type=float, help="of the texts of a model given as --sampler (default: 1)")
+    own.add_argument("--steps", type=int, help="Euler steps of its drafts (default: 10)")
+    own.add_argument("--shift", type=float, help="of the times of its drafts, as in its training (default: 1)")
     own.add_argument("--no-places", action="store_true", help="plans do not say in which cell a figure stands")
     real = p.add_argument_group("for your own requests")
     real.add_argument("--requests", type=Path, help="JSONL of {id, text}, or a text file with a request a line")
@@ -95,8 +102,8 @@ def stroke_jobs(args: argparse.Namespace) -> list[Job]:
 
     split, categories = args.split or "train", _categories(args)
     shop = workshop(split, tell_places=not args.no_places)
-    own = _sampler(args.sampler) if args.sampler else None
     asked = requests(split, args.seed, 1000 if args.count is None else args.count, categories)
+    own = _sampler(args, asked) if args.sampler else None
     return _jobs(args, asked, shop, own or Corrupter(shop), own, len(categories))
 
 
@@ -168,6 +175,12 @@ def _categories(args: argparse.Namespace) -> tuple[str, ...]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Not the count: more of the same may follow."""
     settings = {"subset": args.subset, "seed": args.seed, "split": args.split or "train", "sampler": args.sampler}
+    if args.sampler and _is_model(args.sampler):
+        from genevolve_fast.files import file_hash
+
+        weights = sorted(Path(args.sampler).glob("*.safetensors"))
+        settings["sampler"] = [file_hash(path) for path in weights]
+        settings |= {name: getattr(args, name) for name in DRAWING}
     return settings | {"categories": list(_categories(args)), "places": not args.no_places}
 
 
@@ -175,7 +188,7 @@ def _refuse(args: argparse.Namespace) -> None:
     """Raise BatchError for what cannot work or would do nothing."""
     from genevolve_fast.resumable import BatchError
 
-    strokes = ("split", "categories", "sampler", "no_places")
+    strokes = ("split", "categories", "sampler", "no_places", *DRAWING)
     real = ("model", "base_url", "api_key_env", "chat_set", "renderer", "service_url", "renderer_set", "parallel")
     useless, why = (strokes, "with --requests") if args.requests else (real, "without --requests")
     if told := [f"--{name.replace('_', '-')}" for name in useless if getattr(args, name)]:
@@ -187,6 +200,9 @@ def _refuse(args: argparse.Namespace) -> None:
             raise BatchError(f"--{name} must be at least 1")
     if args.sampler and args.subset == "multi_turn":
         raise BatchError("--sampler would do nothing: multi_turn rows come from graphs, without wrong cycles")
+    told = [f"--{name}" for name in DRAWING if getattr(args, name) is not None]
+    if told and not (args.sampler and _is_model(args.sampler)):
+        raise BatchError(f"{', '.join(told)} would do nothing: --sampler names no folder of a unified model")
     if args.requests and (lacking := [f for f in ("model", "base_url", "renderer") if not getattr(args, f)]):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lacking)
         raise BatchError(f"--requests needs {flags}: who reads, writes and looks, and who draws")
@@ -243,20 +259,40 @@ def _chat(args: argparse.Namespace, incidents: Incidents) -> JsonChat:
         raise BatchError(str(error)) from None
 
 
-def _sampler(name: str):
+def _is_model(sampler: str) -> bool:
+    return Path(sampler).is_dir()
+
+
+def _sampler(args: argparse.Namespace, asked: Sequence[SceneRequest]):
     import importlib
 
     from genevolve_fast.process.builders import ModelSampler
     from genevolve_fast.resumable import BatchError
 
+    name = args.sampler
+    if _is_model(name):
+        return _model_sampler(args, asked)
     module, colon, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
     except (ImportError, AttributeError, ValueError) as error:
         raise BatchError(f"--sampler {name}: {error}") from None
     if not callable(found):
-        raise BatchError(f"--sampler takes MODULE:FUNCTION, not {name!r}")
+        raise BatchError(f"--sampler takes a folder of a unified model or MODULE:FUNCTION, not {name!r}")
     return ModelSampler(found)
+
+
+def _model_sampler(args: argparse.Namespace, asked: Sequence[SceneRequest]):
+    from genevolve_fast.process.unified.model import Unified
+    from genevolve_fast.process.unified.sampling import Drawing
+    from genevolve_fast.process.unified.traces import UnifiedSampler
+    from genevolve_fast.resumable import BatchError
+
+    told = {"temperature": 1.0} | {n: v for n in DRAWING if (v := getattr(args, n)) is not None}
+    try:
+        return UnifiedSampler(Unified.from_pretrained(args.sampler).eval(), Drawing(seed=args.seed, **told), asked)
+    except (OSError, ValueError) as error:
+        raise BatchError(f"--sampler {args.sampler}: {str(error).splitlines()[0]}") from None
 
 
 def _codec(name: str):

@@ -278,25 +278,50 @@ class Interleaved:
         self._mask.extend([loss] * len(ids))
 
 
-def interleave(process: Process, codec: Codec, pixels: Mapping[str, np.ndarray]) -> Trajectory:
+def interleave(
+    process: Process, codec: Codec, pixels: Mapping[str, np.ndarray], kept: Collection[StageName] = STAGES
+) -> Trajectory:
     """The process as one trajectory to learn from: drafts lie within the reply, untrained stages carry no loss.
 
-    `pixels` maps pixel hash to uint8 [h, w, 3]. Raises InvariantError where a draft's pixels are missing.
+    `kept`: stages that it has at all (`reduced`). `pixels` maps pixel hash to uint8 [h, w, 3]. Raises InvariantError
+    where a draft's pixels are missing.
     """
     process.validate()
     if missing := [sha[:12] for sha in process.drafts if sha not in pixels]:
         raise InvariantError(f"process {process.id!r}: pixels of drafts {missing} are missing")
     out = Interleaved(codec, process.request)
-    for n, cycle in enumerate(process.cycles):
+    for n, cycle in enumerate(reduced(process, kept)):
         learn = set(cycle.trained)
-        out.text("plan", n, str(cycle.plan), loss="plan" in learn)
+        if "plan" in kept:
+            out.text("plan", n, str(cycle.plan), loss="plan" in learn)
         out.draft("sketch", n, cycle.draft, codec.image_grid(pixels[cycle.draft]), loss="sketch" in learn)
-        out.text("inspect", n, str(cycle.inspection), loss="inspect" in learn)
+        if "inspect" in kept:
+            out.text("inspect", n, str(cycle.inspection), loss="inspect" in learn)
         if cycle.correction is not None:
             out.text("refine", n, str(cycle.correction), loss="refine" in learn)
             out.draft("refine", n, cycle.corrected, codec.image_grid(pixels[cycle.corrected]), loss="refine" in learn)
     out.end()
     return out.trajectory(process.id)
+
+
+def reduced(process: Process, kept: Collection[StageName]) -> tuple[Cycle, ...]:
+    """The cycles that are left without some stages: what an ablation learns from.
+
+    Without inspect and refine a cycle goes straight to the draft it ended with, and one whose plan was wrong on purpose
+    is left out. Without plan the last cycle is left, which draws all that is asked for at once. Raises ValueError for
+    stages that make no process: sketch is always one of them, inspect and refine go together.
+    """
+    if set(kept) - {"plan"} not in ({"sketch"}, {"sketch", "inspect", "refine"}):
+        raise ValueError(f"a process has no form of {', '.join(kept) or 'no stage'} alone")
+    cycles = process.cycles if "plan" in kept else process.cycles[-1:]
+    if "inspect" in kept:
+        return cycles
+    if "plan" in kept:
+        cycles = tuple(c for c in cycles if "plan" in c.trained)
+    straight = ("plan", "sketch")
+    return tuple(
+        dataclasses.replace(c, draft=c.result, correction=None, corrected="", trained=straight) for c in cycles
+    )
 
 
 def stage_mask(trajectory: Trajectory, stages: Collection[StageName], *, switches: bool = True) -> np.ndarray:

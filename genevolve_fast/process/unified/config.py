@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from genevolve_fast.train.config import CheckpointConfig, OptimConfig
 from genevolve_fast.trajectory import STAGES, StageName
 
+Target = Literal["process", "one_pass", "plan", "inspect"]
+KEPT: dict[Target, tuple[StageName, ...]] = {
+    "process": STAGES,
+    "one_pass": ("sketch",),
+    "plan": ("plan", "sketch"),
+    "inspect": ("sketch", "inspect", "refine"),
+}  # stages that a row has under each target
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -57,8 +65,10 @@ class UnifiedConfig(_Section):
     name: str = Field("process", description="Run folder under `runs/`")
     seed: int = Field(0, description="Seed of random weights, order of the rows, times and noise")
     data: str = Field("", description="Folder of process rows and their drafts")
-    target: Literal["process", "one_pass"] = Field(
-        "process", description="`one_pass`: of each row only its request and its last draft"
+    target: Target = Field(
+        "process",
+        description="`one_pass`: of each row only its request and its last draft. `plan`: plans and what each cycle "
+        "ended with, nothing inspected. `inspect`: all drawn at once, inspected and mended, nothing planned",
     )
     steps: int = Field(2000, ge=1, description="Optimizer steps; rows repeat where there are fewer")
     batch_size: int = Field(32, ge=1, description="Rows of one optimizer step")
@@ -81,4 +91,6 @@ class UnifiedConfig(_Section):
             raise ValueError(f"optim.bf16 {self.optim.bf16!r} would do nothing: the model trains in float32")
         if self.target == "one_pass" and set(self.flow.stages) != set(STAGES):
             raise ValueError("flow.stages with target 'one_pass' would do nothing: such rows hold no texts")
+        if set(self.flow.stages) != set(STAGES) and (useless := set(self.flow.stages) - set(KEPT[self.target])):
+            raise ValueError(f"flow.stages {', '.join(sorted(useless))} would do nothing with target {self.target!r}")
         return self

@@ -11,9 +11,9 @@ import torch
 
 from genevolve_fast.batch.packing import plan_microbatches
 from genevolve_fast.ops.head import NonFiniteError
-from genevolve_fast.process.trace import Interleaved, Process, interleave, supervised
+from genevolve_fast.process.trace import Process, interleave, supervised
 from genevolve_fast.process.unified.codec import LatentCodec
-from genevolve_fast.process.unified.config import UnifiedConfig
+from genevolve_fast.process.unified.config import KEPT, Target, UnifiedConfig
 from genevolve_fast.process.unified.loss import losses
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.sequences import Noise, drawn_images, pack_processes, rows_of
@@ -21,7 +21,7 @@ from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse
 from genevolve_fast.train.collect import stable_seed
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer
-from genevolve_fast.train.run import Run, peak_memory_gb, refuse_another_run
+from genevolve_fast.train.run import Run, RunError, peak_memory_gb, refuse_another_run
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.trajectory import Trajectory
@@ -29,19 +29,16 @@ from genevolve_fast.trajectory import Trajectory
 Pixels = Mapping[str, np.ndarray]  # uint8 [h, w, 3] of drafts by pixel hash
 
 
-def one_pass(process: Process, codec: LatentCodec, pixels: Pixels) -> Trajectory:
-    """The request and the picture that the process ended with, drawn at once."""
-    out = Interleaved(codec, process.request)
-    out.draft("sketch", 0, process.result, codec.image_grid(pixels[process.result]))
-    out.end()
-    return out.trajectory(process.id)
+def rows_for(processes: Sequence[Process], target: Target) -> list[Process]:
+    """Rows that have a form under `target`: one that ended by mending a plan has none without inspection."""
+    if target != "plan":
+        return list(processes)
+    return [p for p in processes if "plan" in p.cycles[-1].trained]
 
 
 def trajectory_of(process: Process, config: UnifiedConfig, codec: LatentCodec, pixels: Pixels) -> Trajectory:
     """What one row is to learn from."""
-    if config.target == "one_pass":
-        return one_pass(process, codec, pixels)
-    (chosen,) = supervised([interleave(process, codec, pixels)], config.flow.stages)
+    (chosen,) = supervised([interleave(process, codec, pixels, KEPT[config.target])], config.flow.stages)
     return chosen
 
 
@@ -56,9 +53,12 @@ def train_unified(
 ) -> Path:
     """Train `policy` on processes and their drafts; returns the folder of the final model (`folder/policy`).
 
-    On SIGTERM the last whole step is saved and Preempted raised. Raises RunError like `sft`.
+    On SIGTERM the last whole step is saved and Preempted raised. Raises RunError like `sft`, and where no row has a
+    form under the target.
     """
     strategy = Strategy()
+    if not (processes := rows_for(processes, config.target)):
+        raise RunError(f"no row has a form under target {config.target!r}: add rows of other subsets")
     stopping = Stopping(strategy.ranks)
     with stopping.listening():
         return _train(config, policy, processes, pixels, folder, resume, strategy, stopping)
