@@ -315,13 +315,14 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int], arms: Sequence[
         key: score(wanted, {r.id: m.picture for r, m in zip(wanted, of, strict=True)}, judge)
         for key, of in made.items()
     }
-    result: dict = {"settings": asdict(settings), "seeds": list(seeds), "categories": {}, "gains": {}, "parts": {}}
+    result: dict = {"settings": asdict(settings), "seeds": list(seeds)}
+    result |= {name: {} for name in ("categories", "shares", "gains", "parts", "forgotten")}
     for category in COUNTED:
         which = [n for n, r in enumerate(wanted) if r.category == category]
         right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in arms}
         result["gains"][category] = {a: asdict(two_level(right[a] - right["one_pass"])) for a in arms[1:]}
+        result["shares"][category] = {a: asdict(two_level(right[a])) for a in arms}
         result["categories"][category] = {a: right[a].mean(1).round(4).tolist() for a in arms}
-    result["forgotten"] = {}
     for arm in arms:
         every = [x for s in seeds for x in scores[arm, s]]
         of = [m for s in seeds for m in made[arm, s]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import process_gain
+from benchmarks import plot_process, process_gain
 from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, asked, drawn, steps_told, two_level
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.process.rows import open_processes
@@ -93,6 +94,22 @@ def test_critiques_by_rule_are_of_the_requests_that_the_models_own_traces_gave_r
     assert all(sha in pixels for p in own for sha in p.drafts)
     process_gain.train(settings, tmp_path, 0, "self_sampled")
     assert len((tmp_path / "self_sampled_0" / "metrics.jsonl").read_text().splitlines()) == settings.critique_steps
+
+
+def test_the_plot_shows_every_arm_and_what_was_drawn(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plot_process.main([str(tmp_path)])
+    assert "no finished comparison" in capsys.readouterr().err
+    result = process_gain.summary(SMALL, folder, [0])
+    (folder / "result.json").write_text(json.dumps(result))
+    plot_process.main([str(folder), "--out", str(tmp_path / "p.svg"), "--count", "2"])
+    svg = ET.parse(tmp_path / "p.svg").getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    told = [t.text for t in svg.iter(f"{name}text")]
+    assert {"one pass", "process", "position", "color_attr", *(r.text for r in asked(SMALL)[:2])} <= set(told)
+    shown = drawn(SMALL, folder, 0, "process")[:2]
+    assert len(list(svg.iter(f"{name}image"))) == 2 + sum(max(1, len(m.drafts)) for m in shown)
+    assert len(list(svg.iter(f"{name}polyline"))) == len(ARMS)
 
 
 def test_counted_requests_are_held_out_and_the_interval_covers_seeds():
