@@ -189,11 +189,10 @@ def test_the_report_of_drawn_requests_needs_no_run(tmp_path, capsys):
 
 
 def test_a_long_run_shows_some_of_its_steps_and_says_so(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss/flow": 1.0, "lr": 1e-7}\n{"step": 2, "lo'
-    )  # cut by a crash
+    whole, cut = '{"step": 1, "loss/flow": 1.0, "lr": 1e-7}', '{"step": 2, "lo'  # by a crash
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{cut}")
     for step in range(100, 3100, 100):
-        drawn(tmp_path / "samples" / f"step_{step:06d}", [f"request {n}" for n in range(40)])
+        drawn(tmp_path / "samples" / f"step_{step:06d}", [f"request {n}" for n in range(40)], ("nothing drawn",))
     drawn(tmp_path / "samples" / ".step_000100.12.tmp", ["half"])
     data = data_of(build_report(tmp_path, str))
     steps = data["samples"]["steps"]
