@@ -1,11 +1,9 @@
-"""What a unified model draws while it trains, and the report of such a run: curves, samples, nothing that acts."""
+"""What a unified model draws while it trains, and that drawing changes nothing of the training."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +16,18 @@ from genevolve_fast.process.unified import train
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.samples import Samples, chosen_requests, write_drawn
-from genevolve_fast.process.unified.sampling import Drawing, Drawn, draw
+from genevolve_fast.process.unified.sampling import Drawing, draw
 from genevolve_fast.process.unified.train import train_unified
 from genevolve_fast.report.build import build_report
 from genevolve_fast.sandbox.tiny_unified import model_for
 from genevolve_fast.train.config import ConfigError, parse_config
 from genevolve_fast.trajectory import image_hash
+from tests.pages import data_of
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(3)]
 PIXELS = {image_hash(p): p for p in PICTURES}
 SHAS = list(PIXELS)
-EVIL = "</script><script>alert(1)</script><!--<script> <img src=x onerror=alert(2)> __TITLE__ __DATA__ \ud800\u2028"
 
 
 def process(n: int, category: str = "single_object") -> Process:
@@ -151,19 +149,6 @@ def test_samples_that_would_do_nothing_are_refused(samples, told):
         config(samples=samples)
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def data_of(page: Path) -> dict:
-    text = page.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
-
-
-def drawn(folder: Path, requests: list[str], texts: tuple[str, ...] = ("plan", "done")) -> Path:
-    write_drawn(folder, requests, [Drawn([], list(texts), PICTURES[: len(texts) - 1], 4, True) for _ in requests])
-    return folder
-
-
 def test_the_report_of_a_run_has_its_losses_and_its_samples(trained, capsys):
     assert main(["report", str(trained)]) == 0
     data = data_of(trained / "report.html")
@@ -174,70 +159,3 @@ def test_the_report_of_a_run_has_its_losses_and_its_samples(trained, capsys):
         last = row["cells"][-1]
         assert len(last["drafts"]) == 1 and len(last["texts"]) == 2 and last["ended"]
         assert data["images"][last["drafts"][0]].startswith("data:image/png;base64,")
-
-
-def test_the_report_of_drawn_requests_needs_no_run(tmp_path, capsys):
-    folder = drawn(tmp_path / "drawn", ["a ring", "two rings", "a ring"])
-    assert main(["report", str(folder)]) == 0
-    samples = data_of(folder / "report.html")["samples"]
-    assert samples["steps"] == [None] and [r["request"] for r in samples["rows"]] == ["a ring", "two rings", "a ring"]
-    assert samples["rows"][0]["cells"] == [{"texts": ["plan", "done"], "drafts": [0], "ended": True}]
-    (folder / "001_draft_0.png").write_bytes(b"\x89PNG broken")
-    (folder / "002_draft_0.png").unlink()
-    rows = data_of(build_report(folder, str))["samples"]["rows"]
-    assert [r["cells"][0]["drafts"] for r in rows] == [[0], [None], [None]]
-
-
-def test_a_long_run_shows_some_of_its_steps_and_says_so(tmp_path):
-    whole, cut = '{"step": 1, "loss/flow": 1.0, "lr": 1e-7}', '{"step": 2, "lo'  # by a crash
-    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{cut}")
-    for step in range(100, 3100, 100):
-        drawn(tmp_path / "samples" / f"step_{step:06d}", [f"request {n}" for n in range(40)], ("nothing drawn",))
-    drawn(tmp_path / "samples" / ".step_000100.12.tmp", ["half"])
-    data = data_of(build_report(tmp_path, str))
-    steps = data["samples"]["steps"]
-    assert data["metrics"] == [{"step": 1, "loss/flow": 1.0, "lr": 1e-7}]
-    assert len(steps) == 12 and (steps[0], steps[-1]) == (100, 3000)
-    assert data["samples"]["left_out"] == [4, 18] and len(data["samples"]["rows"]) == 36
-
-
-def test_what_a_model_wrote_stays_text(tmp_path):
-    folder = drawn(tmp_path / "<b>drawn", [EVIL, "a\u2028b\x85"], (EVIL, EVIL))
-    text = build_report(folder, str).read_text(encoding="utf-8")
-    assert text.count("<script") == 2 and "<!--" not in text and "<img src=x" not in text
-    assert "<title>&lt;b&gt;drawn ·" in text
-    rows = data_of(folder / "report.html")["samples"]["rows"]
-    assert [r["request"] for r in rows] == [EVIL, "a\u2028b\x85"] and rows[0]["cells"][0]["texts"] == [EVIL, EVIL]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[]",
-        '{"request": "a", "texts": [], "ended": true}',
-        '{"request": "a", "texts": [1], "drafts": 0, "ended": true}',
-        '{"request": "a", "texts": [], "drafts": 1000000000, "ended": true}',
-        '{"request": "a", "texts": [], "drafts": "../../x", "ended": true}',
-    ],
-)
-def test_a_line_that_is_no_drawn_request_is_named(tmp_path, capsys, line):
-    good = '{"request": "a", "texts": [], "drafts": 0, "ended": true}'
-    (tmp_path / "drawn.jsonl").write_text(f"{good}\n{line}\n")
-    assert main(["report", str(tmp_path)]) == 2
-    assert "drawn.jsonl, line 2" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium to run the page")
-def test_the_page_runs_and_shows_curves_and_samples(trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    drawn(folder / "samples" / "step_000024", [EVIL], (EVIL, EVIL))
-    page = build_report(folder, str)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    shown = done.stdout.split('<main id="main">')[1].split("</main>")[0]
-    for title in ("Text loss", "Flow loss", "Gradient norm", "Learning rate", "Tokens a second", "Samples"):
-        assert f">{title}" in shown
-    assert shown.count("<details") == 2 * 2 + 1 + 1 and "step 24" in shown  # samples, the configuration
-    assert "<script" not in shown and "<img src=" not in shown.replace('<img class="pixel" src=', "")
