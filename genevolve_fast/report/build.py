@@ -85,14 +85,14 @@ def samples(folder: Path, store: ImageStore) -> dict[str, Any]:
     every = sampled_steps(folder)
     shown = [every[i] for i in sorted({*np.linspace(0, len(every) - 1, _COLUMNS).round().astype(int)})] if every else []
     columns = [read_samples(path) for _, path in shown]
-    requests = list(dict.fromkeys(request for column in columns for request in column))
+    keys = list(dict.fromkeys(key for column in columns for key in column))
 
     def cell(sample: Sample | None) -> dict[str, Any] | None:
         drafts = [store.add_file(str(p)) for p in sample.drafts] if sample else []
         return sample and {"texts": sample.texts, "drafts": drafts, "ended": sample.ended}
 
-    rows = [{"request": r.rstrip(), "cells": [cell(c.get(r)) for c in columns]} for r in requests[:_SAMPLED]]
-    left_out = [len(requests) - len(rows), len(every) - len(shown)]
+    rows = [{"request": key[0], "cells": [cell(c.get(key)) for c in columns]} for key in keys[:_SAMPLED]]
+    left_out = [len(keys) - len(rows), len(every) - len(shown)]
     return {"steps": [step for step, _ in shown], "rows": rows, "left_out": left_out}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ def sampled_steps(folder: Path) -> list[tuple[int | None, Path]]:
     return sorted((int(name[1]), path) for name, path in found if name)
 
 
-def read_samples(folder: Path) -> dict[str, Sample]:
-    """What was drawn, by request. Raises BatchError."""
+def read_samples(folder: Path) -> dict[tuple[str, int], Sample]:
+    """What was drawn, by request and how often the same came before it. Raises BatchError."""
     path = folder / DRAWN
     try:
         lines = path.read_bytes().decode().removesuffix("\n").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{path} cannot be read: {error}") from None
-    out: dict[str, Sample] = {}
+    out: dict[tuple[str, int], Sample] = {}
+    met: Counter[str] = Counter()
     for n, line in enumerate(lines if any(lines) else ()):
         where = f"{path}, line {n + 1}"
         told = parse_json(line, where)
@@ -46,9 +48,8 @@ def read_samples(folder: Path) -> dict[str, Sample]:
             request, sample = _sample(told, folder, n)
         except (KeyError, TypeError, ValueError) as error:
             raise BatchError(f"{where} is no drawn request: {type(error).__name__} {error}") from None
-        while request in out:  # asked for more than once, each time with other noise
-            request += " "
-        out[request] = sample
+        out[request, met[request]] = sample
+        met[request] += 1
     return out
 
 
