@@ -203,7 +203,8 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     p = command(
         "report",
         run_report,
-        "Write runs/NAME/report.html from what a run left behind, or two renderings of the same programs side by side.",
+        "Write runs/NAME/report.html from what a run left behind, or two renderings of the same programs side by side. "
+        "A folder of pictures that grew, or that `process draw` drew, gets one too.",
         "genevolve-fast report runs/demo\n  genevolve-fast report --compare runs/qwen runs/nano -o compare.html",
     )
     p.add_argument("run_folder", type=Path, nargs="?", help="folder of a run")
@@ -408,23 +409,23 @@ def run_report(args: argparse.Namespace) -> int:
         return run_compare(args)
     if args.run_folder is None or args.output or args.gt_root:
         raise ReportError("give the folder of a run, or --compare A B with -o and --gt-root")
-    from genevolve_fast.report.build import build_report, only_processes
+    from genevolve_fast.report.build import build_report, shown_steps
 
-    if only_processes(args.run_folder):
-        print(f"report: {build_report(args.run_folder, no_tokens)}")
-        return 0
-    from genevolve_fast.policy.codec import TransformersCodec
-
-    saved = [
-        p for p in (args.run_folder / "policy", *sorted(args.run_folder.glob("checkpoints/*/policy"))) if p.exists()
-    ]
-    reader = saved[0] if saved else started_from(args.run_folder)
-    print(f"report: {build_report(args.run_folder, TransformersCodec.from_pretrained(reader).decode)}")
+    decode = reader(args.run_folder) if shown_steps(args.run_folder) else no_tokens
+    print(f"report: {build_report(args.run_folder, decode)}")
     return 0
 
 
+def reader(run: Path):
+    """What turns the tokens of a run's rollouts to text."""
+    from genevolve_fast.policy.codec import TransformersCodec
+
+    saved = [p for p in (run / "policy", *sorted(run.glob("checkpoints/*/policy"))) if p.exists()]
+    return TransformersCodec.from_pretrained(saved[0] if saved else started_from(run)).decode
+
+
 def no_tokens(ids: Sequence[int]) -> str:
-    raise AssertionError("grown pictures alone hold no token")
+    raise AssertionError("without rollouts there is no token to read")
 
 
 def run_compare(args: argparse.Namespace) -> int:

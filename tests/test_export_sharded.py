@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from warm_ranks import on_two_ranks
 
 from benchmarks.export import logits_of, start
-from genevolve_fast.cli import main
+from genevolve_fast.cli import main, reader
 from genevolve_fast.policy import export
 from genevolve_fast.policy.export import ExportError, export_sharded
 from genevolve_fast.policy.model import Policy
@@ -211,6 +211,7 @@ def test_a_report_of_such_a_run_reads_its_tokenizer(runs, tmp_path, capsys):
     run = shutil.copytree(runs / "run", tmp_path / "run")
     (run / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert main(["report", str(run)]) == 0 and (run / "report.html").exists()
+    assert reader(run)([5, 6])  # what decodes its rollouts, had it left any
 
 
 @pytest.mark.slow

@@ -24,7 +24,11 @@ PICTURES = [RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(4)]
 PIXELS = {image_hash(p): p for p in PICTURES}
 SHAS = list(PIXELS)
 SMALL = dict(
-    steps=4, batch_size=3, model=dict(hidden=32, layers=1, heads=2, patch_size=4), checkpoint=dict(every=1, keep_last=9)
+    steps=4,
+    batch_size=3,
+    model=dict(hidden=32, layers=1, heads=2, patch_size=4),
+    samples=dict(every=0),
+    checkpoint=dict(every=1, keep_last=9),
 )
 
 

@@ -76,13 +76,13 @@ def run_process_train(args: argparse.Namespace) -> int:
 
 def run_process_draw(args: argparse.Namespace) -> int:
     """Exit status 1 where a request got no draft."""
-    from genevolve_fast.files import write_bytes, write_text
+    from genevolve_fast.files import write_bytes
     from genevolve_fast.net.harmless import one_line
     from genevolve_fast.net.pictures import png_bytes
     from genevolve_fast.process.unified.model import Unified
+    from genevolve_fast.process.unified.samples import write_drawn
     from genevolve_fast.process.unified.sampling import Drawing, draw, strip
     from genevolve_fast.resumable import BatchError
-    from genevolve_fast.trajectory import json_text
 
     try:
         drawing = Drawing(steps=args.steps, temperature=args.temperature, shift=args.shift, seed=args.seed)
@@ -90,19 +90,13 @@ def run_process_draw(args: argparse.Namespace) -> int:
         raise BatchError(str(error)) from None
     policy = Unified.from_pretrained(args.model).eval()
     drawn = draw(policy, args.requests, drawing)
-    lines = []
     for n, (request, d) in enumerate(zip(args.requests, drawn, strict=True)):
-        for k, draft in enumerate(d.drafts):
-            write_bytes(args.out / f"{n:03d}_draft_{k}.png", png_bytes(draft))
         if d.drafts:
             write_bytes(args.out / f"{n:03d}_strip.png", png_bytes(strip(d.drafts)))
-        lines.append(
-            {"request": request, "texts": d.texts, "drafts": len(d.drafts), "steps": d.steps, "ended": d.ended}
-        )
         print(
             f"{request}\n" + "".join(f"  {one_line(text, 600)}\n" for text in d.texts) + f"  {len(d.drafts)} drafts",
             flush=True,
         )
-    write_text(args.out / "drawn.jsonl", "".join(json_text(line) + "\n" for line in lines))
+    write_drawn(args.out, args.requests, drawn)
     print(f"written to {args.out}")
     return int(not all(d.drafts for d in drawn))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -16,12 +17,15 @@ import numpy as np
 from genevolve_fast.files import write_text
 from genevolve_fast.report.processes import process_folders, read_strip
 from genevolve_fast.report.records import StepRecord, read_step
-from genevolve_fast.trajectory import Failed, Judged, Trajectory, load, safe_name
+from genevolve_fast.report.samples import Sample, read_samples, sampled_steps
+from genevolve_fast.trajectory import Failed, Judged, Trajectory, json_text, load, safe_name
 
 Decode = Callable[[Sequence[int]], str]
 _GALLERY = 36  # requests in the before/after gallery
 _GROUPS_PER_STEP = 2
 _PROCESSES = 24
+_SAMPLED = 36  # requests in the grid of samples
+_COLUMNS = 12  # sampled steps in it
 
 
 class ReportError(ValueError):
@@ -31,8 +35,10 @@ class ReportError(ValueError):
 def build_report(folder: Path, decode: Decode) -> Path:
     """Write `folder/report.html` from what the run left behind; `decode` turns token ids to text."""
     metrics = read_metrics(folder)
-    if not metrics and not (folder / "bench").exists() and not only_processes(folder):
-        raise ReportError(f"{folder} has neither metrics.jsonl nor bench/: run `genevolve-fast evolve` first")
+    if not metrics and not (folder / "bench").exists() and not only_pictures(folder):
+        if not (folder / "config.yaml").exists():
+            raise ReportError(f"{folder} is not the folder of a run, nor of pictures that grew or were drawn")
+        raise ReportError(f"{folder} has neither metrics.jsonl nor bench/: its run has made no step yet")
     store = ImageStore()
     data = {
         "name": folder.name,
@@ -44,18 +50,24 @@ def build_report(folder: Path, decode: Decode) -> Path:
         "steps": [viewer_step(folder, step, decode, store) for step in shown_steps(folder)],
         "experiences": experiences(folder),
         "processes": grown(folder, store),
+        "samples": samples(folder, store),
     }
     data["images"] = store.uris
-    template = (resources.files("genevolve_fast.report") / "template.html").read_text(encoding="utf-8")
-    payload = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     path = folder / "report.html"
-    write_text(path, template.replace("__DATA__", payload).replace("__TITLE__", folder.name))
+    write_text(path, filled("template.html", folder.name, _finite(data)))
     return path
 
 
-def only_processes(folder: Path) -> bool:
-    """Whether the folder holds grown pictures and no run."""
-    return not (folder / "config.yaml").exists() and bool(process_folders(folder))
+def filled(template: str, title: str, data: Any) -> str:
+    """The page `template` of this room over `data`; whatever a text says, it stays text."""
+    page = (resources.files("genevolve_fast.report") / template).read_text(encoding="utf-8")
+    payload = json_text(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return page.replace("__TITLE__", html.escape(title)).replace("__DATA__", payload)
+
+
+def only_pictures(folder: Path) -> bool:
+    """Whether the folder holds pictures that grew or were drawn, and no run."""
+    return not (folder / "config.yaml").exists() and bool(process_folders(folder) or sampled_steps(folder))
 
 
 def grown(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
@@ -66,6 +78,22 @@ def grown(folder: Path, store: ImageStore) -> list[dict[str, Any]]:
         cells = [asdict(c) | {"image": store.add_file(str(each / c.file)) if c.file else None} for c in strip.cells]
         out.append({"request": strip.request, "told": strip.line(), "writer": strip.writer, "cells": cells})
     return out
+
+
+def samples(folder: Path, store: ImageStore) -> dict[str, Any]:
+    """Steps, and of each request what was drawn at each of them: texts, drafts, whether the model ended it itself."""
+    every = sampled_steps(folder)
+    shown = [every[i] for i in sorted({*np.linspace(0, len(every) - 1, _COLUMNS).round().astype(int)})] if every else []
+    columns = [read_samples(path) for _, path in shown]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+
+    def cell(sample: Sample | None) -> dict[str, Any] | None:
+        drafts = [store.add_file(str(p)) for p in sample.drafts] if sample else []
+        return sample and {"texts": sample.texts, "drafts": drafts, "ended": sample.ended}
+
+    rows = [{"request": key[0], "cells": [cell(c.get(key)) for c in columns]} for key in keys[:_SAMPLED]]
+    left_out = [len(keys) - len(rows), len(every) - len(shown)]
+    return {"steps": [step for step, _ in shown], "rows": rows, "left_out": left_out}
 
 
 class ImageStore:
@@ -91,14 +119,17 @@ class ImageStore:
 
         if not path or not Path(path).exists():
             return None
-        with Image.open(path) as picture:
-            return self.add(np.asarray(picture.convert("RGB")))
+        try:
+            with Image.open(path) as picture:
+                return self.add(np.asarray(picture.convert("RGB")))
+        except (OSError, Image.DecompressionBombError):  # broken: shown as missing
+            return None
 
 
 def _finite(value: Any) -> Any:
     """NaN and infinity are not JSON; a chart shows them as gaps."""
     if isinstance(value, float):
-        return round(value, 5) if np.isfinite(value) else None
+        return float(f"{value:.6g}") if np.isfinite(value) else None
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -112,7 +143,10 @@ def read_json(path: Path) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # not what a crash cut off
 
 
 def bench_files(folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import json
 import math
@@ -12,15 +11,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from genevolve_fast.files import write_text
 from genevolve_fast.net.pictures import decode_image
 from genevolve_fast.net.web import FetchError
-from genevolve_fast.report.build import ReportError
-from genevolve_fast.trajectory import json_text
+from genevolve_fast.report.build import ReportError, filled
 
 DIMENSIONS = ("faithfulness", "visual_correctness", "text_accuracy", "aesthetics", "overall")
 MAX_ROWS = 600  # in the file; every row counts in its numbers
@@ -101,10 +98,7 @@ def build_comparison(a: Side, b: Side, out: Path, interval: Callable[[Sequence[f
         "rows": [_row(a, b, key, thumbnails) for key in shared if key in kept],
     }
     data["images"] = thumbnails.uris
-    template = (resources.files("genevolve_fast.report") / "compare.html").read_text(encoding="utf-8")
-    title = html.escape(" · ".join(data["names"]))
-    payload = json_text(_plain(data)).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    write_text(out, template.replace("__TITLE__", title).replace("__DATA__", payload))
+    write_text(out, filled("compare.html", " · ".join(data["names"]), _plain(data)))
     return out
 
 

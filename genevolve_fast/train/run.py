@@ -26,7 +26,7 @@ from genevolve_fast.train.versions import note_versions
 # What a resumed run may change: it says who answers, how long one waits and what is kept, not what is learnt.
 MAY_CHANGE = re.compile(
     r"(.*\.)?(urls|(program_)?(base_url|api_key_env)|patience_s|(request_|picture_)?timeout_s|attempts|concurrency"
-    r"|requests_per_minute)|minutes|distributed\..*|checkpoint\..*|optim\.skip_nonfinite"
+    r"|requests_per_minute)|minutes|(distributed|checkpoint|samples)\..*|optim\.skip_nonfinite"
 )
 
 

@@ -59,6 +59,27 @@ class FlowConfig(_Section):
         return self
 
 
+class SamplesConfig(_Section):
+    every: int = Field(200, ge=0, description="Steps from one drawing to the next, and after the last; 0: never")
+    count: int = Field(4, ge=1, description="Requests of the rows, of as many categories as there are")
+    requests: list[str] = Field([], description="Draw these instead")
+    steps: int = Field(10, ge=1, description="Euler steps of a draft")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> SamplesConfig:
+        plain = type(self).model_fields
+        changed = [n for n in ("count", "requests", "steps") if getattr(self, n) != plain[n].default]
+        if changed and not self.every:
+            raise ValueError(f"{', '.join(changed)} with every 0 would do nothing: nothing is drawn")
+        if self.requests and "count" in changed:
+            raise ValueError("count with requests would do nothing: all that are named are drawn")
+        if not all(map(str.strip, self.requests)):
+            raise ValueError("requests names an empty one")
+        if len(set(self.requests)) != len(self.requests):
+            raise ValueError("requests names one twice")
+        return self
+
+
 class UnifiedConfig(_Section):
     """`genevolve-fast process train`."""
 
@@ -82,6 +103,7 @@ class UnifiedConfig(_Section):
         default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine")
     )
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(every=200, keep_last=1))
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
 
     @model_validator(mode="after")
     def _refuse(self) -> UnifiedConfig:

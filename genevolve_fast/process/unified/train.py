@@ -16,6 +16,7 @@ from genevolve_fast.process.unified.codec import LatentCodec
 from genevolve_fast.process.unified.config import KEPT, Target, UnifiedConfig
 from genevolve_fast.process.unified.loss import losses
 from genevolve_fast.process.unified.model import Unified
+from genevolve_fast.process.unified.samples import Samples
 from genevolve_fast.process.unified.sequences import Noise, drawn_images, pack_processes, rows_of
 from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse_full_disk, save_checkpoint, save_final
 from genevolve_fast.train.collect import stable_seed
@@ -69,6 +70,7 @@ def _train(config, policy: Unified, processes, pixels, folder: Path, resume: boo
     kept = folder / "checkpoints"
     saved = checkpoints(kept) if resume else []
     optimizer = build_optimizer(policy, config.optim, config.steps)
+    samples = Samples(config, processes, folder)
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
     step = load_checkpoint(saved[-1], policy, optimizer) if saved else 0
     run.begin(step)
@@ -85,6 +87,10 @@ def _train(config, policy: Unified, processes, pixels, folder: Path, resume: boo
                 norm, taken = finite.step(step, optimizer, strategy, config.optim.max_grad_norm, {"loss": told["loss"]})
                 seconds = time.perf_counter() - begin
             step += 1
+            memory = peak_memory_gb(policy.device)  # of the step, not of drawing
+            if samples.due(step):
+                with run.phase("samples", step - 1):
+                    samples.draw(policy, step)
             run.log(
                 step,
                 told
@@ -94,7 +100,7 @@ def _train(config, policy: Unified, processes, pixels, folder: Path, resume: boo
                     "lr": optimizer.lr,
                     "samples": step * config.batch_size,
                     "perf/throughput": told["num_tokens"] / seconds,
-                    "perf/max_memory_allocated_gb": peak_memory_gb(policy.device),
+                    "perf/max_memory_allocated_gb": memory,
                 },
             )
             if step % config.checkpoint.every == 0 or step == config.steps:
