@@ -100,6 +100,7 @@ class Settings:
                 flow=dict(copies=self.copies, shift=self.shift, ce_weight=self.ce_weight),
                 optim=dict(name=self.optimizer, lr=lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
                 checkpoint=dict(every=max(1, min(100, steps // 2)), keep_last=1),
+                samples=dict(every=0),
             ),
         )  # fmt: skip
 
