@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def job(n: int, do=None) -> Job:
 
 def build(folder, jobs, **kwargs):
     return asyncio.run(build_rows(folder, jobs, {"seed": 0}, **kwargs))
+
+
+def test_other_line_ends_stay_in_their_texts(tmp_path):
+    told = "a red\u2028circle\x85left of\x0ba square"
+    row = built(0)
+    build(tmp_path, [job(0, lambda: replace(row, process=replace(row.process, request=told))), job(1)])
+    assert [p.request for p in open_processes(tmp_path)] == [told, built(1).process.request]
 
 
 def raising(error):

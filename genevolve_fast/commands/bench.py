@@ -294,7 +294,7 @@ def sampled_tokens(folder: Path) -> int | None:
     from genevolve_fast.agent.journal import JOURNAL
 
     last: dict[int, int] = {}
-    for line in (folder / JOURNAL).read_text(encoding="utf-8").splitlines():
+    for line in (folder / JOURNAL).read_bytes().splitlines():  # of text, line ends within a line count too
         row = json.loads(line)
         if isinstance(row.get("tokens"), int):
             last[row["position"]] = row["tokens"]

@@ -213,7 +213,7 @@ def _texts(path: Path, count: int | None) -> dict[str, str]:
     from genevolve_fast.resumable import BatchError, parse_json
 
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # a text may hold others
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"--requests {path} cannot be read: {error}") from None
     texts: dict[str, str] = {}

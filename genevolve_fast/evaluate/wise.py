@@ -369,7 +369,7 @@ def read_scores(files: Sequence[Path], protocol: Protocol) -> dict[int, dict[str
     out: dict[int, dict[str, float]] = {}
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
         except OSError as error:
             raise BatchError(f"{file} cannot be read: {error.strerror}") from None
         for n, line in enumerate(lines, 1):

@@ -205,11 +205,11 @@ def open_processes(folder: str | Path) -> Processes:
     folder = Path(folder)
     path = folder / TABLE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{path} cannot be read ({error}): `genevolve-fast process data` writes it") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if any(lines) else (), 1):
         try:
             process = Process.from_row(json.loads(line))
         except (ValueError, InvariantError, AttributeError) as error:
