@@ -83,7 +83,7 @@ class PolicyConfig(_Section):
 
 
 Category = Literal["emblem_field", "count_row", "emblem_motto", "text_sign", "relation"]
-EMBLEMS = ("emblem_field", "emblem_motto")  # whose emblem has to be searched
+SEARCHED = ("emblem_field", "emblem_motto")  # what they ask for stands in no request
 
 
 class WorldConfig(_Section):
@@ -609,11 +609,11 @@ class SftConfig(_Section):
         if self.world.categories and not self.data.scripted:
             raise ValueError(f"world.categories would do nothing: data.path {self.data.path!r} has its own requests")
         if self.data.path == "sandbox:processes" and (
-            not self.world.categories or set(self.world.categories) & set(EMBLEMS)
+            not self.world.categories or set(self.world.categories) & set(SEARCHED)
         ):
             raise ValueError(
                 "data.path 'sandbox:processes' needs world.categories of count_row, text_sign and relation: a process "
-                f"calls no tools, and what {' and '.join(EMBLEMS)} ask for has to be searched"
+                f"calls no tools, and what {' and '.join(SEARCHED)} ask for has to be searched"
             )
         if self.data.recitations and self.policy.path != "sandbox:new":
             raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
