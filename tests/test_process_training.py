@@ -156,6 +156,14 @@ def test_sets_and_categories_that_would_do_nothing_are_refused(kind, fields, mes
         parse_config(kind, fields)
 
 
+def test_a_share_has_an_interval_also_where_all_are_counted():
+    from genevolve_fast.evaluate.bench import share_interval
+
+    assert share_interval(60, 60) == pytest.approx((0.9398, 1.0), abs=1e-4)
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # the worked example of Newcombe 1998
+
+
 # --- by the command line ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_policy_learns_processes_and_is_trained_on_its_own(tmp_path, capsys):

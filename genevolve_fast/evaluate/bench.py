@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -167,10 +168,18 @@ def table(benches: Sequence[Bench]) -> str:
 
 
 def ends(bench: Bench, end: str = "done") -> str:
-    """How many rollouts ended why, and the share that ended by `end`, with its 95 % bootstrap interval."""
-    share = bootstrap([float(r.end == end) for r in bench.rows])
-    counts = ", ".join(f"{name} {n}" for name, n in Counter(r.end for r in bench.rows).most_common())
-    return f"ended: {counts}; {end} {share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]"
+    """How many rollouts ended why, and the share that ended by `end`, with its 95 % interval (Wilson's)."""
+    counted = Counter(r.end for r in bench.rows)
+    low, high = share_interval(counted[end], len(bench.rows))
+    counts = ", ".join(f"{name} {n}" for name, n in counted.most_common())
+    return f"ended: {counts}; {end} {counted[end] / len(bench.rows):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def share_interval(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of k of n: also where all or none are counted, which resampling takes for certain."""
+    share, spread = k / n, z * z / n
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / n / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def save_bench(bench: Bench, requests: Sequence[Request], folder: Path) -> None:
