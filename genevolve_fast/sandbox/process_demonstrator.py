@@ -142,8 +142,7 @@ def lesson(request: Request, seed: int, share: float) -> tuple[What | None, Expe
     late = what == "plan against request"  # it shows at the end only
     cycle = int(coin(seed, "cycle") * 2) or int(late)
     skills = [FITTING_SKILL[request.category], "attribute_binding"]
-    judged = what not in ("draft against plan", "stage not in its form")  # for these the comparer names no skill
-    named = tuple(s for s in skills if judged and coin(seed, "skill", s) < 0.5)
+    named = tuple(s for s in skills if coin(seed, "skill", s) < 0.5)
     last = late or coin(seed, "last") < 0.5
     return what, stage_experience(Difference(Finding(cycle, _STAGES[what], what, named), last))
 
