@@ -31,6 +31,7 @@ from genevolve_fast.commands.opening import (
     open_policy,
     open_pool,
     open_ranks,
+    open_sandbox,
     open_world,
     policy_path,
     refuse_ranks,
@@ -234,8 +235,7 @@ def parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def run_sft(args: argparse.Namespace) -> int:
-    from genevolve_fast.sandbox.bootstrap import new_start
-    from genevolve_fast.sandbox.world import SandboxWorld, WorldConfig
+    from genevolve_fast.sandbox.bootstrap import new_start, scripted_set
     from genevolve_fast.train.config import SftConfig
     from genevolve_fast.train.optim import check_optimizer
     from genevolve_fast.train.sft import sft
@@ -248,10 +248,13 @@ def run_sft(args: argparse.Namespace) -> int:
     folder = args.runs / config.name
     with open_ranks(config) as strategy:
         if config.policy.path == "sandbox:new":
-            sandbox = SandboxWorld(WorldConfig(seed=config.world.seed))
+            sandbox = open_sandbox(config.world)
             policy, data, first = strategy.ranks.first_then_all(lambda: new_start(config, sandbox, folder / "data"))
         else:
             policy, data, first = open_policy(config.policy, loaded_on(strategy)), Path(config.data.path), None
+            if config.data.scripted:
+                sandbox = open_sandbox(config.world)
+                data = strategy.ranks.first_then_all(lambda: scripted_set(config, sandbox, folder / "data"))
         final = sft(config, policy, data, folder, first=first, resume=args.resume, strategy=strategy)
         print(f"policy: {final}")
     return 0

@@ -291,8 +291,9 @@ class Rolling(Protocol):
         seed: int,
         step: int,
         policy_step: int | None,
+        on_done: Callable[[], None] | None = None,
     ) -> Any:
-        """`num_generations` rollouts of each request, not judged yet."""
+        """`num_generations` rollouts of each request, not judged yet; `on_done` is called after each."""
         ...
 
     def judge(self, rollouts: Any, requests: Mapping[str, Request], world: World) -> Any:

@@ -188,6 +188,8 @@ def test_what_stands_in_the_way_is_said_in_one_line(uninterrupted, tmp_path, cap
         assert said in told and "Traceback" not in told and "Value error" not in told
 
 
-@pytest.mark.parametrize("name", ["demo", "genevolve_8b", "sandbox_sft"])
+@pytest.mark.parametrize(
+    "name", ["demo", "genevolve_8b", "sandbox_sft", "sandbox_process_sft", "sandbox_process_evolve"]
+)
 def test_shipped_configurations_are_valid(name):
-    load_config(SftConfig if name == "sandbox_sft" else EvolveConfig, ROOT / "configs" / f"{name}.yaml")
+    load_config(SftConfig if name.endswith("_sft") else EvolveConfig, ROOT / "configs" / f"{name}.yaml")

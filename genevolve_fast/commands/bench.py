@@ -8,9 +8,10 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from genevolve_fast.commands.opening import RUNS, AddCommand, load, open_policy, open_world, set_threads
+from genevolve_fast.commands.opening import RUNS, AddCommand, load, open_policy, open_rolling, open_world, set_threads
 from genevolve_fast.commands.render import add_renderer_flags, add_without_references
 from genevolve_fast.commands.rollout import add_agent_flags
 from genevolve_fast.commands.score import add_score_flags
@@ -85,7 +86,7 @@ def _refuse(args: argparse.Namespace, defaults: dict, why: str) -> None:
 
 
 def run_sandbox(args: argparse.Namespace) -> int:
-    from genevolve_fast.evaluate.bench import table
+    from genevolve_fast.evaluate.bench import ends, table
     from genevolve_fast.train.config import EvolveConfig
 
     policy = args.policy or "sandbox:start"
@@ -97,7 +98,10 @@ def run_sandbox(args: argparse.Namespace) -> int:
     name = args.name or policy
     folder = args.out or RUNS / "bench" / name.replace("/", "_").replace(":", "_")
     bench = bench_once(folder, name, open_policy(config.policy), sandbox, world, config)
-    print(f"{table([bench])}\nwritten to {folder}")
+    print(table([bench]))
+    if world.rolling is not None:
+        print(ends(bench))
+    print(f"written to {folder}")
     return 0
 
 
@@ -112,7 +116,10 @@ def bench_once(folder: Path, name: str, policy, sandbox, world, config):
     if (folder / "bench.json").exists():
         return load_bench(folder)
     requests = sandbox.requests("bench", config.evaluate.requests)
-    settings = session_settings(config.rollout, world, config.evaluate.temperature, config.evaluate.top_p)
+    sampled = config.evaluate.temperature, config.evaluate.top_p
+    settings = session_settings(config.rollout, world, *sampled)
+    if world.rolling is not None:
+        world = replace(world, rolling=open_rolling(config, world.renderer, *sampled))
     with tqdm(total=len(requests), desc=f"bench {name}", unit="request", dynamic_ncols=True) as bar:
         bench = run_bench(
             name,

@@ -136,6 +136,13 @@ def device():
     return local_device()
 
 
+def open_sandbox(config):
+    """The SandboxWorld of a world section."""
+    from genevolve_fast.sandbox.world import SandboxWorld, WorldConfig
+
+    return SandboxWorld(WorldConfig(seed=config.seed, categories=tuple(config.categories)))
+
+
 def open_world(config, truth=None):
     """(SandboxWorld, World) of a configuration: the sandbox, where no section names something else.
 
@@ -148,7 +155,7 @@ def open_world(config, truth=None):
     from genevolve_fast.sandbox import world as sandbox
     from genevolve_fast.train.config import ConfigError
 
-    embedded = sandbox.SandboxWorld(sandbox.WorldConfig(seed=config.world.seed))
+    embedded = open_sandbox(config.world)
     world = sandbox.open_world(embedded)
     world = world if truth is None else replace(world, truth=truth)
     if config.tools.kind != "sandbox":
@@ -165,8 +172,11 @@ def open_world(config, truth=None):
     return embedded, replace(world, rolling=open_rolling(config, world.renderer))
 
 
-def open_rolling(config, renderer):
-    """How rollouts go that are no agent's (protocols.Rolling). Raises ConfigError."""
+def open_rolling(config, renderer, temperature: float | None = None, top_p: float | None = None):
+    """How rollouts go that are no agent's (protocols.Rolling); sampled as the rollout section says, or as is told here.
+
+    Raises ConfigError.
+    """
     if not config.process.enabled:
         return None
     from genevolve_fast.process.growing import GrowthSettings
@@ -188,9 +198,9 @@ def open_rolling(config, renderer):
         max_tokens=r.max_response_length,
         max_tokens_per_stage=r.max_tokens_per_turn,
         attempts=p.attempts,
-        temperature=r.temperature,
-        top_p=r.top_p,
-        sampling_mask=r.replay_sampling_mask,
+        temperature=r.temperature if temperature is None else temperature,
+        top_p=r.top_p if top_p is None else top_p,
+        sampling_mask=r.replay_sampling_mask and top_p is None,  # the bench trains nothing
         prompts=p.prompts,
     )
     return ProcessRolling(settings, p.score_drafts)

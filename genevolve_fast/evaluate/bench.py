@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ class BenchRow:
     valid: bool
     tokens: int
     rounds: int
+    end: str = ""  # why the rollout ended
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,22 @@ def run_bench(
     wave: int = 64,
     on_done: Callable[[], None] | None = None,
 ) -> Bench:
-    """One rollout of each request; `wave` requests at a time. Equal requests and seed give paired results."""
+    """One rollout of each request; `wave` requests at a time. Equal requests and seed give paired results.
+
+    `settings` are the agent's; rollouts of another kind (World.rolling) have their own.
+    """
     trajectories: list[Trajectory] = []
     images: dict[str, np.ndarray] = {}
     pictures: dict[str, np.ndarray] = {}
     for first in range(0, len(requests), wave):
         part = requests[first : first + wave]
-        rollouts = sample_rollouts(
-            part, 1, world=world, engine=engine, codec=codec, settings=settings, seed=seed, on_done=on_done
-        )
-        rollouts = judge_rollouts(rollouts, {r.id: r for r in part}, world)
+        told = dict(world=world, engine=engine, codec=codec, seed=seed, on_done=on_done)
+        by_id = {r.id: r for r in part}
+        if world.rolling is None:
+            rollouts = judge_rollouts(sample_rollouts(part, 1, settings=settings, **told), by_id, world)
+        else:
+            rollouts = world.rolling.sample(part, 1, step=0, policy_step=None, **told)
+            rollouts = world.rolling.judge(rollouts, by_id, world)
         trajectories += rollouts.trajectories
         images |= rollouts.images
         pictures |= rollouts.pictures
@@ -110,6 +119,7 @@ def bench_row(request: Request, t: Trajectory) -> BenchRow:
         valid=t.program is not None and not t.error,
         tokens=t.num_loss_tokens,
         rounds=t.rounds,
+        end=t.termination,
     )
 
 
@@ -155,6 +165,21 @@ def table(benches: Sequence[Bench]) -> str:
             f"{b.name:{width}} " + " ".join(f"{s[c]:9.{1 if c in ('tokens', 'rounds') else 3}f}" for c in columns)
         )
     return "\n".join(lines)
+
+
+def ends(bench: Bench, end: str = "done") -> str:
+    """How many rollouts ended why, and the share that ended by `end`, with its 95 % interval (Wilson's)."""
+    counted = Counter(r.end for r in bench.rows)
+    low, high = share_interval(counted[end], len(bench.rows))
+    counts = ", ".join(f"{name} {n}" for name, n in counted.most_common())
+    return f"ended: {counts}; {end} {counted[end] / len(bench.rows):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def share_interval(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of k of n: also where all or none are counted, which resampling takes for certain."""
+    share, spread = k / n, z * z / n
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / n / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def save_bench(bench: Bench, requests: Sequence[Request], folder: Path) -> None:

@@ -19,6 +19,7 @@ from genevolve_fast.protocols import Codec, Experience
 from genevolve_fast.sandbox.comparer import experience_for
 from genevolve_fast.sandbox.demonstrator import Demonstrator, coin
 from genevolve_fast.sandbox.habits import HABITS, applicable
+from genevolve_fast.sandbox.process_demonstrator import write_processes
 from genevolve_fast.sandbox.scene import CELLS, PALETTE, SHAPES
 from genevolve_fast.sandbox.search import SKILL_GUIDANCE
 from genevolve_fast.sandbox.tiny_policy import image_processor, new_policy, train_tokenizer
@@ -108,20 +109,19 @@ def write_recitations(folder: Path, *, count: int, seed: int) -> Path:
     return path
 
 
-def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path, Path | None]:
-    """(random tiny policy with its tokenizer, demonstrations to train it on, recitations to begin with).
-
-    Demonstrations already in `folder` are reused.
-    """
+def scripted_set(config: SftConfig, world: SandboxWorld, folder: Path) -> Path:
+    """The conversations of data.path, written into `folder`; those already there are reused."""
     data = folder / "sft.jsonl"
-    if not data.exists():
-        data = write_demonstrations(
-            world,
-            folder,
-            count=config.data.demonstrations,
-            experience_share=config.data.experience_share,
-            seed=config.seed,
-        )
+    if data.exists():
+        return data
+    write = write_processes if config.data.path == "sandbox:processes" else write_demonstrations
+    d = config.data
+    return write(world, folder, count=d.demonstrations, experience_share=d.experience_share, seed=config.seed)
+
+
+def new_start(config: SftConfig, world: SandboxWorld, folder: Path) -> tuple[Policy, Path, Path | None]:
+    """(random tiny policy with its tokenizer, conversations to train it on, recitations to begin with)."""
+    data = scripted_set(config, world, folder)
     count = config.data.recitations
     recitations = write_recitations(folder, count=count, seed=config.seed) if count else None
     return new_policy(tokenizer_from(data, world), config.seed), data, recitations

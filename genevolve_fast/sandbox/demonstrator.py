@@ -124,7 +124,7 @@ class Demonstrator:
                     out.append(_text(Item("text", motto, text.cell), rule))
                 return out
             case "count_row":
-                return _objects(scene.items) if rule else _plurals(scene.items)
+                return _objects(scene.items) if rule else plurals(scene.items)
             case "relation":
                 return _objects(scene.items) if rule else _relative(request, scene.items)
             case _:
@@ -169,7 +169,8 @@ def _objects(items: Sequence[Item]) -> list[str]:
     return out
 
 
-def _plurals(items: Sequence[Item]) -> list[str]:
+def plurals(items: Sequence[Item]) -> list[str]:
+    """Equal objects of a row in one sentence, without places."""
     groups: dict[tuple[str, str, int], int] = {}
     for i in items:
         key = (i.colour, i.value, CELLS[i.cell][0])
@@ -179,6 +180,11 @@ def _plurals(items: Sequence[Item]) -> list[str]:
 
 
 def _relative(request: Request, items: Sequence[Item]) -> list[str]:
+    return [paired(request, items), *_objects(items[2:])]
+
+
+def paired(request: Request, items: Sequence[Item]) -> str:
+    """The first two items by their relation, without places."""
     how = next(h for h, cells in RELATION_CELLS.items() if f" {h} " in request.question and cells[0] == items[0].cell)
     a, b = items[0], items[1]
-    return [f"A {a.colour} {a.value} {how} a {b.colour} {b.value}.", *_objects(items[2:])]
+    return f"A {a.colour} {a.value} {how} a {b.colour} {b.value}."

@@ -47,9 +47,10 @@ class Sight:
         if picture.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or picture.dtype != np.uint8:
             raise JudgeError(f"the picture must be uint8 [96, 96, 3], got {picture.dtype} {picture.shape}")
         self.pixels = picture.astype(np.int32)
-        flat = picture.reshape(-1, 3)
-        colours, counts = np.unique(flat, axis=0, return_counts=True)
-        self.ground = tuple(int(c) for c in colours[counts.argmax()])
+        packed = self.pixels @ np.array([65536, 256, 1], dtype=np.int32)  # unique rows are ten times slower
+        colours, counts = np.unique(packed, return_counts=True)
+        ground = int(colours[counts.argmax()])
+        self.ground = (ground >> 16, ground >> 8 & 255, ground & 255)
         self.painted = self._distance(self.ground) > _NEAR
         self.background = next((n for n, c in PALETTE.items() if _far(c, self.ground) <= _NEAR), None)
         self.explained = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)

@@ -43,6 +43,7 @@ class SymbolicWriter:
         self._written: list[str] = []  # the scene so far, in the program's words or mended
         self._meant: list[Meant] = []  # what those sentences mean
         self._seen: np.ndarray | None = None
+        self._found: list[str] = []  # faults of that draft
         self._named: set[str] = set()  # cells that the program gives to something
         self._stage = "plan"
         self._text = ""
@@ -55,8 +56,7 @@ class SymbolicWriter:
 
     def begin(self, system_prompt: str, question: str) -> None:
         self.prompt_tokens = (len(system_prompt) + len(question)) // 4
-        self._groups = _groups(grammar.sentences(question), self._max_cycles)
-        self._named = _named(grammar.parse(question))
+        self._intend(question)
 
     async def ask(self, sampling: Sampling, seed: int) -> Reply:
         self._text = {"plan": self._plan, "inspect": self._inspect, "refine": self._refine}[self._stage]()
@@ -79,14 +79,23 @@ class SymbolicWriter:
         self._characters += len(text)
         drawn = bool(images)
         self._seen = images[0].found.pixels if images else self._seen
-        if self._stage == "plan":
-            self._stage = "inspect" if drawn else "plan"
+        if self._stage == "plan" and drawn:
+            self._stage, self._found = "inspect", self._faults()
         elif self._stage == "inspect":
-            self._stage = "refine" if self._faults() else "plan"
+            self._stage = "refine" if self._found else "plan"
         else:
             self._stage = "plan"
 
     # --- the stages ---------------------------------------------------------------------------------------------------
+
+    def _intend(self, question: str) -> None:
+        """What the cycles will add."""
+        self._groups = _groups(grammar.sentences(question), self._max_cycles)
+        self._named = _named(grammar.parse(question))
+
+    def _means(self, sentence: str) -> list[Meant]:
+        taken = self._named | {m.item.cell for m in self._meant if m.item}
+        return meant(sentence, taken, self._references)
 
     def _plan(self) -> str:
         if not self._groups:
@@ -94,28 +103,26 @@ class SymbolicWriter:
         added = self._groups.pop(0)
         self._written += added
         for sentence in added:
-            taken = self._named | {m.item.cell for m in self._meant if m.item}
-            self._meant += meant(sentence, taken, self._references)
+            self._meant += self._means(sentence)
         what = "Paint" if len(self._written) == len(added) else "Add"
-        return str(Plan(f"{what}: {_prompt(added)}", _prompt(self._written)))
+        return str(Plan(f"{what}: {prompt_of(added)}", prompt_of(self._written)))
 
     def _inspect(self) -> str:
-        faults = self._faults()
         shown = sum(m.item is not None for m in self._meant)
         things = "thing" if shown == 1 else "things"
         reason = f"The plan has {shown} {things} so far." if self._groups else "Everything is planned."
-        return str(Inspection(draft="; ".join(faults), reason=reason))
+        return str(Inspection(draft="; ".join(self._found), reason=reason))
 
     def _refine(self) -> str:
         self._written = [m.sentence for m in self._meant]
-        return str(Correction(_prompt(self._written)))
+        return str(Correction(prompt_of(self._written)))
 
     def _faults(self) -> list[str]:
         """What the draft shows differently from what the plan means, in words."""
-        if self._seen is None:
-            return []
         scene = Scene(self._ground(), tuple(m.item for m in self._meant if m.item))
-        truth = draw_program(_prompt([m.sentence for m in self._meant]), self._references, 0)
+        truth = draw_program(prompt_of([m.sentence for m in self._meant]), self._references, 0)
+        if np.array_equal(self._seen, truth):
+            return []
         sight = Sight(self._seen)
         seen, surplus = look(scene, sight, Sight(truth))
         faults = [f"the {_called(s.item)} is not at the {s.item.cell}" for s in seen if not s.in_place]
@@ -148,7 +155,7 @@ def _groups(sentences: Sequence[str], most: int) -> list[list[str]]:
     return [*groups[: most - 1], [s for group in groups[most - 1 :] for s in group]] if len(groups) > most else groups
 
 
-def _prompt(sentences: Sequence[str]) -> str:
+def prompt_of(sentences: Sequence[str]) -> str:
     return " ".join(f"{s.rstrip('.')}." for s in sentences)
 
 
@@ -174,14 +181,14 @@ def meant(sentence: str, taken: set[str], references: Sequence[np.ndarray]) -> l
             case grammar.Object():
                 at = related.index(s) if s in related else 2
                 beside = RELATION_CELLS[s.relation][at] if s.relation and at < 2 else None
-                out.append(_object(s.colour, s.shape, s.cell or beside or _free(taken, out)))
+                out.append(object_meant(s.colour, s.shape, s.cell or beside or _free(taken, out)))
             case grammar.Group():
                 row = row_cells(s.row or "middle", s.count) if s.count <= 3 else []
                 cells = row or [c for c in CELLS if c not in taken][: s.count]
-                out += [_object(s.colour, s.shape, cell) for cell in cells]
+                out += [object_meant(s.colour, s.shape, cell) for cell in cells]
             case grammar.Text():
                 cell = s.cell or _free(taken, out)
-                out.append(Meant(f"The text '{s.value}' at the {cell}", Item("text", s.value, cell)))
+                out.append(text_meant(s.value, cell))
             case grammar.Emblem() if references:
                 out.append(_emblem(s, s.cell or _free(taken, out), references))
     return out
@@ -197,9 +204,13 @@ def _named(statements: Sequence[grammar.Statement]) -> set[str]:
     return cells
 
 
-def _object(colour: str, shape: str, cell: str) -> Meant:
+def object_meant(colour: str, shape: str, cell: str) -> Meant:
     article = "An" if colour[0] in "aeiou" else "A"
     return Meant(f"{article} {colour} {shape} at the {cell}", Item("object", shape, cell, colour))
+
+
+def text_meant(value: str, cell: str) -> Meant:
+    return Meant(f"The text '{value}' at the {cell}", Item("text", value, cell))
 
 
 def _emblem(s: grammar.Emblem, cell: str, references: Sequence[np.ndarray]) -> Meant:

@@ -45,6 +45,7 @@ class WorldConfig:
     seed: int = 0
     entities: int = 60
     held_out: int = 12
+    categories: tuple[str, ...] = ()  # of the requests, by the names of TEMPLATES; none: all
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,13 @@ class SandboxWorld:
         if split not in ("train", "bench"):
             raise ValueError(f"split must be 'train' or 'bench', not {split!r}")
         random = np.random.default_rng((self.config.seed, seed, split == "bench"))
+        named = self.config.categories
+        templates = [t for t in TEMPLATES if not named or t.__name__ in named]
         made, seen = [], set()
         for _ in range(n * 40):
             if len(made) == n:
                 return made
-            template = TEMPLATES[len(made) % len(TEMPLATES)]
+            template = templates[len(made) % len(templates)]
             question, scene, entity = template(self, random, split)
             key = (question, json.dumps(scene.to_json()))
             if (_is_bench_scene(scene) != (split == "bench") and entity is None) or (split == "bench" and key in seen):

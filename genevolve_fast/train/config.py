@@ -82,9 +82,16 @@ class PolicyConfig(_Section):
         return self
 
 
+Category = Literal["emblem_field", "count_row", "emblem_motto", "text_sign", "relation"]
+SEARCHED = ("emblem_field", "emblem_motto")  # what they ask for stands in no request
+
+
 class WorldConfig(_Section):
     kind: Literal["sandbox"] = Field("sandbox", description="Where the agent acts: the embedded offline world")
     seed: int = Field(0, description="Seed of entities, facts and requests")
+    categories: list[Category] = Field(
+        default_factory=list, description="Templates of the sandbox's requests, emblem_field for one; none: all of them"
+    )
     system_prompt: Literal["short", "full"] = Field(
         "short", description="`full`: the whole released protocol; `short`: what the sandbox's policy was trained with"
     )
@@ -418,6 +425,8 @@ class EvolveConfig(_Section):
             raise ValueError(f"{', '.join(changed)} without experience.enabled would do nothing: there is no teacher")
         if self.data.path != "sandbox" and self.pool_size != _default("pool_size"):
             raise ValueError("pool_size is of data.path 'sandbox': data.limit says how many requests are taken")
+        if self.data.path != "sandbox" and self.world.categories:
+            raise ValueError(f"world.categories would do nothing: data.path {self.data.path!r} has its own requests")
         if self.ema_rate is not None and self.teacher != "ema":
             raise ValueError(f"ema_rate belongs to teacher 'ema': teacher {self.teacher!r} keeps no average")
         _refuse_precision(self.policy, self.optim)
@@ -529,8 +538,12 @@ class EvolveConfig(_Section):
 
 
 class SftDataConfig(_Section):
-    path: str = Field("sandbox:demonstrations", description="JSONL of {messages, images}, or the sandbox demonstrator")
-    demonstrations: int = Field(12000, ge=1, description="Trajectories the demonstrator writes")
+    path: str = Field(
+        "sandbox:demonstrations",
+        description="Conversations of {messages, images}; `sandbox:demonstrations`: the sandbox's script writes them, "
+        "an agent's; `sandbox:processes`: those of pictures that grow",
+    )
+    demonstrations: int = Field(12000, ge=1, description="Conversations the sandbox's script writes")
     experience_share: float = Field(0.3, ge=0, le=1, description="Share of them that carry an experience and obey it")
     recitations: int = Field(0, ge=0, description="Word lists `sandbox:new` repeats first, to learn to copy")
     cutoff: int = Field(32768, ge=2, description="Longer samples are dropped and counted")
@@ -540,9 +553,13 @@ class SftDataConfig(_Section):
 
     @model_validator(mode="after")
     def _refuse(self) -> SftDataConfig:
-        if self.path == "sandbox:demonstrations" and not self.strict:
-            raise ValueError("strict false with path 'sandbox:demonstrations' would do nothing: no row of it is bad")
+        if self.scripted and not self.strict:
+            raise ValueError(f"strict false with path {self.path!r} would do nothing: no row of it is bad")
         return self
+
+    @property
+    def scripted(self) -> bool:
+        return self.path in ("sandbox:demonstrations", "sandbox:processes")
 
 
 class SftConfig(_Section):
@@ -584,8 +601,20 @@ class SftConfig(_Section):
             raise ValueError("policy.lora.rank with 'sandbox:new' would leave the random weights as they are")
         if self.policy.path == "sandbox:new" and self.policy.freeze_vision:
             raise ValueError("policy.freeze_vision with 'sandbox:new' would freeze a random vision tower")
-        if self.data.path != "sandbox:demonstrations" and self.policy.path == "sandbox:new":
-            raise ValueError("policy.path 'sandbox:new' takes its tokenizer from data.path 'sandbox:demonstrations'")
+        if not self.data.scripted and self.policy.path == "sandbox:new":
+            raise ValueError(
+                "policy.path 'sandbox:new' takes its tokenizer from data.path 'sandbox:demonstrations' or "
+                "'sandbox:processes'"
+            )
+        if self.world.categories and not self.data.scripted:
+            raise ValueError(f"world.categories would do nothing: data.path {self.data.path!r} has its own requests")
+        if self.data.path == "sandbox:processes" and (
+            not self.world.categories or set(self.world.categories) & set(SEARCHED)
+        ):
+            raise ValueError(
+                "data.path 'sandbox:processes' needs world.categories of count_row, text_sign and relation: a process "
+                f"calls no tools, and what {' and '.join(SEARCHED)} ask for has to be searched"
+            )
         if self.data.recitations and self.policy.path != "sandbox:new":
             raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
         return self
