@@ -102,6 +102,16 @@ def panel(left: float, title: str, unit: str, series: Points, colours: dict[str,
     return out
 
 
+def page(elements: Iterable[str], width: float, height: float) -> str:
+    """The SVG that holds these elements, on white."""
+    style = 'font-family="Helvetica, Arial, sans-serif" font-size="12.5"'
+    size = f'viewBox="0 0 {width} {height}" width="{width}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style} fill="{INK}">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(elements) + "\n</svg>\n"
+    )
+
+
 def draw(rows: list[Row], title: str, subtitle: str) -> str:
     """The SVG of rows that differ in contender and number of rows only. Raises ValueError where there are none."""
     if not rows:
@@ -120,12 +130,7 @@ def draw(rows: list[Row], title: str, subtitle: str) -> str:
         bold = {"font_weight": 600} if name and name.startswith(OURS) else {}
         out.append(text(legend + 30, at + 4, LABELS.get(name, name) if name else "GEMM floor", **bold))
     width, height = legend + 190, TOP + HEIGHT + 60
-    style = 'font-family="Helvetica, Arial, sans-serif" font-size="12.5"'
-    size = f'viewBox="0 0 {width} {height}" width="{width}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style} fill="{INK}">\n'
-        f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n"
-    )
+    return page(out, width, height)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.plot import COLOURS, GAP, HEIGHT, INK, LEFT, PALE, TOP, WIDTH, Axis, number, text
+from benchmarks.plot import COLOURS, GAP, HEIGHT, INK, LEFT, PALE, TOP, WIDTH, Axis, number, page, text
 from genevolve_fast.profile.plan import Settings, plan
 from genevolve_fast.profile.rates import FILE, Rates
 from genevolve_fast.profile.shapes import BUILT_IN, ModelShape
@@ -82,11 +82,7 @@ def draw(panels: list[list[str]], title: str, subtitle: str) -> str:
         out.append(f'<path d="M{legend} {at}h22" stroke="{COLOURS[i]}" stroke-width="3"/>')
         out.append(text(legend + 30, at + 4, name))
     width, height = legend + 110, TOP + HEIGHT + 60
-    style = 'font-family="Helvetica, Arial, sans-serif" font-size="12.5"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" {style} '
-        f'fill="{INK}">\n<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n"
-    )
+    return page(out, width, height)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.plot import COLOURS, GAP, HEIGHT, INK, LEFT, PALE, TOP, WIDTH, Axis, number, text
+from benchmarks.plot import COLOURS, GAP, HEIGHT, INK, LEFT, PALE, TOP, WIDTH, Axis, number, page, text
 from benchmarks.process_gain import COUNTED, Kept, Settings, asked, drawn
 from genevolve_fast.files import write_text
 from genevolve_fast.net.pictures import png_bytes
@@ -130,11 +130,7 @@ def draw(result: dict, requests: Sequence[SceneRequest], made: dict[str, Sequenc
     out += losses(result) + shares(result) + samples(requests, made, below)
     width = LEFT + 2 * WIDTH + GAP + 40
     height = below + -(-len(requests) // COLUMNS) * ROW + 10
-    style = 'font-family="Helvetica, Arial, sans-serif" font-size="12.5"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" {style} '
-        f'fill="{INK}">\n<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n"
-    )
+    return page(out, width, height)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
