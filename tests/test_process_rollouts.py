@@ -253,7 +253,7 @@ def test_an_evolve_step_trains_on_processes_and_teaches_by_stages(policy, tmp_pa
     assert len(rows) == 2 and rows[0]["experience/used"] == 2 and rows[0]["actor/sdl_selected_fraction"] > 0
     assert rows[0]["actor/grad_norm"] > 0 and not (policy.head_weight == before[1]).all()
     html = build_report(tmp_path, policy.codec.decode).read_text()
-    assert '"stage":"sketch"' in html and "look at every part of the draft" in html
+    assert '"stage": "sketch"' in html and "look at every part of the draft" in html
 
 
 @pytest.mark.parametrize(
