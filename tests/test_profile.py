@@ -644,6 +644,7 @@ def profiled(tmp_path_factory):
     return folder, json.loads((folder / "profile.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_profile_measures_every_phase(profiled):
     folder, made = profiled
     rows = {p["name"]: p for p in made["phases"]}
@@ -658,12 +659,14 @@ def test_a_profile_measures_every_phase(profiled):
     assert made["mfu"] is None and made["mfu_reason"] == "no peak FLOP/s known"
 
 
+@pytest.mark.slow
 def test_what_does_not_depend_on_lengths_is_predicted_exactly(profiled):
     rows = {p["name"]: p for p in profiled[1]["phases"]}
     assert rows["weights"]["peak_bytes"] == pytest.approx(rows["weights"]["predicted_bytes"], rel=0.01)
     assert rows["step"]["peak_bytes"] == pytest.approx(rows["step"]["predicted_bytes"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_timeline_is_a_picture_of_the_segments(profiled):
     folder, made = profiled
     root = ElementTree.fromstring((folder / "timeline.svg").read_text())

@@ -26,6 +26,8 @@ from genevolve_fast.rollout.server_policy import ServedPolicy
 from genevolve_fast.rollout.server_weights import digests
 from genevolve_fast.sandbox.tiny_policy import start_path
 
+pytestmark = pytest.mark.slow  # a server process with its own weights
+
 KEY = "key-of-the-tests"
 PROMPT = np.random.default_rng(5).integers(40, 300, 60).tolist()
 FREE = {"temperature": 0.8, "max_tokens": 8, "seed": 11, "logprobs": 0, "ignore_eos": True}
@@ -226,7 +228,6 @@ def test_a_taken_port_and_a_missing_model_are_said_in_one_line(capsys, tmp_path)
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_chat_through_the_openai_package(server, ask, pictures):
     from openai import BadRequestError, NotFoundError, OpenAI
 
@@ -328,7 +329,6 @@ def test_a_folder_that_does_not_fit_changes_nothing(ask, local, trained, tmp_pat
     assert ask.post("/weight_checker", json={"action": "checksum"}).json()["checksums"] == digests(local)
 
 
-@pytest.mark.slow
 def test_requests_in_flight_finish_with_the_new_weights(ask, trained, in_background):
     policy, folder = trained
     running = in_background(answer, ask, PROMPT, params={**FREE, "max_tokens": 300})
@@ -343,7 +343,6 @@ def test_requests_in_flight_finish_with_the_new_weights(ask, trained, in_backgro
     assert 0 < at < 300 and np.abs(want - logps[at:]).max() < 5e-5
 
 
-@pytest.mark.slow
 def test_adapters_are_chosen_by_name(ask, local, tmp_path, in_background):
     adapted = {}
     for i, name in enumerate(("one/v1", "two")):
@@ -386,7 +385,6 @@ def busy(client):
     return not client.post("/reset_prefix_cache").json()["success"]
 
 
-@pytest.mark.slow
 def test_pause_modes(ask, in_background):
     cut = in_background(answer, ask, PROMPT, params=SLOW)
     until(lambda: busy(ask))
@@ -461,7 +459,6 @@ def test_the_sessions_used_longest_ago_are_forgotten(limits, cached):
 # --- processes that end -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_killed_server_is_a_connection_error_and_a_restarted_one_answers():
     with LoopbackEngine("--served-model-name", "tiny") as server:
         port, before = server.port, answer(client_of(server), PROMPT)[0]
@@ -475,7 +472,6 @@ def test_a_killed_server_is_a_connection_error_and_a_restarted_one_answers():
         assert server.terminate() == 0
 
 
-@pytest.mark.slow
 def test_sessions_are_bounded_and_stale_caches_can_be_shown(trained):
     policy, folder = trained
     arguments = ("--served-model-name", "tiny", "--max-sessions", "2", "--keep-caches-over-updates")

@@ -52,7 +52,7 @@ def assert_near(got, want, dtype):
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *ACROSS])
-@pytest.mark.parametrize(("kv_heads", "d"), [(1, 16), (2, 20)])
+@pytest.mark.parametrize(("kv_heads", "d"), [pytest.param(1, 16, marks=pytest.mark.slow), (2, 20)])
 def test_values_and_gradients(name, kv_heads, d):
     layout = (LAYOUTS | ACROSS)[name]
     given = inputs(layout, 2, kv_heads, d, layout.prefix_rows + 3, torch.float32)
