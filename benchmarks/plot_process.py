@@ -37,7 +37,7 @@ def arms_of(result: dict) -> list[str]:
 
 def losses(result: dict) -> list[str]:
     """The flow's loss of every seed against steps, log axes; later seeds are fainter."""
-    arms = [a for a in arms_of(result) if result[a]["curves"]]
+    arms = arms_of(result)
     curves = {a: [(c["step"], c["loss/flow"]) for c in result[a]["curves"].values()] for a in arms}
     every = [(x, y) for of in curves.values() for xs, ys in of for x, y in zip(xs, ys, strict=True)]
     x, y = Axis([p[0] for p in every], LEFT, LEFT + WIDTH), Axis([p[1] for p in every], TOP + HEIGHT, TOP)
@@ -52,7 +52,7 @@ def losses(result: dict) -> list[str]:
     for n, arm in enumerate(arms):
         for k, (xs, ys) in enumerate(curves[arm]):
             line = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in zip(xs, ys, strict=True))
-            faint = f'stroke-opacity="{1 - 0.3 * k:.1f}"'
+            faint = f'stroke-opacity="{max(0.25, 1 - 0.3 * k):.3g}"'
             out.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[n]}" stroke-width="1.6" {faint}/>')
         at = TOP + 14 + 18 * n
         out.append(f'<path d="M{LEFT + WIDTH - 130} {at}h22" stroke="{COLOURS[n]}" stroke-width="3"/>')

@@ -38,7 +38,7 @@ from genevolve_fast.files import replacing, write_text
 from genevolve_fast.process.builders import TraceSampler
 from genevolve_fast.process.compositional import Share, Step, by_category, consistency, parts, score, score_table
 from genevolve_fast.process.rows import Processes, open_processes
-from genevolve_fast.process.scene_graph import GraphError, SceneRequest
+from genevolve_fast.process.scene_graph import PLACE, GraphError, SceneGraph, SceneRequest
 from genevolve_fast.process.trace import Process
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.resumable import changes
@@ -53,6 +53,7 @@ COUNTED = ("position", "color_attr")
 RESULTS = Path("benchmarks/results/process_gain.json")
 _UNFINISHED = 3
 _CHUNK = 50  # requests drawn and kept at a time
+_SOUND = "plan: none draft: none"
 _PLAN = re.compile(r"<ins>.*?</ins><des>(.*?)</des>", re.DOTALL)
 
 
@@ -297,6 +298,49 @@ def steps_told(made: Kept) -> Iterator[list[Step]]:
     yield along
 
 
+def plans_told(made: Kept) -> list[SceneGraph | None]:
+    """What the plan before each draft describes; None where there is none that can be read."""
+    told: list[SceneGraph | None] = []
+    for text, _ in zip(made.texts, made.drafts, strict=False):
+        found = _PLAN.search(text)
+        try:
+            told.append(parse(found[1]) if found else None)
+        except GraphError:
+            told.append(None)
+    return told
+
+
+def inspected(wanted: Sequence[SceneRequest], made: Sequence[Kept], judge: PixelJudge) -> dict[str, int]:
+    """What inspections saw: drafts that contradict their plan (without one: the request), how many of them were found,
+    right ones that were called wrong, processes that refined and those that are right then."""
+    counted = dict.fromkeys(("drafts", "wrong", "found", "false_alarms", "refined", "right_after_refining"), 0)
+    for request, m in zip(wanted, made, strict=True):
+        for n, (plan, draft) in enumerate(zip(plans_told(m), m.drafts, strict=True)):
+            said = m.texts[n + 1] if n + 1 < len(m.texts) else ""
+            if "<inspect>" not in said or (plan is None and "<ins>" in "".join(m.texts)):
+                continue
+            right, sound = judge.judge(plan or request.graph, draft).correct, _SOUND in said
+            counted["drafts"] += 1
+            counted["wrong"] += not right
+            counted["found"] += not right and not sound
+            counted["false_alarms"] += right and not sound
+        if any("<refine>" in text for text in m.texts):
+            counted["refined"] += 1
+            counted["right_after_refining"] += judge.judge(request.graph, m.picture).correct
+    return counted
+
+
+def exchanged(made: Kept) -> bool:
+    """Whether the second plan describes the first plan's object in another cell."""
+    first, second, *_ = [*plans_told(made), None, None]
+    if not first or not second:
+        return False
+    cells = [
+        {(o.name, o.attributes.get("colour")): o.attributes.get(PLACE) for o in g.objects} for g in (first, second)
+    ]
+    return any(key in cells[1] and cells[1][key] != cell for key, cell in cells[0].items())
+
+
 def two_level(differences: np.ndarray, samples: int = 10_000) -> Share:
     """Mean of [seeds, requests] with an interval that resamples seeds, then requests of each."""
     seeds, n = differences.shape
@@ -333,6 +377,12 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int], arms: Sequence[
             "euler_steps": float(np.mean([m.steps for m in of])),
             "ended": float(np.mean([m.ended for m in of])),
             "nothing_drawn": float(np.mean([not m.drafts for m in of])),
+            "inspected": inspected(list(wanted) * len(seeds), of, judge),
+            "exchanged": sum(map(exchanged, of)),
+            "wrong_positions": sum(x.category == "position" and not x.correct for x in every),
+            "of_them_exchanged": sum(
+                exchanged(m) for m, x in zip(of, every, strict=True) if x.category == "position" and not x.correct
+            ),
             "curves": {str(s): curve(out / f"{arm}_{s}" / "metrics.jsonl") for s in seeds},
         }
         if runs := [steps for m in of for steps in steps_told(m) if len(steps) > 1]:
@@ -467,8 +517,9 @@ def tell(result: dict) -> None:
         for arm, gain in gains.items():
             print(f"{category}: {arm} - one pass {Share(**gain)}; by seed {result['categories'][category][arm]}")
     for arm, shares in result["parts"].items():
-        told = ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if k != "curves")
-        print(f"{arm}: {told}; {shares}; forgotten {result['forgotten'].get(arm)}")
+        told = ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if isinstance(v, float))
+        counts = {k: v for k, v in result[arm].items() if isinstance(v, int)} | result[arm]["inspected"]
+        print(f"{arm}: {told}; {shares}; {counts}; forgotten {result['forgotten'].get(arm)}")
 
 
 def record_all(result: dict, args: argparse.Namespace) -> None:

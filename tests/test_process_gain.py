@@ -11,9 +11,21 @@ import pytest
 import torch
 
 from benchmarks import plot_process, process_gain
-from benchmarks.process_gain import ARMS, COUNTED, Kept, Settings, asked, drawn, steps_told, two_level
+from benchmarks.process_gain import (
+    ARMS,
+    COUNTED,
+    Kept,
+    Settings,
+    asked,
+    drawn,
+    exchanged,
+    inspected,
+    steps_told,
+    two_level,
+)
 from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.process.rows import open_processes
+from genevolve_fast.process.scene_graph import SceneRequest
 from genevolve_fast.process.unified.train import trajectory_of
 from genevolve_fast.sandbox.stroke_data import placed
 from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
@@ -142,3 +154,21 @@ def test_an_object_that_was_right_and_became_wrong_is_counted_as_forgotten():
     assert [len(s) for s in steps_told(unread)] == [1, 0]
     nothing = Kept([], [], 0, False)
     assert nothing.picture.shape == (SIZE, SIZE, 3) and (nothing.picture == 255).all()
+
+
+def test_what_inspections_found_and_what_plans_exchanged_is_counted():
+    first, asked_for = "a red circle at row 1 column 1", "a red circle and a blue square"
+    both = f"{first} and a blue square at row 3 column 3"
+    turned = "a red circle at row 3 column 3 and a blue square at row 1 column 1"
+    plan = lambda told: f"<ins>x</ins><des>{told}</des>"  # noqa: E731
+    sound, faulty = "<inspect>plan: none draft: none</inspect>", "<inspect>plan: none draft: it is green</inspect>"
+    one, two = (paint(placed(parse(t))) for t in (first, both))
+    request = SceneRequest("r", asked_for, "color_attr", parse(asked_for))
+    kept = Kept([plan(first), sound + plan(both), sound], [one, two], 20, True)
+    lost = Kept([plan(first), sound + plan(turned), sound], [one, two], 20, True)
+    mended = Kept([plan(both), f"{faulty}<refine>y</refine>", ""], [one, two], 20, True)
+    alarm = Kept([plan(first), faulty], [one], 10, True)
+    unplanned = Kept(["", sound], [one], 10, True)
+    assert [exchanged(m) for m in (kept, lost, mended)] == [False, True, False]
+    counted = inspected([request] * 5, [kept, lost, mended, alarm, unplanned], PixelJudge())
+    assert counted == dict(drafts=7, wrong=3, found=1, false_alarms=1, refined=1, right_after_refining=1)
