@@ -38,9 +38,10 @@ test: $(STAMP) ## everything: unit tests, kernels interpreted and compiled, csrc
 	$(BIN)/ruff format --check .
 	@# one interpreted test takes minutes on one core: beside the others, not after them
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels_interpreter > $(VENV)/interpreter.log 2>&1 & \
-	$(PYTEST) tests --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile; units=$$?; \
+	$(PYTEST) tests -m "not alone" --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile; units=$$?; \
 	wait $$!; kernels=$$?; cat $(VENV)/interpreter.log; test $$units -eq 0 -a $$kernels -eq 0
 	$(PYTEST) tests/kernels_compile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone $$(grep -l 'mark\.alone' tests/test_*.py)
 
 clean: ## remove .venv, builds and caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache genevolve_fast/_csrc

@@ -39,10 +39,13 @@ from genevolve_fast.process.builders import TraceSampler
 from genevolve_fast.process.compositional import Share, Step, by_category, consistency, parts, score, score_table
 from genevolve_fast.process.rows import Processes, open_processes
 from genevolve_fast.process.scene_graph import PLACE, GraphError, SceneGraph, SceneRequest
+from genevolve_fast.process.states import matching
 from genevolve_fast.process.trace import Process
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.resumable import changes
+from genevolve_fast.sandbox.stroke_data import placed
 from genevolve_fast.sandbox.strokes import PixelJudge, parse, requests
+from genevolve_fast.sandbox.strokes import draw as paint
 from genevolve_fast.train.config import parse_config
 from genevolve_fast.trajectory import json_text
 
@@ -341,6 +344,29 @@ def exchanged(made: Kept) -> bool:
     return any(key in cells[1] and cells[1][key] != cell for key, cell in cells[0].items())
 
 
+def second_plans(wanted: Sequence[SceneRequest], made: Sequence[Kept], judge: PixelJudge) -> dict[str, int]:
+    """Of position: second plans that can be read, those that are what was asked (drawn by rule), those that exchange
+    cells; and how many began with the figure that the request names first, and exchanged then."""
+    counted = dict.fromkeys(("read", "right", "exchanged", "named_first", "named_first_exchanged"), 0)
+    for request, m in zip(wanted, made, strict=True):
+        first, second, *_ = [*plans_told(m), None, None]
+        if request.category != "position" or not first or not second:
+            continue
+        named_first = request.graph.objects[0].id in matching(first, request.graph).values()
+        counted["read"] += 1
+        counted["right"] += _drawn_right(request, second, judge)
+        counted["exchanged"] += exchanged(m)
+        counted["named_first"] += named_first
+        counted["named_first_exchanged"] += named_first and exchanged(m)
+    return counted
+
+
+def _drawn_right(request: SceneRequest, plan: SceneGraph, judge: PixelJudge) -> bool:
+    if not all({"colour", PLACE} <= set(n.attributes) for n in plan.objects):
+        return False
+    return judge.judge(request.graph, paint(placed(plan))).correct
+
+
 def two_level(differences: np.ndarray, samples: int = 10_000) -> Share:
     """Mean of [seeds, requests] with an interval that resamples seeds, then requests of each."""
     seeds, n = differences.shape
@@ -378,6 +404,7 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int], arms: Sequence[
             "ended": float(np.mean([m.ended for m in of])),
             "nothing_drawn": float(np.mean([not m.drafts for m in of])),
             "inspected": inspected(list(wanted) * len(seeds), of, judge),
+            "second_plans": second_plans(list(wanted) * len(seeds), of, judge),
             "exchanged": sum(map(exchanged, of)),
             "wrong_positions": sum(x.category == "position" and not x.correct for x in every),
             "of_them_exchanged": sum(
@@ -519,7 +546,8 @@ def tell(result: dict) -> None:
     for arm, shares in result["parts"].items():
         told = ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if isinstance(v, float))
         counts = {k: v for k, v in result[arm].items() if isinstance(v, int)} | result[arm]["inspected"]
-        print(f"{arm}: {told}; {shares}; {counts}; forgotten {result['forgotten'].get(arm)}")
+        plans = f"second plans {result[arm]['second_plans']}"
+        print(f"{arm}: {told}; {shares}; {counts}; {plans}; forgotten {result['forgotten'].get(arm)}")
 
 
 def record_all(result: dict, args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from benchmarks.process_gain import (
     drawn,
     exchanged,
     inspected,
+    second_plans,
     steps_told,
     two_level,
 )
@@ -172,3 +173,26 @@ def test_what_inspections_found_and_what_plans_exchanged_is_counted():
     assert [exchanged(m) for m in (kept, lost, mended)] == [False, True, False]
     counted = inspected([request] * 5, [kept, lost, mended, alarm, unplanned], PixelJudge())
     assert counted == dict(drafts=7, wrong=3, found=1, false_alarms=1, refined=1, right_after_refining=1)
+
+
+def test_a_second_plan_is_held_against_the_request_and_against_the_first():
+    asked_for = "a red circle left of a blue square"
+    circle, square = "a red circle at row 1 column 3", "a blue square at row 1 column 1"
+    turned = "a red circle at row 1 column 1 and a blue square at row 1 column 3"
+    request = SceneRequest("r", asked_for, "position", parse(asked_for))
+    sheet = paint(placed(parse(circle)))
+
+    def two(first: str, second: str) -> Kept:
+        return Kept([f"<ins>x</ins><des>{told}</des>" for told in (first, second)], [sheet, sheet], 20, True)
+
+    made = [
+        two(circle, turned),  # right, and the circle has moved
+        two(square, turned),  # right, and the square has moved
+        two(circle, f"{circle} and {square}"),  # kept, and on the wrong side
+        two(circle, "a red circle at row 1 column 1 and a blue square at row 1 column 1"),  # one over the other
+        two(circle, "gibberish"),
+    ]
+    counted = second_plans([request] * 5, made, PixelJudge())
+    assert counted == dict(read=4, right=2, exchanged=3, named_first=3, named_first_exchanged=2)
+    elsewhere = replace(request, category="color_attr")
+    assert not any(second_plans([elsewhere] * 5, made, PixelJudge()).values())

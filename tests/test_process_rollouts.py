@@ -211,7 +211,10 @@ def test_a_process_rollouts_gradient_equals_the_plain_path(policy, group, stages
     assert want.norm() > 0 and (got - want).norm() <= 1e-5 * want.norm()
 
 
-PROCESS = {"process.enabled": True, "process.max_cycles": 2, "rollout.max_tokens_per_turn": 400}
+PROCESS = {
+    "process.enabled": True, "process.max_cycles": 2, "rollout.max_tokens_per_turn": 400,
+    "world.categories": "[relation]",
+}  # fmt: skip
 STEP = {
     "name": "p", "steps": 2, "checkpoint.every": 2, "pool_size": 20, "rollout.prompts_per_step": 2,
     "rollout.num_generations": 2, "experience.min_gap": 0.1, "threads": 1, "policy.dtype": "float32",
@@ -244,7 +247,7 @@ def test_an_evolve_step_trains_on_processes_and_teaches_by_stages(policy, tmp_pa
     config = configured()
     pool, world = open_pool(config)
     before = gradient(policy).shape, policy.head_weight.detach().clone()
-    module.evolve(config, policy, world, [r for r in pool if r.category == "relation"], tmp_path)
+    module.evolve(config, policy, world, pool, tmp_path)
     ts, images = load(tmp_path / "rollouts" / "step_000000.safetensors")
     assert len(ts) == 4 and all({s.name for s in t.stages} >= {"plan", "sketch", "inspect"} for t in ts)
     assert all(s.score is not None for t in ts for s in t.stages if s.drawn)
@@ -263,6 +266,8 @@ def test_an_evolve_step_trains_on_processes_and_teaches_by_stages(policy, tmp_pa
         ({"renderer.kind": "process"}, "the policy grows the picture"),
         ({"process.enabled": False}, "max_cycles without enabled would do nothing"),
         ({"process.max_renders": 4}, "2 cycles draw no more"),
+        ({"world.categories": "[]"}, "what emblem_field and emblem_motto ask for has to be searched"),
+        ({"world.categories": "[relation, emblem_field]"}, "process.enabled needs world.categories of count_row"),
     ],
 )
 def test_training_on_processes_refuses_what_would_do_nothing(fields, message):

@@ -148,6 +148,7 @@ def measured(one_thread, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.alone
 def test_the_predicted_training_step_is_the_measured_one_within_a_factor_of_two(demo_step, measured):
     from genevolve_fast.profile.step_time import step_time
     from genevolve_fast.sandbox.tiny_policy import start_path
@@ -165,6 +166,7 @@ def test_the_predicted_training_step_is_the_measured_one_within_a_factor_of_two(
     assert made.missing == [] and made.step[0] > predicted
 
 
+@pytest.mark.alone  # for the rates that the others measure
 def test_the_plan_tells_which_rates_it_stands_on(measured, capsys):
     from genevolve_fast.cli import main
 
@@ -197,6 +199,7 @@ def test_a_real_run_is_recorded_with_the_plan_that_it_is_compared_with(tmp_path,
     assert "measured on" not in capsys.readouterr().out, "another step than the one that was run"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("strategy", ["fsdp2"])
 def test_two_ranks_train_as_fast_as_the_plan_says_within_a_factor_of_two(strategy, measured, tmp_path):
     from genevolve_fast.profile.plan import Settings

@@ -491,6 +491,8 @@ class EvolveConfig(_Section):
             raise ValueError(
                 "renderer.kind process with process.enabled: the policy grows the picture, a renderer draws"
             )
+        if self.data.path == "sandbox":
+            _refuse_searched(self.world, "process.enabled")
 
     def _refuse_gpus(self) -> None:
         r, s = self.rollout, self.rollout.server
@@ -608,16 +610,20 @@ class SftConfig(_Section):
             )
         if self.world.categories and not self.data.scripted:
             raise ValueError(f"world.categories would do nothing: data.path {self.data.path!r} has its own requests")
-        if self.data.path == "sandbox:processes" and (
-            not self.world.categories or set(self.world.categories) & set(SEARCHED)
-        ):
-            raise ValueError(
-                "data.path 'sandbox:processes' needs world.categories of count_row, text_sign and relation: a process "
-                f"calls no tools, and what {' and '.join(SEARCHED)} ask for has to be searched"
-            )
+        if self.data.path == "sandbox:processes":
+            _refuse_searched(self.world, "data.path 'sandbox:processes'")
         if self.data.recitations and self.policy.path != "sandbox:new":
             raise ValueError("data.recitations teach a random policy to copy: they belong to policy.path 'sandbox:new'")
         return self
+
+
+def _refuse_searched(world: WorldConfig, needs: str) -> None:
+    """Raises ValueError where the sandbox would ask a process for what only a search finds."""
+    if not world.categories or set(world.categories) & set(SEARCHED):
+        raise ValueError(
+            f"{needs} needs world.categories of count_row, text_sign and relation: a process calls no tools, and what "
+            f"{' and '.join(SEARCHED)} ask for has to be searched"
+        )
 
 
 def _refuse_precision(policy: PolicyConfig, optim: OptimConfig) -> None:
