@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from benchmarks.check import Gate, Truth
 from benchmarks.group import DeviceLost, describe, line, measure, release, version_of
 from benchmarks.inputs import LOGITS, MODES, OWN_MODES, Inputs, Shape
 from benchmarks.peers import OURS, PEERS, Contender, Unavailable, find, ours
-from benchmarks.store import Results, Row, device_name
+from benchmarks.store import Results, Row, device_name, freeze_imports
 from genevolve_fast.evaluate.scoreboard import record
 
 EXAMPLES = """examples:
@@ -87,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
     contenders = functools.cache(lambda dtype: contenders_of(args, dtype, where))
     gate = functools.cache(lambda dtype: Gate(dtype, where))
     truth, case, layout, left = None, None, None, []
-    gc.collect()
-    gc.freeze()  # what is imported by now need not be looked at between timed runs
+    freeze_imports()
     groups = list(groups_of(args, where))
     for name, c in contenders(Shape.parse(groups[0]["shape"]).dtype).items():
         reasons = [c] if isinstance(c, str) else sorted({r for m in args.modes if (r := c.why_not(m))})

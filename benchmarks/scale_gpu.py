@@ -34,7 +34,7 @@ from benchmarks.step_cases import (
     short_rollouts,
     verdict,
 )
-from benchmarks.store import Results, Row, device_name, fingerprint
+from benchmarks.store import Results, Row, device_name, fingerprint, freeze_imports
 from genevolve_fast.batch.groups import TrainingRollout
 from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.policy.model import Policy
@@ -238,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
     results = Results(args.file, where, fresh=args.fresh, at=args.commit, group=GROUP, code=code())
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     bench, versioned, left = Bench(where, args.repeats, toy=toy), versions(), []
+    freeze_imports()
     for case in CASES:
         if case.kind not in args.kind or args.model not in (None, "toy", case.model):
             continue

@@ -29,7 +29,7 @@ from benchmarks.group import DeviceLost
 from benchmarks.models import MODELS
 from benchmarks.run import DEVICE_LOST, OUT_OF_TIME
 from benchmarks.step_cases import ALONE, CASES, ON_CPU, PLANNED, SECTIONS, Bench, Case, failure
-from benchmarks.store import Results, Row, device_name, fingerprint
+from benchmarks.store import Results, Row, device_name, fingerprint, freeze_imports
 from genevolve_fast.evaluate.scoreboard import record
 from genevolve_fast.profile.plan import Settings, plan
 
@@ -188,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
     toy = args.model == "toy"
     bench = Bench(where, args.repeats, toy=toy, small=args.dry_run)
     left, versioned = [], versions()
+    freeze_imports()
     for case in chosen_cases(args):
         on_cpu = case.section in ON_CPU
         model = "toy" if toy and not on_cpu else case.model

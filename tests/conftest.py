@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is first imported
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import need not be looked at by every garbage collection of theirs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 
 from hypothesis import strategies as st
 
+from genevolve_fast import event_loop
 from genevolve_fast.agent.protocol import Answer, FormatError, ToolCall, parse_reply
 from genevolve_fast.agent.session import SessionSettings, run_session
 from genevolve_fast.protocols import Generation
@@ -171,6 +171,7 @@ class Reciter:
 
 
 WORLD = SandboxWorld()
+TOOLS = WORLD.tools()
 REQUEST = WORLD.requests("train", 1)[0]
 TERMINATIONS = {"answer", "no_answer", "max_response_length", "error"}
 
@@ -181,12 +182,12 @@ def run(replies_, **changes):
     settings = SessionSettings(
         **{"min_references": 0, "observe_images": "tokens", "max_prompt_tokens": 10**5} | changes
     )
-    return asyncio.run(
+    return event_loop.run(
         run_session(
             REQUEST,
             engine=Reciter(replies_, codec, changes.pop("ends", True)),
             codec=codec,
-            tools=WORLD.tools(),
+            tools=TOOLS,
             system_prompt=SYSTEM_PROMPT,
             settings=settings,
             rollout_id="r",
