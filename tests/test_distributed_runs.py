@@ -147,19 +147,15 @@ def sampled(runs: Path) -> list[list[tuple[str, bytes]]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(once):
     """One process."""
-    runs = tmp_path_factory.mktemp("alone")
-    run(runs, "evolve", EVOLVE, ranks=1)
-    return runs
+    return once("evolve_alone", lambda runs: run(runs, "evolve", EVOLVE, ranks=1))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(once):
     """Two ranks under FSDP2."""
-    runs = tmp_path_factory.mktemp("two")
-    run(runs, "evolve", EVOLVE | {"distributed.strategy": "fsdp2"})
-    return runs
+    return once("evolve_fsdp2", lambda runs: run(runs, "evolve", EVOLVE | {"distributed.strategy": "fsdp2"}))
 
 
 def check_files(runs: Path, steps: int) -> None:
@@ -218,10 +214,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sft_alone(data, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("sft")
-    run(runs, "sft", SFT | data, ranks=1)
-    return runs
+def sft_alone(data, once):
+    return once("sft_alone", lambda runs: run(runs, "sft", SFT | data, ranks=1))
 
 
 @pytest.mark.slow

@@ -64,10 +64,8 @@ def measured(runs: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("whole")
-    run(runs)
-    return runs
+def uninterrupted(once):
+    return once("evolve_uninterrupted", run)
 
 
 @pytest.mark.slow

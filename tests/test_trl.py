@@ -631,25 +631,30 @@ def test_rollout_correction(saved, tokens, tmp_path):
         assert losses[0] != pytest.approx(float(plain._compute_loss(plain.model, inputs)), abs=1e-4)
 
 
-def in_two_processes(how: str, folder, tmp_path) -> list[dict]:
-    """What tests/trl_two_processes.py saw on each process."""
-    script = Path(__file__).with_name("trl_two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    here = os.pathsep.join([str(script.parent.parent), *sys.path])
-    subprocess.run(
-        [*command, str(folder), how, str(tmp_path / "result")],
-        check=True,
-        env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    return [torch.load(tmp_path / f"result.{rank}") for rank in range(2)]
+@pytest.fixture(scope="module")
+def two_processes(once, saved) -> list[dict]:
+    """What tests/trl_two_processes.py saw on each process, by loss type and "fsdp2"."""
+
+    def launch(folder: Path) -> None:
+        script = Path(__file__).with_name("trl_two_processes.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        here = os.pathsep.join([str(script.parent.parent), *sys.path])
+        subprocess.run(
+            [*command, str(saved("qwen3")), str(folder / "result")],
+            check=True,
+            env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+            timeout=500,
+        )
+
+    folder = once("trl_two_processes", launch)
+    return [torch.load(folder / f"result.{rank}") for rank in range(2)]
 
 
 @SLOW
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_ddp(loss_type, saved, tmp_path):
+def test_ddp(loss_type, two_processes):
     """Other rollouts on each process: the same losses and weights as TRL's, and equal weights everywhere."""
-    ranks = in_two_processes(loss_type, saved("qwen3"), tmp_path)
+    ranks = [seen[loss_type] for seen in two_processes]
     for mine in ("patched", "fused"):
         for seen in ranks:
             assert seen[mine]["losses"] == pytest.approx(seen["theirs"]["losses"], rel=1e-5, abs=1e-5)
@@ -662,9 +667,9 @@ def test_ddp(loss_type, saved, tmp_path):
 
 
 @SLOW
-def test_fsdp2(saved, tmp_path):
+def test_fsdp2(two_processes):
     """A sharded head is gathered in the forward; its gradient comes back averaged."""
-    for seen in in_two_processes("fsdp2", saved("qwen3"), tmp_path):
+    for seen in (of["fsdp2"] for of in two_processes):
         for mine in ("patched", "fused"):
             assert seen[mine]["losses"] == pytest.approx(seen["theirs"]["losses"], abs=1e-5)
             want = seen["theirs"]["gradient"]

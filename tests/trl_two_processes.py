@@ -77,9 +77,10 @@ def under_fsdp2(folder: str, tokens) -> dict:
     return results
 
 
-def main(folder: str, how: str, into: str) -> None:
+def main(folder: str, into: str) -> None:
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
-    results = under_fsdp2(folder, tokens) if how == "fsdp2" else under_ddp(folder, tokens, how)
+    results = {loss_type: under_ddp(folder, tokens, loss_type) for loss_type in ("dapo", "grpo")}
+    results["fsdp2"] = under_fsdp2(folder, tokens)
     torch.save(results, f"{into}.{torch.distributed.get_rank()}")
     torch.distributed.barrier()
     time.sleep(0.2)  # the other rank has the barrier's last message too
