@@ -387,11 +387,14 @@ def summary(settings: Settings, out: Path, seeds: Sequence[int], arms: Sequence[
         for key, of in made.items()
     }
     result: dict = {"settings": asdict(settings), "seeds": list(seeds)}
-    result |= {name: {} for name in ("categories", "shares", "gains", "parts", "forgotten")}
+    result |= {name: {} for name in ("categories", "shares", "gains", "over_more", "parts", "forgotten")}
     for category in COUNTED:
         which = [n for n, r in enumerate(wanted) if r.category == category]
         right = {a: np.array([[float(scores[a, s][n].correct) for n in which] for s in seeds]) for a in arms}
         result["gains"][category] = {a: asdict(two_level(right[a] - right["one_pass"])) for a in arms[1:]}
+        if "more" in arms:  # as many steps, without critiques
+            critics = [a for a in arms if a in FURTHER and a != "more"]
+            result["over_more"][category] = {a: asdict(two_level(right[a] - right["more"])) for a in critics}
         result["shares"][category] = {a: asdict(two_level(right[a])) for a in arms}
         result["categories"][category] = {a: right[a].mean(1).round(4).tolist() for a in arms}
     for arm in arms:
@@ -543,6 +546,8 @@ def tell(result: dict) -> None:
     for category, gains in result["gains"].items():
         for arm, gain in gains.items():
             print(f"{category}: {arm} - one pass {Share(**gain)}; by seed {result['categories'][category][arm]}")
+        for arm, gain in result["over_more"].get(category, {}).items():
+            print(f"{category}: {arm} - more {Share(**gain)}")
     for arm, shares in result["parts"].items():
         told = ", ".join(f"{k} {v:.3f}" for k, v in result[arm].items() if isinstance(v, float))
         counts = {k: v for k, v in result[arm].items() if isinstance(v, int)} | result[arm]["inspected"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -90,6 +91,16 @@ def test_ablations_leave_stages_out_and_are_summed_up_beside_the_comparison(fold
     assert set(result["gains"]["position"]) == {"process", "plan", "inspect"} and "inspect" in result["table"]
     process_gain.one(SMALL, folder, 0, "symbolic")
     assert not (folder / "symbolic_0").exists()  # it waits for the requests that the model's own traces give rows for
+
+
+def test_critiques_are_held_against_as_many_steps_without_them(folder, tmp_path):
+    parts = {"process": "process", "one_pass": "one_pass", "more": "process", "symbolic": "one_pass"}
+    for arm, made in parts.items():
+        shutil.copytree(folder / f"{made}_0", tmp_path / f"{arm}_0")
+    result = process_gain.summary(SMALL, tmp_path, [0], [*ARMS, "more", "symbolic"])
+    for category, gains in result["gains"].items():
+        assert set(result["over_more"][category]) == {"symbolic"}
+        assert result["over_more"][category]["symbolic"]["value"] == -gains["process"]["value"]
 
 
 def test_critiques_by_rule_are_of_the_requests_that_the_models_own_traces_gave_rows_for(folder, tmp_path):
