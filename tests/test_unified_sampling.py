@@ -78,6 +78,22 @@ def test_texts_and_drafts_are_those_of_whole_sequences_without_a_cache(policy):
         assert [int(best[n - 1]) for n in written] == [drawn.ids[n] for n in written]
 
 
+def test_drafts_are_drawn_at_the_times_of_the_training_unless_told_otherwise(policy, tmp_path):
+    def first(**told):
+        return draw(policy, REQUESTS, Drawing(steps=3, max_drafts=1, max_text=40, **told))[0].drafts[0]
+
+    plain, moved = first(), first(shift=3.0)
+    policy.model.config.shift = 3.0
+    try:
+        assert (first() == moved).all() and (first(shift=1.0) == plain).all() and (plain != moved).any()
+        policy.save_pretrained(tmp_path)
+    finally:
+        del policy.model.config.shift
+    assert type(policy).from_pretrained(tmp_path).shift == 3.0 and policy.shift == 1.0
+    with pytest.raises(ValueError, match="shift must be above 0"):
+        Drawing(shift=0.0)
+
+
 @torch.no_grad()
 def test_euler_steps_follow_the_velocity_of_the_whole_sequence(policy):
     """The first draft of a request, integrated here without cache or batch."""

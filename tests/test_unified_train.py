@@ -144,12 +144,14 @@ def test_commands_train_draw_and_refuse(tmp_path, capsys):
     data = str(tmp_path / "data")
     assert main(["process", "data", "--count", "6", "--subset", "multi_turn", "--out", data]) == 0
     small = ["steps=2", "batch_size=2", "model.hidden=32", "model.layers=1", "model.heads=2", "model.patch_size=8"]
+    small.append("flow.shift=2.0")
     sets = [word for pair in [f"data={data}", "name=tiny", *small] for word in ("--set", pair)]
     runs = ["--runs", str(tmp_path)]
     assert main(["process", "train", *sets, *runs]) == 0
     assert main(["process", "train", *sets, *runs]) == 2
     assert "already holds a run" in capsys.readouterr().err
     model = ["--model", str(tmp_path / "tiny" / "policy")]
+    assert json.loads((tmp_path / "tiny" / "policy" / "config.json").read_text())["shift"] == 2.0
     main(["process", "draw", *model, "--out", str(tmp_path / "drawn"), "--steps", "1", "a red circle"])
     (line,) = map(json.loads, (tmp_path / "drawn" / "drawn.jsonl").read_text().splitlines())
     assert line["request"] == "a red circle" and len(list((tmp_path / "drawn").glob("*_draft_*"))) == line["drafts"]

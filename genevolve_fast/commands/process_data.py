@@ -55,7 +55,7 @@ def add(step: AddCommand) -> None:
     )  # fmt: skip
     own.add_argument("--temperature", type=float, help="of the texts of a model given as --sampler (default: 1)")
     own.add_argument("--steps", type=int, help="Euler steps of its drafts (default: 10)")
-    own.add_argument("--shift", type=float, help="of the times of its drafts, as in its training (default: 1)")
+    own.add_argument("--shift", type=float, help="of the times of its drafts (default: as in its training)")
     own.add_argument("--no-places", action="store_true", help="plans do not say in which cell a figure stands")
     real = p.add_argument_group("for your own requests")
     real.add_argument("--requests", type=Path, help="JSONL of {id, text}, or a text file with a request a line")

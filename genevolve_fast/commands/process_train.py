@@ -37,7 +37,7 @@ def add(step: AddCommand) -> None:
     p.add_argument("--out", type=Path, required=True, help="folder of the drafts, the strips and drawn.jsonl")
     p.add_argument("--steps", type=int, default=10, help="Euler steps of a draft (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the texts; 0: the likeliest (default)")
-    p.add_argument("--shift", type=float, default=1.0, help="of the times, as in training (default: %(default)s)")
+    p.add_argument("--shift", type=float, help="of the times (default: as in training)")
     p.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
 
 

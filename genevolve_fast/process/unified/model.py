@@ -54,7 +54,7 @@ def _waves(t: Tensor) -> Tensor:
 
 
 class UnifiedModel(Qwen3ForCausalLM):
-    """`config` is Qwen3's with picture_size, patch_size (pixels) and predicts ("picture" or "velocity") added."""
+    """`config` is Qwen3's and picture_size, patch_size (pixels), predicts ("picture" or "velocity") and shift."""
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
@@ -72,6 +72,11 @@ class Unified(Policy):
     @property
     def flow(self) -> Flow:
         return self.model.flow
+
+    @property
+    def shift(self) -> float:
+        """Of the times that it was trained at, as `flow.shift` was."""
+        return getattr(self.model.config, "shift", 1.0)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Unified:

@@ -40,7 +40,7 @@ class Samples:
 
     def __init__(self, config: UnifiedConfig, processes: Sequence[Process], run: Path) -> None:
         self._every, self._last = config.samples.every, config.steps
-        self._drawing = Drawing(steps=config.samples.steps, shift=config.flow.shift, seed=config.seed)
+        self._drawing = Drawing(steps=config.samples.steps, seed=config.seed)
         self._folder = run / SAMPLES
         self.requests: tuple[str, ...] = ()
         if self._every:

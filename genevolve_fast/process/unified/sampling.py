@@ -28,7 +28,7 @@ class Drawing:
     max_drafts: int = MAX_DRAFTS
     max_text: int = 160  # tokens between two drafts
     temperature: float = 0.0
-    shift: float = 1.0  # of the times, as in training
+    shift: float | None = None  # of the times; None: that of the training
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,6 +36,8 @@ class Drawing:
             raise ValueError("steps, max_drafts and max_text must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(f"shift must be above 0, got {self.shift}")
 
 
 @dataclass
@@ -166,11 +168,10 @@ class Sketcher:
         z = torch.stack([torch.randn(patches, self.numbers, generator=self.generators[i]) for i in rows])
         z = z.to(self.policy.device, self.policy.head_weight.dtype)
         steps = torch.tensor([self.steps[i] for i in rows], device=z.device)
+        shift = self.policy.shift if self.drawing.shift is None else self.drawing.shift
         for done in range(int(steps.max())):
             going = (steps > done).nonzero()[:, 0]
-            times, after = (
-                shifted(1 - (done + ahead) / steps[going].to(z.dtype), self.drawing.shift) for ahead in (0, 1)
-            )
+            times, after = (shifted(1 - (done + ahead) / steps[going].to(z.dtype), shift) for ahead in (0, 1))
             v = self._velocity([rows[n] for n in going.tolist()], z[going], times)
             z[going] += (after - times)[:, None, None] * v
         for n, i in enumerate(rows):

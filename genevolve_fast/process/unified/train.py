@@ -74,6 +74,7 @@ def _train(config, policy: Unified, processes, pixels, folder: Path, resume: boo
     run = Run(folder, config, device=policy.device, total=config.steps, resume=resume)
     step = load_checkpoint(saved[-1], policy, optimizer) if saved else 0
     run.begin(step)
+    policy.model.config.shift = config.flow.shift  # who draws reads it there
     finite = FiniteSteps(policy, config.optim.skip_nonfinite)
     refuse_full_disk(kept, step, policy, optimizer, config.checkpoint)
     policy.train()
