@@ -42,7 +42,7 @@ from genevolve_fast.process.scene_graph import PLACE, GraphError, SceneGraph, Sc
 from genevolve_fast.process.states import matching
 from genevolve_fast.process.trace import Process
 from genevolve_fast.process.unified.config import UnifiedConfig
-from genevolve_fast.resumable import changes
+from genevolve_fast.resumable import BatchError, changes, held
 from genevolve_fast.sandbox.stroke_data import placed
 from genevolve_fast.sandbox.strokes import PixelJudge, parse, requests
 from genevolve_fast.sandbox.strokes import draw as paint
@@ -496,6 +496,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stopping_at(deadline):
             one(settings, args.out, int(seed), arm)
         return 0
+    try:
+        lock = held(args.out / ".lock")
+    except BatchError as error:
+        p.error(str(error))
+    with lock:
+        return compare(args, settings, deadline)
+
+
+def compare(args: argparse.Namespace, settings: Settings, deadline: float) -> int:
     with stopping_at(deadline):
         build(settings, args.out / "rows")
     if not all_parts(args, settings, deadline):

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from genevolve_fast.trajectory import json_text
 
@@ -28,22 +28,28 @@ class BatchError(ValueError):
     """What was asked for cannot be done; the message names the file, row, flag or setting and says what to do."""
 
 
+def held(path: Path) -> BinaryIO:
+    """The file, opened for appending by this process alone until it is closed. Raises BatchError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BatchError(f"{path.parent} is being written by another process") from None
+    return file
+
+
 class Log:
     """A header and lines of JSON, each on disk before the next one; one process at a time holds it."""
 
     def __init__(self, path: Path, name: str, what: str) -> None:
         """`name` marks the header, `what` ("rollout") names a line in messages. Raises BatchError."""
         self.path, self._name, self._what = path, name, what
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise BatchError(f"{path.parent} is being written by another process") from None
+        self._file = held(path)
 
     def begin(self, **header: Any) -> None:
         """Forget every line and write a new header."""

@@ -29,6 +29,7 @@ from genevolve_fast.evaluate.scoreboard import TARGETS
 from genevolve_fast.process.rows import open_processes
 from genevolve_fast.process.scene_graph import SceneRequest
 from genevolve_fast.process.unified.train import trajectory_of
+from genevolve_fast.resumable import held
 from genevolve_fast.sandbox.stroke_data import placed
 from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
 from genevolve_fast.sandbox.strokes import draw as paint
@@ -91,6 +92,12 @@ def test_ablations_leave_stages_out_and_are_summed_up_beside_the_comparison(fold
     assert set(result["gains"]["position"]) == {"process", "plan", "inspect"} and "inspect" in result["table"]
     process_gain.one(SMALL, folder, 0, "symbolic")
     assert not (folder / "symbolic_0").exists()  # it waits for the requests that the model's own traces give rows for
+
+
+def test_two_comparisons_do_not_write_into_one_folder(folder, capsys):
+    with held(folder / ".lock"), pytest.raises(SystemExit):
+        process_gain.main(["--out", str(folder), "--small", "--seeds", "0"])
+    assert f"{folder} is being written by another process" in capsys.readouterr().err
 
 
 def test_critiques_are_held_against_as_many_steps_without_them(folder, tmp_path):
