@@ -41,7 +41,7 @@ test: $(STAMP) ## everything: unit tests, kernels interpreted and compiled, csrc
 	$(PYTEST) tests -m "not alone" --ignore=tests/kernels_interpreter --ignore=tests/kernels_compile; units=$$?; \
 	wait $$!; kernels=$$?; cat $(VENV)/interpreter.log; test $$units -eq 0 -a $$kernels -eq 0
 	$(PYTEST) tests/kernels_compile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone $$(grep -l 'mark\.alone' tests/test_*.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
 
 clean: ## remove .venv, builds and caches (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache genevolve_fast/_csrc

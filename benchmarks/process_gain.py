@@ -40,7 +40,7 @@ from genevolve_fast.process.compositional import Share, Step, by_category, consi
 from genevolve_fast.process.rows import Processes, open_processes
 from genevolve_fast.process.scene_graph import PLACE, GraphError, SceneGraph, SceneRequest
 from genevolve_fast.process.states import matching
-from genevolve_fast.process.trace import Process
+from genevolve_fast.process.trace import SOUND, Process
 from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.resumable import BatchError, changes, held
 from genevolve_fast.sandbox.stroke_data import placed
@@ -56,7 +56,7 @@ COUNTED = ("position", "color_attr")
 RESULTS = Path("benchmarks/results/process_gain.json")
 _UNFINISHED = 3
 _CHUNK = 50  # requests drawn and kept at a time
-_SOUND = "plan: none draft: none"
+_SOUND = f"plan: {SOUND} draft: {SOUND}"
 _PLAN = re.compile(r"<ins>.*?</ins><des>(.*?)</des>", re.DOTALL)
 
 
@@ -286,12 +286,9 @@ def steps_told(made: Kept) -> Iterator[list[Step]]:
     along: list[Step] = []
     graph = None
     for text, draft in zip(made.texts, made.drafts, strict=False):
-        if found := _PLAN.search(text):
-            try:
-                graph = parse(found[1])
-            except GraphError:
-                graph = None
-        elif "<refine>" in text and "plan: none" not in text:
+        if _PLAN.search(text):
+            graph = _described(text)
+        elif "<refine>" in text and f"plan: {SOUND}" not in text:
             graph = None  # drawn after another plan, which is not written
         if graph is None:
             yield along
@@ -303,14 +300,20 @@ def steps_told(made: Kept) -> Iterator[list[Step]]:
 
 def plans_told(made: Kept) -> list[SceneGraph | None]:
     """What the plan before each draft describes; None where there is none that can be read."""
-    told: list[SceneGraph | None] = []
-    for text, _ in zip(made.texts, made.drafts, strict=False):
-        found = _PLAN.search(text)
-        try:
-            told.append(parse(found[1]) if found else None)
-        except GraphError:
-            told.append(None)
-    return told
+    return [_described(text) for text, _ in zip(made.texts, made.drafts, strict=False)]
+
+
+def first_two_plans(made: Kept) -> tuple[SceneGraph | None, SceneGraph | None]:
+    first, second, *_ = [*plans_told(made), None, None]
+    return first, second
+
+
+def _described(text: str) -> SceneGraph | None:
+    found = _PLAN.search(text)
+    try:
+        return parse(found[1]) if found else None
+    except GraphError:
+        return None
 
 
 def inspected(wanted: Sequence[SceneRequest], made: Sequence[Kept], judge: PixelJudge) -> dict[str, int]:
@@ -335,7 +338,7 @@ def inspected(wanted: Sequence[SceneRequest], made: Sequence[Kept], judge: Pixel
 
 def exchanged(made: Kept) -> bool:
     """Whether the second plan describes the first plan's object in another cell."""
-    first, second, *_ = [*plans_told(made), None, None]
+    first, second = first_two_plans(made)
     if not first or not second:
         return False
     cells = [
@@ -349,7 +352,7 @@ def second_plans(wanted: Sequence[SceneRequest], made: Sequence[Kept], judge: Pi
     cells; and how many began with the figure that the request names first, and exchanged then."""
     counted = dict.fromkeys(("read", "right", "exchanged", "named_first", "named_first_exchanged"), 0)
     for request, m in zip(wanted, made, strict=True):
-        first, second, *_ = [*plans_told(m), None, None]
+        first, second = first_two_plans(m)
         if request.category != "position" or not first or not second:
             continue
         named_first = request.graph.objects[0].id in matching(first, request.graph).values()
@@ -505,6 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, settings: Settings, deadline: float) -> int:
+    """Do what is missing, then sum up; the exit status."""
     with stopping_at(deadline):
         build(settings, args.out / "rows")
     if not all_parts(args, settings, deadline):
