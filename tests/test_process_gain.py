@@ -31,7 +31,7 @@ from genevolve_fast.process.scene_graph import SceneRequest
 from genevolve_fast.process.unified.train import trajectory_of
 from genevolve_fast.resumable import held
 from genevolve_fast.sandbox.stroke_data import placed
-from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests
+from genevolve_fast.sandbox.strokes import SIZE, PixelJudge, parse, requests, sample_scene
 from genevolve_fast.sandbox.strokes import draw as paint
 from genevolve_fast.sandbox.tiny_unified import model_for
 from tests.reciting import always_a_black_cross
@@ -101,13 +101,17 @@ def test_two_comparisons_do_not_write_into_one_folder(folder, capsys):
 
 
 def test_critiques_are_held_against_as_many_steps_without_them(folder, tmp_path):
-    parts = {"process": "process", "one_pass": "one_pass", "more": "process", "symbolic": "one_pass"}
-    for arm, made in parts.items():
+    for arm, made in {"process": "process", "one_pass": "one_pass", "more": "one_pass", "symbolic": "one_pass"}.items():
         shutil.copytree(folder / f"{made}_0", tmp_path / f"{arm}_0")
+    right = [paint(sample_scene(r.graph, np.random.default_rng(0))) for r in asked(SMALL)]
+    told = json.dumps([{"texts": ["", ""], "drafts": 1, "steps": 1, "ended": True}] * len(right))
+    np.savez_compressed(tmp_path / "more_0" / "drawn" / "00000.npz", drafts=np.array(right), told=told)
     result = process_gain.summary(SMALL, tmp_path, [0], [*ARMS, "more", "symbolic"])
-    for category, gains in result["gains"].items():
-        assert set(result["over_more"][category]) == {"symbolic"}
-        assert result["over_more"][category]["symbolic"]["value"] == -gains["process"]["value"]
+    for category, over in result["over_more"].items():
+        shares = {arm: share["value"] for arm, share in result["shares"][category].items()}
+        assert shares["more"] == 1 > shares["symbolic"] == shares["one_pass"]
+        assert set(over) == {"symbolic"} and over["symbolic"]["value"] == shares["symbolic"] - 1
+    assert set(result["over_more"]) == set(COUNTED)
 
 
 def test_critiques_by_rule_are_of_the_requests_that_the_models_own_traces_gave_rows_for(folder, tmp_path):
