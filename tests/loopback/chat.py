@@ -134,7 +134,7 @@ class LoopbackChat:
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                httpx.get(f"{self.address}/health", timeout=5, trust_env=False)
+                httpx.get(f"{self.address}/health", timeout=5, trust_env=False, verify=False)
                 return self
             except httpx.TransportError:
                 time.sleep(0.05)

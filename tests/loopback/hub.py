@@ -100,7 +100,7 @@ class LoopbackHub:
         deadline = time.monotonic() + self.patience_s
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
+                httpx.get(f"{self.url}/health", timeout=5, trust_env=False, verify=False)
                 return self
             except httpx.TransportError:
                 time.sleep(0.05)
