@@ -29,7 +29,10 @@ class BatchError(ValueError):
 
 
 def held(path: Path) -> BinaryIO:
-    """The file, opened for appending by this process alone until it is closed. Raises BatchError."""
+    """The file, opened for appending by this process alone until it is closed, where the file system knows locks.
+
+    Raises BatchError where another process holds it, or it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
@@ -37,9 +40,11 @@ def held(path: Path) -> BinaryIO:
         raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise BatchError(f"{path.parent} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks, as Lustre is often mounted
     return file
 
 

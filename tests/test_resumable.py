@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import signal
 
 import pytest
 
-from genevolve_fast.resumable import Tally, work_off
+from genevolve_fast.resumable import BatchError, Tally, held, work_off
 
 
 class Rows(Tally):
@@ -60,3 +62,15 @@ def test_what_an_item_raises_ends_the_batch_after_the_results_are_written():
     with pytest.raises(OSError, match="disk"):
         asyncio.run(work_off(range(9), work, Rows(), parallel=2, write=lambda: written.append(1)))
     assert written
+
+
+def test_a_file_is_held_by_one_alone_where_the_file_system_knows_locks(tmp_path, monkeypatch):
+    with held(tmp_path / "a"):
+        with pytest.raises(BatchError, match="another process"):
+            held(tmp_path / "a")
+
+        def no_locks(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        held(tmp_path / "a").close()

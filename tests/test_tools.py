@@ -242,7 +242,7 @@ def test_a_runs_folder_and_its_errors_hold_no_keys(tmp_path):
     import torch
 
     from genevolve_fast.train.config import ConfigError, EvolveConfig, load_config
-    from genevolve_fast.train.run import Run
+    from genevolve_fast.train.run import Run, claimed
 
     address, asked = f"https://user:p@ss{KEY}@e.org/v1", "q={query}&n=3&token={key}"
     for tools in (
@@ -255,7 +255,8 @@ def test_a_runs_folder_and_its_errors_hold_no_keys(tmp_path):
     ):
         config = load_config(EvolveConfig, None, [f"tools={json.dumps(tools)}"])
         for _ in range(2):  # resumed
-            Run(tmp_path / tools["kind"], config, device=torch.device("cpu"), total=1, resume=True)
+            with claimed(tmp_path / tools["kind"], config, resume=True):
+                Run(tmp_path / tools["kind"], config, device=torch.device("cpu"), total=1, resume=True)
         kept = (tmp_path / tools["kind"] / "config.yaml").read_text()
         assert KEY not in kept and "user" not in kept and "https://***@e.org/v1" in kept
     assert f"?{asked}&api_key=***&safe=1" in kept

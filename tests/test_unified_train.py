@@ -14,6 +14,7 @@ from genevolve_fast.process.unified.config import UnifiedConfig
 from genevolve_fast.process.unified.model import Unified
 from genevolve_fast.process.unified.sequences import drawn_images
 from genevolve_fast.process.unified.train import batch_of, rows_for, train_unified, trajectory_of
+from genevolve_fast.resumable import held
 from genevolve_fast.sandbox.tiny_unified import model_for
 from genevolve_fast.train.config import ConfigError, parse_config
 from genevolve_fast.train.run import RunError
@@ -150,6 +151,9 @@ def test_commands_train_draw_and_refuse(tmp_path, capsys):
     assert main(["process", "train", *sets, *runs]) == 0
     assert main(["process", "train", *sets, *runs]) == 2
     assert "already holds a run" in capsys.readouterr().err
+    with held(tmp_path / "tiny" / ".lock"):
+        assert main(["process", "train", *sets, *runs, "--resume"]) == 2
+    assert "is being written by another process" in capsys.readouterr().err
     model = ["--model", str(tmp_path / "tiny" / "policy")]
     assert json.loads((tmp_path / "tiny" / "policy" / "config.json").read_text())["shift"] == 2.0
     main(["process", "draw", *model, "--out", str(tmp_path / "drawn"), "--steps", "1", "a red circle"])

@@ -41,7 +41,7 @@ from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.pipelined import Phase, open_sampler
 from genevolve_fast.train.prepare import other_weights, prepare, refuse_dropout
 from genevolve_fast.train.retention import check_metric
-from genevolve_fast.train.run import Run, RunError, peak_memory_gb
+from genevolve_fast.train.run import Run, RunError, claimed, peak_memory_gb
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.train.together import Together, rollouts_file
@@ -65,7 +65,8 @@ def evolve(
     """
     strategy = strategy or Strategy()
     stopping = Stopping(strategy.ranks)
-    with stopping.listening(), ExitStack() as ends:  # of the engine and what samples ahead, also where a step raises
+    claim = claimed(folder, config, resume, strategy.ranks)
+    with stopping.listening(), claim, ExitStack() as ends:  # of engine and sampler, also where a step raises
         return _evolve(config, policy, world, pool, folder, resume, strategy, stopping, ends)
 
 

@@ -8,7 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from genevolve_fast.fields import describe
 from genevolve_fast.files import write_text
+from genevolve_fast.resumable import BatchError, held
 from genevolve_fast.train.ranks import Ranks
 from genevolve_fast.train.versions import note_versions
 
@@ -42,6 +43,22 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@contextmanager
+def claimed(folder: Path, config: BaseModel, resume: bool, ranks: Ranks | None = None) -> Iterator[None]:
+    """The folder is this run's alone while inside. Raises RunError, on every rank, like refuse_another_run too."""
+    with ExitStack() as ends:
+
+        def claim() -> None:
+            try:
+                ends.enter_context(held(folder / ".lock"))
+            except BatchError as error:
+                raise RunError(f"{error}: wait for its end or --set another name=") from None
+            refuse_another_run(folder, config, resume)
+
+        (ranks or Ranks()).from_first(claim)
+        yield
 
 
 def refuse_another_run(folder: Path, config: BaseModel, resume: bool) -> None:
@@ -82,7 +99,6 @@ class Run:
         self._board = None
 
     def _settle(self, config: BaseModel, resume: bool) -> None:
-        refuse_another_run(self.folder, config, resume)
         path = self.folder / "config.yaml"
         if resume and not path.exists():
             print(f"{self.folder} holds no run yet: starting it", flush=True)

@@ -40,7 +40,7 @@ from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer
 from genevolve_fast.train.prepare import prepare
 from genevolve_fast.train.retention import check_metric
-from genevolve_fast.train.run import Run, RunError, peak_memory_gb, refuse_another_run
+from genevolve_fast.train.run import Run, RunError, claimed, peak_memory_gb
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.train.update import nothing
@@ -63,13 +63,12 @@ def sft(
     """
     strategy = strategy or Strategy()
     stopping = Stopping(strategy.ranks)
-    with stopping.listening():
+    with stopping.listening(), claimed(folder, config, resume, strategy.ranks):
         return _sft(config, policy, data, folder, first, resume, strategy, stopping)
 
 
 def _sft(config, policy, data, folder: Path, first, resume: bool, strategy: Strategy, stopping: Stopping) -> Path:
     ranks, kept = strategy.ranks, folder / "checkpoints"
-    ranks.from_first(lambda: refuse_another_run(folder, config, resume))
     saved = ranks.from_first(lambda: checkpoints(kept)) if resume else []
     samples, opening = ranks.first_then_all(
         lambda: open_samples(config, policy, data, first, folder / "index", settled=bool(saved))

@@ -22,7 +22,7 @@ from genevolve_fast.train.checkpoint import checkpoints, load_checkpoint, refuse
 from genevolve_fast.train.collect import stable_seed
 from genevolve_fast.train.finite import FiniteSteps
 from genevolve_fast.train.optim import build_optimizer
-from genevolve_fast.train.run import Run, RunError, peak_memory_gb, refuse_another_run
+from genevolve_fast.train.run import Run, RunError, claimed, peak_memory_gb
 from genevolve_fast.train.stopping import Preempted, Stopping
 from genevolve_fast.train.strategies import Strategy
 from genevolve_fast.trajectory import Trajectory
@@ -61,12 +61,11 @@ def train_unified(
     if not (processes := rows_for(processes, config.target)):
         raise RunError(f"no row has a form under target {config.target!r}: add rows of other subsets")
     stopping = Stopping(strategy.ranks)
-    with stopping.listening():
+    with stopping.listening(), claimed(folder, config, resume):
         return _train(config, policy, processes, pixels, folder, resume, strategy, stopping)
 
 
 def _train(config, policy: Unified, processes, pixels, folder: Path, resume: bool, strategy, stopping) -> Path:
-    refuse_another_run(folder, config, resume)
     kept = folder / "checkpoints"
     saved = checkpoints(kept) if resume else []
     optimizer = build_optimizer(policy, config.optim, config.steps)
