@@ -16,8 +16,9 @@ from genevolve_fast.process.scene_graph import SceneGraph, SceneRequest
 from genevolve_fast.process.trace import Cycle, Inspection, Plan, Process
 from genevolve_fast.process.unified.latents import to_latents
 from genevolve_fast.process.unified.reference import _decode
-from genevolve_fast.process.unified.sampling import Drawing, Drawn, draw
+from genevolve_fast.process.unified.sampling import Drawing, Drawn, Sketcher, draw
 from genevolve_fast.process.unified.traces import UnifiedSampler, attempts
+from genevolve_fast.sandbox.strokes import requests
 from genevolve_fast.sandbox.tiny_unified import tiny_codec
 from genevolve_fast.trajectory import image_hash
 from tests.reciting import always_a_black_cross, reciting
@@ -181,3 +182,18 @@ def test_the_command_mends_what_a_trained_model_gets_wrong(tmp_path, capsys):
     assert "settings" in capsys.readouterr().err
     assert main([*data, "--out", str(tmp_path / "e"), "--steps", "4"]) == 2
     assert "--steps would do nothing" in capsys.readouterr().err
+
+
+def test_the_command_draws_traces_of_those_requests_alone_that_are_mended(tmp_path, monkeypatch):
+    always_a_black_cross(tmp_path / "policy")
+    drawn, draw_all = [], Sketcher.draw
+
+    def noted(self, texts, *rest):
+        drawn.extend(texts)
+        return draw_all(self, texts, *rest)
+
+    monkeypatch.setattr(Sketcher, "draw", noted)
+    flags = ["--sampler", str(tmp_path / "policy"), "--temperature", "0", "--steps", "2", "--categories", "color_attr"]
+    assert main(["process", "data", "--count", "8", "--out", str(tmp_path / "d"), *flags]) == 0
+    asked = [request.text for request in requests("train", 0, 8, ("color_attr",))]
+    assert drawn == [asked[1], asked[3], asked[5]]  # two conflicts, and of the two alignments the one that is wrong

@@ -103,8 +103,10 @@ def stroke_jobs(args: argparse.Namespace) -> list[Job]:
     split, categories = args.split or "train", _categories(args)
     shop = workshop(split, tell_places=not args.no_places)
     asked = requests(split, args.seed, 1000 if args.count is None else args.count, categories)
-    own = _sampler(args, asked) if args.sampler else None
-    return _jobs(args, asked, shop, own or Corrupter(shop), own, len(categories))
+    turns = _turns(args.subset, len(asked), len(categories))
+    wrong = [request for request, (_, wrong) in zip(asked, turns, strict=True) if wrong]
+    own = _sampler(args, wrong) if args.sampler else None
+    return _jobs(args.seed, asked, turns, shop, own or Corrupter(shop), own)
 
 
 def picture_jobs(args: argparse.Namespace, incidents: Incidents) -> tuple[list[Job], dict[str, Any], int]:
@@ -135,24 +137,32 @@ def picture_jobs(args: argparse.Namespace, incidents: Incidents) -> tuple[list[J
         shop = chat_workshop(chat, renderer, words_of(r.graph for r in asked))
     except ValueError as error:
         raise BatchError(f"--renderer {args.renderer}: {error}") from None
-    return _jobs(args, asked, shop, Corrupter(shop), None, 1), settings, status
+    turns = _turns(args.subset, len(asked), 1)
+    return _jobs(args.seed, asked, turns, shop, Corrupter(shop), None), settings, status
 
 
-def _jobs(args: argparse.Namespace, asked, shop, sampler, own, block: int) -> list[Job]:
-    """`block` requests after one another are of one subset."""
+def _turns(subset: str, count: int, block: int) -> list[tuple[str, bool]]:
+    """(subset, whether something in its row is wrong at first) of each request; `block` of them are of one subset."""
+    turns = (SUBSETS[0], SUBSETS[1], SUBSETS[0], SUBSETS[2]) if subset == "all" else (subset,)
+    made = []
+    for part in (n // block for n in range(count)):
+        name, again = turns[part % len(turns)], part // len(turns)
+        made.append((name, name == "instruction_conflict" or (name == "image_alignment" and again % 2 == 0)))
+    return made
+
+
+def _jobs(seed: int, asked: Sequence[SceneRequest], turns, shop, sampler, own) -> list[Job]:
     from genevolve_fast.process.builders import image_alignment, instruction_conflict, multi_turn
     from genevolve_fast.process.rows import Job
 
-    turns = (SUBSETS[0], SUBSETS[1], SUBSETS[0], SUBSETS[2]) if args.subset == "all" else (args.subset,)
     jobs = []
-    for n, request in enumerate(asked):
-        turn, again = n // block % len(turns), n // block // len(turns)
+    for request, (subset, wrong) in zip(asked, turns, strict=True):
         build = {
-            "multi_turn": lambda r=request: multi_turn(r, shop, args.seed),
-            "instruction_conflict": lambda r=request: instruction_conflict(r, shop, args.seed, sampler),
-            "image_alignment": lambda r=request, k=again: image_alignment(r, shop, args.seed, k % 2 == 0, own),
-        }[turns[turn]]
-        jobs.append(Job(f"{turns[turn]}-{request.id}", turns[turn], request.category, build))
+            "multi_turn": lambda r=request: multi_turn(r, shop, seed),
+            "instruction_conflict": lambda r=request: instruction_conflict(r, shop, seed, sampler),
+            "image_alignment": lambda r=request, w=wrong: image_alignment(r, shop, seed, w, own),
+        }[subset]
+        jobs.append(Job(f"{subset}-{request.id}", subset, request.category, build))
     return jobs
 
 
