@@ -6,10 +6,11 @@ one pass gets for its one picture as many Euler steps as the process took for al
 is kept under DIR, so that the same command goes on where it stopped; `--minutes` stops it after the step that passes
 them (exit status 3 where something is left to do). `--jobs 2` trains two models at a time.
 
-`--arms` adds ablations of the same start, rows and steps: `plan` (nothing is inspected) and `inspect` (nothing is
-planned: all is drawn at once, inspected and mended); and three that train the process further, half of the rows new:
-`more` (of the same kind), `symbolic` (plans and drafts corrupted by rule, found and mended) and `self_sampled` (the
-model's own wrong plans and drafts, for the same requests). Every draft of an ablation has `euler` steps.
+`--arms` adds ablations of the same start, rows and steps: `plan` (nothing is inspected), `inspect` (nothing is planned:
+all is drawn at once, inspected and mended) and `unmended` (the process, without the rows that mend a draft); and three
+that train the process further, half of the rows new: `more` (of the same kind), `symbolic` (plans and drafts corrupted
+by rule, found and mended) and `self_sampled` (the model's own wrong plans and drafts, for the same requests). Every
+draft of an ablation has `euler` steps.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from genevolve_fast.train.config import parse_config
 from genevolve_fast.trajectory import json_text
 
 ARMS = ("one_pass", "process")  # the comparison
-ABLATIONS = ("plan", "inspect", "more", "symbolic", "self_sampled")
+ABLATIONS = ("plan", "inspect", "unmended", "more", "symbolic", "self_sampled")
 FURTHER = ("more", "symbolic", "self_sampled")  # from the weights of the process
 COUNTED = ("position", "color_attr")
 RESULTS = Path("benchmarks/results/process_gain.json")
@@ -99,7 +100,7 @@ class Settings:
             UnifiedConfig,
             dict(
                 name=f"{arm}_{seed}", seed=seed, steps=steps, batch_size=self.batch_size,
-                target="process" if arm in FURTHER else arm,
+                target="process" if arm in ("unmended", *FURTHER) else arm,
                 model=dict(path=str(start)) if start else shape,
                 flow=dict(copies=self.copies, shift=self.shift, ce_weight=self.ce_weight),
                 optim=dict(name=self.optimizer, lr=lr, weight_decay=0.01, warmup_ratio=0.03, schedule="cosine"),
@@ -175,6 +176,8 @@ def sampled_for(settings: Settings) -> list[SceneRequest]:
 def learnt(settings: Settings, out: Path, seed: int, arm: str) -> tuple[list[Process], Mapping[str, np.ndarray]]:
     """(rows of an arm, their pixels)."""
     rows = open_processes(out / "rows")
+    if arm == "unmended":
+        return [p for p in rows if not any(cycle.correction for cycle in p.cycles)], rows.pixels
     if arm not in FURTHER:
         return list(rows), rows.pixels
     sampler = own_traces(settings, out, seed) if arm == "self_sampled" else None
@@ -208,8 +211,8 @@ def train(settings: Settings, out: Path, seed: int, arm: str) -> None:
         return
     start = _policy(out, seed, "process") if arm in FURTHER else None
     config, (rows, pixels) = settings.config(seed, arm, start), learnt(settings, out, seed, arm)
-    # of the seed alone: the same weights in all arms that start anew
-    policy = Unified.from_pretrained(start) if start else model_for(config, rows, pixels)
+    # of the seed and all rows: the same weights in all arms that start anew
+    policy = Unified.from_pretrained(start) if start else model_for(config, open_processes(out / "rows"), pixels)
     train_unified(config, policy, rows, pixels, out / f"{arm}_{seed}", resume=True)
 
 
@@ -531,7 +534,7 @@ def keep_settings(out: Path, settings: Settings) -> None:
 
 def all_parts(args: argparse.Namespace, settings: Settings, deadline: float) -> bool:
     """Train and draw in processes of their own, then what had to wait for others; whether all is there."""
-    order = ("process", "one_pass", "plan", "inspect", "self_sampled", "symbolic", "more")
+    order = ("process", "one_pass", "plan", "inspect", "unmended", "self_sampled", "symbolic", "more")
     for _ in range(3):
         left = [(a, s) for a in order for s in args.seeds if a in args.arms and not is_drawn(settings, args.out, s, a)]
         with ThreadPoolExecutor(args.jobs) as pool:

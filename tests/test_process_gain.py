@@ -79,17 +79,22 @@ def test_one_pass_has_as_many_euler_steps_as_the_process_took_and_parts_are_not_
 
 
 def test_ablations_leave_stages_out_and_are_summed_up_beside_the_comparison(folder):
-    for arm in ("plan", "inspect"):
+    for arm in ("plan", "inspect", "unmended"):
         process_gain.one(SMALL, folder, 0, arm)
     rows = open_processes(folder / "rows")
     seen = {}
+    assert {p.subset for p in rows} == {"multi_turn", "image_alignment"}
+    assert {p.subset for p in process_gain.learnt(SMALL, folder, 0, "unmended")[0]} == {"multi_turn"}
+    tokenizers = {(folder / f"{arm}_0" / "policy" / "tokenizer.json").read_bytes() for arm in ("process", "unmended")}
+    assert len(tokenizers) == 1  # and so the same weights at the start
     for arm in ("process", "plan", "inspect", "one_pass"):
         config = SMALL.config(0, arm)
         policy = model_for(config, rows, rows.pixels)
         seen[arm] = sum(trajectory_of(p, config, policy.codec, rows.pixels).num_loss_tokens for p in rows)
     assert seen["process"] > max(seen["plan"], seen["inspect"]) and seen["one_pass"] == 3 * len(rows)
-    result = process_gain.summary(SMALL, folder, [0], [*ARMS, "plan", "inspect"])
-    assert set(result["gains"]["position"]) == {"process", "plan", "inspect"} and "inspect" in result["table"]
+    result = process_gain.summary(SMALL, folder, [0], [*ARMS, "plan", "inspect", "unmended"])
+    assert set(result["gains"]["position"]) == {"process", "plan", "inspect", "unmended"}
+    assert all(arm in result["table"] for arm in ("plan", "inspect", "unmended"))
     process_gain.one(SMALL, folder, 0, "symbolic")
     assert not (folder / "symbolic_0").exists()  # it waits for the requests that the model's own traces give rows for
 
