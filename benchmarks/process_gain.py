@@ -495,6 +495,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--arms more and symbolic are of the requests that self_sampled gave rows for: name it too")
     if args.record and (args.small or args.tune or args.set):
         p.error("only the comparison as it stands in Settings is recorded: without --small, --tune and --set")
+    if args.record and not {0, 1, 2} <= set(args.seeds):
+        p.error("what is recorded is of the seeds 0, 1 and 2 at least")
     keep_settings(args.out, settings)
     deadline = args.deadline or (time.time() + 60 * args.minutes if args.minutes else math.inf)
     if args.one:

@@ -105,6 +105,13 @@ def test_two_comparisons_do_not_write_into_one_folder(folder, capsys):
     assert f"{folder} is being written by another process" in capsys.readouterr().err
 
 
+def test_less_than_the_whole_comparison_is_not_recorded(tmp_path, capsys):
+    for flags, reason in ((["--small"], "without --small"), (["--seeds", "0", "1"], "seeds 0, 1 and 2")):
+        with pytest.raises(SystemExit):
+            process_gain.main(["--out", str(tmp_path / "out"), "--record", *flags])
+        assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_critiques_are_held_against_as_many_steps_without_them(folder, tmp_path):
     for arm, made in {"process": "process", "one_pass": "one_pass", "more": "one_pass", "symbolic": "one_pass"}.items():
         shutil.copytree(folder / f"{made}_0", tmp_path / f"{arm}_0")

@@ -201,11 +201,6 @@ class Plan:
     def host_bytes(self) -> int:
         return sum(t.bytes for t in self.host)
 
-    @property
-    def optimizer_host_bytes(self) -> int:
-        """Of weights and moments that an optimizer keeps in host memory, or may move there."""
-        return sum(t.bytes for t in self.host if t.name in ("optimizer state", "fp32 weights"))
-
     def phase_bytes(self, phase: str) -> int:
         return self.overhead + sum(t.bytes for t in self.held) + self.phase_above(phase)
 
