@@ -7,10 +7,11 @@ is kept under DIR, so that the same command goes on where it stopped; `--minutes
 them (exit status 3 where something is left to do). `--jobs 2` trains two models at a time.
 
 `--arms` adds ablations of the same start, rows and steps: `plan` (nothing is inspected), `inspect` (nothing is planned:
-all is drawn at once, inspected and mended) and `unmended` (the process, without the rows that mend a draft); and three
-that train the process further, half of the rows new: `more` (of the same kind), `symbolic` (plans and drafts corrupted
-by rule, found and mended) and `self_sampled` (the model's own wrong plans and drafts, for the same requests). Every
-draft of an ablation has `euler` steps.
+all is drawn at once, inspected and mended) and `unmended` (the process, without the quarter of the rows that hold a
+wrong draft, its fault and the correction; the others come more often); and three that train the process further, half
+of the rows new: `more` (of the same kind), `symbolic` (plans and drafts corrupted by rule, found and mended) and
+`self_sampled` (the model's own wrong plans and drafts, for the same requests). Every draft of an ablation has `euler`
+steps.
 """
 
 from __future__ import annotations

@@ -238,6 +238,7 @@ def run_sft(args: argparse.Namespace) -> int:
     from genevolve_fast.sandbox.bootstrap import new_start, scripted_set
     from genevolve_fast.train.config import SftConfig
     from genevolve_fast.train.optim import check_optimizer
+    from genevolve_fast.train.run import claimed
     from genevolve_fast.train.sft import sft
 
     if args.fields:
@@ -246,7 +247,7 @@ def run_sft(args: argparse.Namespace) -> int:
     set_threads(config.threads)
     check_optimizer(config.optim, device())
     folder = args.runs / config.name
-    with open_ranks(config) as strategy:
+    with open_ranks(config) as strategy, claimed(folder, config, args.resume, strategy.ranks):
         if config.policy.path == "sandbox:new":
             sandbox = open_sandbox(config.world)
             policy, data, first = strategy.ranks.first_then_all(lambda: new_start(config, sandbox, folder / "data"))

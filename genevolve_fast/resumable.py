@@ -40,9 +40,9 @@ def held(path: Path) -> BinaryIO:
         raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the second one from some network mounts
         file.close()
-        raise BatchError(f"{path.parent} is being written by another process") from None
+        raise BatchError(f"{path.parent} is being written by another process: wait for its end") from None
     except OSError:
         pass  # a file system without locks, as Lustre is often mounted
     return file

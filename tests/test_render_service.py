@@ -67,8 +67,8 @@ def queued(service: LoopbackRenderService) -> tuple[int, int]:
 def refuses(service: LoopbackRenderService) -> bool:
     try:
         service.health()
-    except httpx.TransportError:
-        return True
+    except httpx.TransportError as error:
+        return isinstance(error, httpx.ConnectError)
     return False
 
 
@@ -371,6 +371,16 @@ def test_waiting_pictures_are_drawn_together_and_one_that_fails_takes_no_other_w
         assert picture_of(first.result()).shape == (96, 96, 3)
         assert service.metric("genevolve_render_batch_size_sum") == 9
         assert service.metric("genevolve_render_batch_size_count") == 3
+
+
+@pytest.mark.slow
+def test_a_free_worker_waits_a_moment_for_company():
+    service = LoopbackRenderService("--max-batch", "2", "--batch-window-ms", "2000", *faulty())
+    with service, ThreadPoolExecutor(2) as threads:
+        for answer in threads.map(lambda seed: ask(service, seed=seed), range(2)):
+            assert picture_of(answer).shape == (96, 96, 3)
+        assert service.metric("genevolve_render_batch_size_count") == 1
+        assert service.metric("genevolve_render_batch_size_sum") == 2
 
 
 @pytest.mark.slow

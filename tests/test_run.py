@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from genevolve_fast.resumable import held
+from genevolve_fast.cli import main
+from genevolve_fast.resumable import BatchError, held
 from genevolve_fast.train.config import EvolveConfig, SftConfig, parse_config
 from genevolve_fast.train.evolve import evolve
 from genevolve_fast.train.run import RunError, claimed, refuse_another_run
@@ -47,7 +48,10 @@ def test_a_later_field_that_is_set_is_a_change(older):
     ids=["evolve", "sft"],
 )
 def test_a_second_trainer_of_a_run_is_refused_before_it_opens_anything(train, tmp_path):
-    with held(tmp_path / ".lock"), pytest.raises(RunError, match="is being written by another process: wait for its"):
+    with (
+        held(tmp_path / ".lock"),
+        pytest.raises(RunError, match="another process: wait for its end; --set"),
+    ):
         train(tmp_path)
     with pytest.raises(AttributeError):  # it is let in, and finds no policy
         train(tmp_path)
@@ -59,3 +63,23 @@ def test_a_run_that_failed_leaves_its_folder_to_the_next_one(tmp_path):
         raise KeyError
     with claimed(tmp_path, config, resume=True):
         assert failed.value is not None
+
+
+def test_a_claim_within_a_claim_ends_with_the_outer_one(tmp_path):
+    config = parse_config(EvolveConfig, {})
+    with claimed(tmp_path, config, resume=True):
+        with claimed(tmp_path, config, resume=True):
+            pass
+        with pytest.raises(BatchError, match="another process"):
+            held(tmp_path / ".lock")
+    held(tmp_path / ".lock").close()
+
+
+def test_a_refused_sft_leaves_the_data_of_the_run_alone(tmp_path, capsys):
+    command = ["sft", "--config", "sandbox_sft", "--set", "name=mine", "--runs", str(tmp_path)]
+    with held(tmp_path / "mine" / ".lock"):
+        assert main(command) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+    (tmp_path / "mine" / "config.yaml").touch()
+    assert main(command) == 2
+    assert "already holds a run" in capsys.readouterr().err and not (tmp_path / "mine" / "data").exists()

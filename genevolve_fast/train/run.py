@@ -45,16 +45,26 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+_CLAIMED: set[Path] = set()  # by this process
+
+
 @contextmanager
 def claimed(folder: Path, config: BaseModel, resume: bool, ranks: Ranks | None = None) -> Iterator[None]:
-    """The folder is this run's alone while inside. Raises RunError, on every rank, like refuse_another_run too."""
+    """No other process trains in the folder while inside; may be nested.
+
+    Raises RunError, on every rank, where another one does, where the folder cannot be written, and like
+    refuse_another_run.
+    """
     with ExitStack() as ends:
 
         def claim() -> None:
-            try:
-                ends.enter_context(held(folder / ".lock"))
-            except BatchError as error:
-                raise RunError(f"{error}: wait for its end or --set another name=") from None
+            if (own := folder.resolve()) not in _CLAIMED:
+                try:
+                    ends.enter_context(held(folder / ".lock"))
+                except BatchError as error:
+                    raise RunError(f"{error}; --set another name=") from None
+                _CLAIMED.add(own)
+                ends.callback(_CLAIMED.remove, own)
             refuse_another_run(folder, config, resume)
 
         (ranks or Ranks()).from_first(claim)
