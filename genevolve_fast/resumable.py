@@ -33,19 +33,22 @@ def held(path: Path) -> BinaryIO:
 
     Raises BatchError where another process holds it, or it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the second one from some network mounts
-        file.close()
-        raise BatchError(f"{path.parent} is being written by another process: wait for its end") from None
-    except OSError:
-        pass  # a file system without locks, as Lustre is often mounted
-    return file
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b")
+        except OSError as error:
+            raise BatchError(f"{path.parent} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the second one from some network mounts
+            file.close()
+            raise BatchError(f"{path.parent} is being written by another process: wait for its end") from None
+        except OSError:
+            pass  # a file system without locks, as Lustre is often mounted
+        if os.fstat(file.fileno()).st_nlink or path.exists():
+            return file
+        file.close()  # who held it before removed it
 
 
 class Log:

@@ -74,3 +74,17 @@ def test_a_file_is_held_by_one_alone_where_the_file_system_knows_locks(tmp_path,
 
         monkeypatch.setattr(fcntl, "flock", no_locks)
         held(tmp_path / "a").close()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    removed, lock = [], fcntl.flock
+
+    def after_its_end(file, how):
+        if not removed:  # who held it ends between our opening and our locking
+            removed.append(os.unlink(tmp_path / "run" / "a"))
+            os.rmdir(tmp_path / "run")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_end)
+    with held(tmp_path / "run" / "a"), pytest.raises(BatchError, match="another process"):
+        held(tmp_path / "run" / "a")

@@ -57,6 +57,16 @@ def test_a_second_trainer_of_a_run_is_refused_before_it_opens_anything(train, tm
         train(tmp_path)
 
 
+def test_a_run_that_was_refused_before_it_wrote_anything_leaves_no_folder(tmp_path):
+    config = parse_config(EvolveConfig, {})
+    for written in (False, True):
+        with pytest.raises(KeyError), claimed(tmp_path / "runs" / "r", config, resume=False):
+            if written:
+                (tmp_path / "runs" / "r" / "kept").touch()
+            raise KeyError
+        assert (tmp_path / "runs" / "r").exists() == written
+
+
 def test_a_run_that_failed_leaves_its_folder_to_the_next_one(tmp_path):
     config = parse_config(EvolveConfig, {})
     with pytest.raises(KeyError) as failed, claimed(tmp_path, config, resume=False):

@@ -8,7 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,19 @@ def claimed(folder: Path, config: BaseModel, resume: bool, ranks: Ranks | None =
                     raise RunError(f"{error}; --set another name=") from None
                 _CLAIMED.add(own)
                 ends.callback(_CLAIMED.remove, own)
+                ends.callback(_leave, folder)
             refuse_another_run(folder, config, resume)
 
         (ranks or Ranks()).from_first(claim)
         yield
+
+
+def _leave(folder: Path) -> None:
+    """What was refused before anything was written leaves no folder."""
+    with suppress(OSError):  # somebody may have removed it meanwhile
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def refuse_another_run(folder: Path, config: BaseModel, resume: bool) -> None:
