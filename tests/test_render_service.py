@@ -410,6 +410,8 @@ def test_sigterm_finishes_what_was_accepted(tmp_path):
         for i, post in enumerate(posts):
             assert np.array_equal(picture_of(post.result()), draw_program(RED, [], i))
         assert service.process.wait(20) == 0
+        with pytest.raises(httpx.ConnectError):
+            ask(service)
 
 
 @pytest.mark.slow

@@ -104,8 +104,8 @@ def stroke_jobs(args: argparse.Namespace) -> list[Job]:
     shop = workshop(split, tell_places=not args.no_places)
     asked = requests(split, args.seed, 1000 if args.count is None else args.count, categories)
     turns = _turns(args.subset, len(asked), len(categories))
-    wrong = [request for request, (_, wrong) in zip(asked, turns, strict=True) if wrong]
-    own = _sampler(args, wrong) if args.sampler else None
+    mended = [request for request, (_, wrong) in zip(asked, turns, strict=True) if wrong]
+    own = _sampler(args, mended) if args.sampler else None
     return _jobs(args.seed, asked, turns, shop, own or Corrupter(shop), own)
 
 
@@ -142,7 +142,7 @@ def picture_jobs(args: argparse.Namespace, incidents: Incidents) -> tuple[list[J
 
 
 def _turns(subset: str, count: int, block: int) -> list[tuple[str, bool]]:
-    """(subset, whether something in its row is wrong at first) of each request; `block` of them are of one subset."""
+    """(subset, whether its row holds a mistake that is mended) of each request; `block` of them are of one subset."""
     turns = (SUBSETS[0], SUBSETS[1], SUBSETS[0], SUBSETS[2]) if subset == "all" else (subset,)
     made = []
     for part in (n // block for n in range(count)):

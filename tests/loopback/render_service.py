@@ -23,7 +23,7 @@ RED = "Background blue. A red circle in the middle."
 
 
 class FaultyCanvas(CanvasPipeline):
-    """Draws, and obeys what stands before " | ": sleep S, wait-for FILE, fail, die, die-once FILE, hang, lost."""
+    """Draws, and obeys what stands before " | ": wait-for FILE, fail, die, die-once FILE, hang, lost."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         super().__init__()
@@ -37,8 +37,6 @@ class FaultyCanvas(CanvasPipeline):
 
     def _obey(self, word: str, argument: str = "") -> None:
         match word:
-            case "sleep":
-                time.sleep(float(argument))
             case "fail":
                 raise RenderError("it failed as it was told")
             case "die":
